@@ -1,0 +1,120 @@
+"""The training step of Latent MIM: one window (accum_iter micro-steps, one optimiser step) and one
+epoch of windows.
+
+Nothing in here waits for the device: losses and similarities stay where they were computed until a
+log point reads them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.lmim import LatentMIM
+from models.losses import Objective
+from models.target import MovingAverage
+from models.views import Views
+from util.metrics import DeviceMeters
+from util.schedules import Schedule
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+@dataclass
+class Training:
+    """Everything that one step touches."""
+
+    network: nn.Module  # the model, or DistributedDataParallel around it
+    model: LatentMIM
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does something for precision=fp16 only
+    objective: Objective
+    schedule: Schedule
+    device: torch.device
+    accum_iter: int = 1
+    precision: str = "fp32"
+    clip_grad: float | None = None
+    # Filled by the constructor and the steps.
+    moving_average: MovingAverage | None = None
+    similarity_goal: float = 0.0
+    meters: DeviceMeters = field(init=False)
+
+    def __post_init__(self):
+        self.moving_average = self.model.moving_average()
+        self.meters = DeviceMeters(self.device)
+
+    def autocast(self):
+        dtype = AUTOCAST[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+
+
+def begin_window(training: Training, epoch: float) -> None:
+    """Step 1: the schedules at this fractional epoch; the target moves towards the online encoder."""
+    learning_rate = training.schedule.learning_rate(epoch)
+    for group in training.optimizer.param_groups:
+        group["lr"] = learning_rate
+    training.similarity_goal = training.schedule.similarity_goal(epoch)
+    if training.moving_average is not None:
+        training.moving_average.step(training.schedule.target_momentum(epoch))
+
+
+def micro_step(training: Training, images: Tensor, views: Views, last_of_window: bool) -> Tensor:
+    """Step 2: predict the latents of the masked patches; add this micro-batch's share of the gradient."""
+    network = training.network
+    # Gradients need to be summed over the processes only once per window, at its last micro-step.
+    keep_local = isinstance(network, DistributedDataParallel) and not last_of_window
+    with network.no_sync() if keep_local else nullcontext():
+        with training.autocast():
+            latents = network(images, views)
+        loss, metrics = training.objective(latents, training.similarity_goal)
+        training.scaler.scale(loss / training.accum_iter).backward()
+    training.meters.add_micro_step(metrics)
+    return metrics
+
+
+def end_window(training: Training, step: int) -> None:
+    """Step 3: one optimiser step, left out on the device if the gradient is not finite."""
+    parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    training.scaler.unscale_(training.optimizer)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if training.clip_grad is not None:
+        nn.utils.clip_grads_with_norm_(parameters, training.clip_grad, grad_norm, foreach=True)
+    gradient_is_bad = ~grad_norm.isfinite()
+    if not training.scaler.is_enabled():
+        # After the all-reduce the gradient is the same everywhere, so all ranks leave out the same
+        # steps. (An enabled scaler does this by itself, as a matter of routine while it looks for
+        # its scale: no fault, not counted.)
+        training.optimizer.found_inf = gradient_is_bad.float()
+        training.meters.count_bad_gradient(step, gradient_is_bad)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    training.optimizer.zero_grad(set_to_none=True)
+    training.meters.add_window(step, grad_norm)
+
+
+def train_epoch(
+    training: Training,
+    batches: Iterator[Tensor],
+    draw_views: Callable[[int, int, int], Views],
+    steps: range,
+    windows_per_epoch: int,
+    after_window: Callable[[int], None],
+) -> None:
+    """Run the windows `steps` (numbered from the start of training) of one epoch.
+
+    batches yields normalised images [N, 3, side, side]; draw_views(step, micro_step, N) gives their views;
+    after_window(step) logs, saves and may raise to stop.
+    """
+    training.network.train()
+    for step in steps:
+        begin_window(training, step / windows_per_epoch)
+        for micro in range(training.accum_iter):
+            images = next(batches)
+            views = draw_views(step, micro, len(images))
+            micro_step(training, images, views, last_of_window=micro == training.accum_iter - 1)
+        end_window(training, step)
+        after_window(step)

@@ -1,0 +1,295 @@
+"""Draw the overview figure of Latent Masked Image Modeling.
+
+    python figs/overview.py [--output figs/overview.png]
+
+Everything is drawn here, the example image included. The patches are cut from it the way the
+method cuts them: one window per cell at a random offset, so that no two windows touch. The grid
+is coarser than the real one (7 x 7, not 14 x 14) and the gap a little wider, to be seen at this
+size. Latents and similarities are an illustration, not a measurement.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
+
+WIDTH, HEIGHT = 1800, 900  # pixels; all coordinates below are pixels with y pointing down
+GRID, PATCH, GAP, UNIT = 7, 60, 20, 5  # windows move in steps of UNIT
+CELL = PATCH + GAP
+NUM_VISIBLE, NUM_SHOWN = 5, 8
+SEED = 244  # its visible patches are well spread
+TOP_LANE, BOTTOM_LANE, MATRIX_TOP = 222, 608, 280
+
+INK, MUTED, FAINT = "#1f2937", "#5b6573", "#d5dae1"
+BLUE, BLUE_LIGHT = "#2563eb", "#dbe8fe"
+GREEN, GREEN_LIGHT = "#0f8a5f", "#d6f3e5"
+PURPLE, PURPLE_LIGHT = "#7c3aed", "#ebe3fe"
+AMBER = "#f59e0b"
+LARGE, MEDIUM, SMALL = 20, 17.5, 16  # points at 100 dpi
+
+
+def blend(image, colour, coverage):
+    """Paint a colour over the image in place, where coverage (0 to 1) says so."""
+    coverage = np.clip(coverage, 0, 1)[..., None]
+    image[:] = image * (1 - coverage) + np.asarray(colour) / 255 * coverage
+
+
+def draw_scene(side):
+    """An evening landscape with a hot-air balloon, side x side x 3 in [0, 1]."""
+    y, x = np.mgrid[0:side, 0:side] / side
+    edge = side / 1.5  # turns a signed distance into antialiased coverage
+
+    def ellipse(cx, cy, rx, ry):
+        distance = 1 - np.hypot((x - cx) / rx, (y - cy) / ry)
+        return np.clip(distance * edge * min(rx, ry), 0, 1)
+
+    def below(line):
+        return np.clip((y - line) * edge, 0, 1)
+
+    sky_top, sky_low = np.array([64, 132, 214]) / 255, np.array([255, 214, 170]) / 255
+    mix = np.clip(y / 0.62, 0, 1)[..., None]
+    image = sky_top * (1 - mix) + sky_low * mix
+    blend(image, (255, 240, 190), 0.7 * np.exp(-((x - 0.2) ** 2 + (y - 0.3) ** 2) / 0.02))
+    blend(image, (255, 205, 70), ellipse(0.2, 0.3, 0.085, 0.085))
+    for cx, cy, size in [(0.44, 0.13, 1.0), (0.86, 0.4, 0.8)]:
+        for dx, dy, radius in [(-0.08, 0.012, 0.035), (-0.02, -0.008, 0.05), (0.05, 0.01, 0.04)]:
+            cloud = ellipse(cx + dx * size, cy + dy, 1.5 * radius * size, radius * size)
+            blend(image, (255, 250, 245), 0.9 * cloud)
+
+    ridge = 0.40 + 0.62 * np.abs(x - 0.42) + 0.018 * np.sin(38 * x) + 0.01 * np.sin(91 * x)
+    second_ridge = 0.5 + 0.5 * np.abs(x - 0.86) + 0.014 * np.sin(47 * x + 1)
+    blend(image, (122, 116, 172), below(second_ridge))
+    blend(image, (88, 92, 150), below(ridge))
+    snow_line = 0.5 + 0.02 * np.sin(70 * x) + 0.012 * np.sin(131 * x)
+    blend(image, (246, 248, 255), below(ridge) * (1 - below(snow_line)))
+
+    blend(image, (74, 150, 96), below(0.68 + 0.04 * np.sin(5.5 * x + 0.6)))
+    blend(image, (126, 186, 84), below(0.78 + 0.05 * np.sin(4.2 * x + 2.6)))
+    blend(image, (72, 160, 205), ellipse(0.66, 0.93, 0.24, 0.065))
+    blend(image, (150, 210, 232), ellipse(0.7, 0.915, 0.12, 0.015))
+    for cx, base, size in [(0.07, 0.86, 1.0), (0.93, 0.84, 1.1), (0.5, 0.8, 0.7)]:
+        trunk = (np.abs(x - cx) < 0.012 * size) & (y < base) & (y > base - 0.09 * size)
+        blend(image, (104, 70, 46), trunk.astype(float))
+        for lift in (0.06, 0.11, 0.16):
+            slope = 0.55 * (y - base + (lift + 0.08) * size)
+            tier = (slope - np.abs(x - cx)) * edge * (y < base - (lift - 0.02) * size)
+            blend(image, (28, 104 + 160 * lift, 74), tier)
+
+    wall = (np.abs(x - 0.27) < 0.085) & (np.abs(y - 0.81) < 0.06)
+    blend(image, (250, 232, 205), wall.astype(float))
+    roof = (0.115 - np.abs(x - 0.27) - 1.25 * np.clip(0.755 - y, 0, 1)) * edge * (y < 0.755)
+    blend(image, (205, 62, 54), roof)
+    blend(image, (120, 74, 48), ((np.abs(x - 0.24) < 0.02) & (np.abs(y - 0.84) < 0.032)) * 1.0)
+    blend(image, (90, 170, 220), ((np.abs(x - 0.305) < 0.02) & (np.abs(y - 0.8) < 0.02)) * 1.0)
+
+    balloon = ellipse(0.73, 0.2, 0.125, 0.14)
+    stripe = np.clip((x - 0.73) / np.sqrt(np.clip(1 - ((y - 0.2) / 0.14) ** 2, 1e-3, 1)), -1, 1)
+    colours = [(232, 72, 85), (255, 200, 60), (64, 120, 220), (255, 200, 60), (232, 72, 85)]
+    for number, colour in enumerate(colours):
+        inside = (stripe >= -0.125 + 0.05 * number) & (stripe < -0.075 + 0.05 * number + 1e-3)
+        blend(image, colour, balloon * inside)
+    for side_sign in (-1, 1):
+        rope = np.abs(x - 0.73 - side_sign * (0.03 + 0.5 * (0.385 - y))) < 0.003
+        blend(image, (80, 60, 50), (rope & (y > 0.325) & (y < 0.385)) * 1.0)
+    blend(image, (140, 88, 50), ((np.abs(x - 0.73) < 0.034) & (np.abs(y - 0.405) < 0.024)) * 1.0)
+    return image
+
+
+def cut_patches(image, generator):
+    """One window per cell, at an offset below GAP: (row, column, pixels)."""
+    windows = []
+    for cell in range(GRID * GRID):
+        offset = UNIT * generator.integers(0, GAP // UNIT, 2)
+        row, column = np.array(divmod(cell, GRID)) * CELL + offset
+        windows.append((row, column, image[row : row + PATCH, column : column + PATCH]))
+    return windows
+
+
+def text(axes, x, y, string, size=SMALL, colour=INK, **options):
+    options = {"ha": "center", "va": "center", "linespacing": 1.25} | options
+    axes.text(x, y, string, fontsize=size, color=colour, **options)
+
+
+def picture(axes, pixels, x, y, side):
+    axes.imshow(pixels, extent=(x, x + side, y + side, y), interpolation="antialiased", zorder=3)
+
+
+def box(axes, x, y, width, height, face, edge, radius=14, line_width=2.2, **options):
+    style = f"round,pad=0,rounding_size={radius}"
+    shape = FancyBboxPatch((x, y), width, height, boxstyle=style, **options)
+    shape.set(facecolor=face, edgecolor=edge, linewidth=line_width)
+    axes.add_patch(shape)
+
+
+def arrow(axes, *points, colour=INK, dashed=False):
+    """A line through the points (each leg horizontal or vertical), a head at the last one."""
+    (x, y), (before_x, before_y) = points[-1], points[-2]
+    along = np.sign([x - before_x, y - before_y])
+    across = along[::-1]
+    neck = np.array([x, y]) - 17 * along
+    shaft_x, shaft_y = zip(*points[:-1], neck + along, strict=True)
+    style = {"solid_capstyle": "butt", "solid_joinstyle": "round", "zorder": 2}
+    dashes = (0, (3.2, 1.8)) if dashed else "-"
+    axes.plot(shaft_x, shaft_y, color=colour, linewidth=2.6, linestyle=dashes, **style)
+    corners = [(x, y), neck + 7.5 * across, neck - 7.5 * across]
+    axes.add_patch(Polygon(corners, facecolor=colour, edgecolor="none", zorder=2))
+
+
+def heading(axes, number, x, string):
+    axes.add_patch(Circle((x, 48), 20, facecolor=INK, edgecolor="none"))
+    text(axes, x, 55, str(number), MEDIUM, "white", weight="bold", va="baseline")
+    text(axes, x + 34, 56, string, LARGE, weight="bold", ha="left", va="baseline")
+
+
+def patch_grid(axes, windows, shown, x, y, side, frame):
+    """The cells of the grid, and in them the windows whose ids are in shown."""
+    scale = side / (GRID * CELL)
+    box(axes, x - 9, y - 9, side + 18, side + 18, "#f4f6f9", frame, radius=12)
+    for line in range(GRID + 1):
+        at = line * CELL * scale
+        axes.plot([x, x + side], [y + at, y + at], color=FAINT, linewidth=1, zorder=1)
+        axes.plot([x + at, x + at], [y, y + side], color=FAINT, linewidth=1, zorder=1)
+    for number in shown:
+        row, column, pixels = windows[number]
+        picture(axes, pixels, x + column * scale, y + row * scale, PATCH * scale)
+
+
+def tokens(axes, x, y, count, step, face, edge, vertical=False, size=24, mark=""):
+    """A row or column of small rounded squares; (x, y) is the corner of the first."""
+    for number in range(count):
+        left, top = (x, y + number * step) if vertical else (x + number * step, y)
+        box(axes, left, top, size, size, face, edge, radius=6, line_width=2)
+        text(axes, left + size / 2, top + size / 2, mark, 13, edge, weight="bold")
+
+
+def module(axes, x, lane, width, title, note, face, edge):
+    box(axes, x, lane - 68, width, 136, face, edge)
+    text(axes, x + width / 2, lane - 16, title, LARGE, edge, weight="bold")
+    text(axes, x + width / 2, lane + 43, note, SMALL, MUTED)
+
+
+def similarity_example(generator):
+    """Cosines between eight made-up targets and the predictions of a half-trained model."""
+    targets = generator.normal(size=(NUM_SHOWN, 24)) + 0.45
+    predictions = targets + 0.55 * generator.normal(size=targets.shape)
+    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
+    predictions /= np.linalg.norm(predictions, axis=1, keepdims=True)
+    return predictions @ targets.T
+
+
+def draw_input(axes, image, windows):
+    heading(axes, 1, 46, "Cut with gaps")
+    picture(axes, image, 60, TOP_LANE - 115, 230)
+    text(axes, 175, TOP_LANE + 138, "image", MEDIUM)
+    arrow(axes, (175, TOP_LANE + 162), (175, BOTTOM_LANE - 152))
+    patch_grid(axes, windows, range(GRID * GRID), 41, BOTTOM_LANE - 134, 268, MUTED)
+    text(axes, 175, BOTTOM_LANE + 184, "one window per cell,\nat a random offset", MEDIUM)
+
+
+def draw_subsets(axes, windows, visible, masked):
+    heading(axes, 2, 418, "Split")
+    axes.plot([319, 350], [BOTTOM_LANE] * 2, color=INK, linewidth=2.6)
+    for ids, lane, frame, name in [
+        (visible, TOP_LANE, BLUE, "visible, 10%"),
+        (masked, BOTTOM_LANE, GREEN, "masked, 90%"),
+    ]:
+        arrow(axes, (350, BOTTOM_LANE), (350, lane), (387, lane), colour=frame)
+        patch_grid(axes, windows, ids, 398, lane - 95, 190, frame)
+        text(axes, 493, lane + 130, name, MEDIUM, frame, weight="bold")
+        arrow(axes, (599, lane), (648, lane), colour=frame)
+
+
+def draw_networks(axes):
+    heading(axes, 3, 672, "Predict latents, not pixels")
+    module(axes, 650, TOP_LANE, 186, "Online\nencoder", "ViT", BLUE_LIGHT, BLUE)
+    module(axes, 650, BOTTOM_LANE, 186, "Target\nencoder", "ViT", GREEN_LIGHT, GREEN)
+    arrow(axes, (743, TOP_LANE + 70), (743, BOTTOM_LANE - 70), colour=MUTED, dashed=True)
+    middle = (TOP_LANE + BOTTOM_LANE) / 2
+    text(axes, 728, middle, "EMA", MEDIUM, MUTED, weight="bold", ha="right")
+
+    tokens(axes, 898, TOP_LANE - 72, NUM_VISIBLE, 30, BLUE_LIGHT, BLUE, vertical=True)
+    arrow(axes, (838, TOP_LANE), (890, TOP_LANE), colour=BLUE)
+    text(axes, 910, TOP_LANE - 100, "visible latents", SMALL, BLUE)
+    arrow(axes, (930, TOP_LANE), (1024, TOP_LANE), colour=BLUE)
+    module(axes, 1026, TOP_LANE, 220, "Decoder", "cross-attention", PURPLE_LIGHT, PURPLE)
+
+    row = middle - 4
+    tokens(axes, 1026, row, NUM_SHOWN, 28, "white", PURPLE, mark="m")
+    arrow(axes, (1136, row - 6), (1136, TOP_LANE + 70), colour=PURPLE)
+    text(axes, 1136, row + 64, "mask tokens at the\nmasked positions", SMALL, PURPLE)
+    cue = [(910, TOP_LANE + 80), (910, row + 12), (1020, row + 12)]
+    arrow(axes, *cue, colour=BLUE, dashed=True)
+    text(axes, 922, row - 30, "visual\ncue", SMALL, BLUE, ha="left")
+
+
+def draw_matching(axes, windows, shown, similarities):
+    heading(axes, 4, 1418, "Match by similarity")
+    step, left, upper = 38, 1434, MATRIX_TOP
+    side = step * NUM_SHOWN
+    colours = LinearSegmentedColormap.from_list("similarity", ["#ffffff", "#c9bdf3", "#4c1d95"])
+    extent = (left, left + side, upper + side, upper)
+    axes.imshow(similarities, extent=extent, cmap=colours, vmin=-0.35, vmax=1.0)
+    axes.add_patch(Rectangle((left, upper), side, side, facecolor="none", edgecolor=FAINT))
+    for number in range(NUM_SHOWN):
+        at = number * step
+        style = {"facecolor": "none", "edgecolor": AMBER, "linewidth": 3.2, "zorder": 4}
+        axes.add_patch(Rectangle((left + at + 2, upper + at + 2), step - 4, step - 4, **style))
+        picture(axes, windows[shown[number]][2], left + at + 4, BOTTOM_LANE + 20, 30)
+
+    tokens(axes, left - 36, upper + 7, NUM_SHOWN, step, PURPLE_LIGHT, PURPLE, vertical=True)
+    arrow(axes, (1248, TOP_LANE), (left - 24, TOP_LANE), (left - 24, upper), colour=PURPLE)
+    text(axes, left - 4, TOP_LANE + 2, "predicted latents", SMALL, PURPLE, ha="left")
+    tokens(axes, left + 7, BOTTOM_LANE - 12, NUM_SHOWN, step, GREEN_LIGHT, GREEN)
+    text(axes, left + side / 2, BOTTOM_LANE + 76, "target latents", SMALL, GREEN)
+    arrow(axes, (838, BOTTOM_LANE), (left - 2, BOTTOM_LANE), colour=GREEN)
+    slash = np.array([[1123, 1134], [1139, 1150]])
+    axes.plot(slash, [BOTTOM_LANE + 15, BOTTOM_LANE - 15], color=INK, linewidth=3, zorder=5)
+    text(axes, 1136, BOTTOM_LANE + 38, "no gradient", SMALL, MUTED)
+
+
+def draw_loss(axes, y):
+    arrow(axes, (1586, y - 58), (1586, y - 36), (1016, y - 36), (1016, y - 3), colour=AMBER)
+    box(axes, 650, y, 1124, 124, "#fff8e8", AMBER)
+    choice = "each prediction picks its own patch\namong all masked ones of the image"
+    spread = "mean cosine within an image,\nkept near a scheduled value"
+    terms = [(1016, "patch InfoNCE", choice), (1520, "similarity constraint", spread)]
+    for x, title, note in [(738, "loss  =", ""), (1272, "+", ""), *terms]:
+        text(axes, x, y + 42, title, LARGE, weight="bold", va="baseline")
+        text(axes, x, y + 84, note, SMALL, MUTED)
+
+
+def draw_overview(path):
+    generator = np.random.default_rng(SEED)
+    image = draw_scene(2 * GRID * CELL).reshape(GRID * CELL, 2, GRID * CELL, 2, 3).mean((1, 3))
+    windows = cut_patches(image, generator)
+    order = generator.permutation(GRID * GRID)
+    visible, masked = order[:NUM_VISIBLE], order[NUM_VISIBLE:]
+    detailed_first = sorted(masked, key=lambda number: -windows[number][2].std((0, 1)).sum())
+
+    figure = plt.figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    draw_input(axes, image, windows)
+    draw_subsets(axes, windows, visible, masked)
+    draw_networks(axes)
+    draw_matching(axes, windows, sorted(detailed_first[:NUM_SHOWN]), similarity_example(generator))
+    draw_loss(axes, 758)
+    axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0), aspect="equal")
+    axes.axis("off")
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("overview.png"))
+    draw_overview(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Decoders: from the visible latents and the masked positions alone to the masked latents.
+
+`cross` is the published one: mask tokens attend to each other and to the visible latents, which
+stay as they are. `self` puts visible and mask tokens through the same self-attention blocks, as MAE
+does.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+
+from models.vit import LayerNorm, PositionTable, initialise_weights
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.kv_proj = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """queries [N, Q, D], context [N, K, D] -> [N, Q, D]"""
+        query = self.q_proj(queries).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        keys_values = self.kv_proj(context).unflatten(2, (2, self.num_heads, -1))
+        key, value = keys_values.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class CrossBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.self_attn = Attention(dim=dim, num_heads=num_heads, qkv_bias=True)
+        self.norm2q = LayerNorm(dim)
+        self.norm2kv = LayerNorm(dim)
+        self.cross_attn = CrossAttention(dim, num_heads)
+        self.norm3 = LayerNorm(dim)
+        self.mlp = Mlp(in_features=dim, hidden_features=4 * dim)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        queries = queries + self.self_attn(self.norm1(queries))
+        queries = queries + self.cross_attn(self.norm2q(queries), self.norm2kv(context))
+        return queries + self.mlp(self.norm3(queries))
+
+
+def visual_cue(
+    positions: Tensor, visible_tokens: Tensor, visible_ids: Tensor, masked_ids: Tensor
+) -> Tensor:
+    """softmax(P_masked P_visible^T / sqrt(d)) X_visible: what is visible near a masked position.
+
+    positions [L, d] (no class row), visible_tokens [N, V, d] (no class token, no positions added)
+    -> [N, M, d]. It has no parameters.
+    """
+    # The table is shared by all images: its L x L products are made once, and rows and columns are
+    # picked from them. In full precision: a softmax amplifies rounding, and this one is small.
+    with torch.autocast(positions.device.type, enabled=False):
+        affinity = positions @ positions.T / positions.shape[1] ** 0.5
+        affinity = affinity[masked_ids[:, :, None], visible_ids[:, None, :]].softmax(dim=-1)
+    return affinity.to(visible_tokens.dtype) @ visible_tokens
+
+
+class Decoder(nn.Module):
+    """What both decoders share: embedding, positions, mask tokens with their visual cue, output layers."""
+
+    def __init__(
+        self, *, grid_size: int, encoder_dim: int, dim: int, visual_cue: bool, freeze_pe: bool
+    ):
+        super().__init__()
+        self.visual_cue = visual_cue
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = PositionTable(dim, grid_size, freeze_pe)
+        self.norm = LayerNorm(dim)
+        self.head = nn.Linear(dim, encoder_dim)
+
+    def embed_visible(self, latents: Tensor, visible_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """latents [N, 1 + V, encoder_dim] -> embedded [N, 1 + V, d] without and with position rows."""
+        embedded = self.embed(latents)
+        class_row = self.pos_embed.class_row().expand(embedded.shape[0], -1, -1)
+        positions = torch.cat([class_row, self.pos_embed.patch_rows(visible_ids)], dim=1)
+        return embedded, embedded + positions
+
+    def mask_tokens(self, embedded: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
+        """One token per masked position, with its position row. -> [N, M, d]"""
+        tokens = self.mask_token + self.pos_embed.patch_rows(masked_ids)
+        if self.visual_cue:
+            positions = self.pos_embed.pos_embeds[1:]
+            tokens = tokens + visual_cue(positions, embedded[:, 1:], visible_ids, masked_ids)
+        return tokens
+
+
+class CrossDecoder(Decoder):
+    def __init__(self, *, depth: int, num_heads: int, dim: int, **shared):
+        super().__init__(dim=dim, **shared)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.blocks = nn.ModuleList(CrossBlock(dim, num_heads) for _ in range(depth))
+        self.apply(initialise_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the decoder's class token first."""
+        embedded, context = self.embed_visible(latents, visible_ids)
+        cls_token = self.cls_token + self.pos_embed.class_row()
+        queries = self.mask_tokens(embedded, visible_ids, masked_ids)
+        queries = torch.cat([cls_token.expand(queries.shape[0], -1, -1), queries], dim=1)
+        for block in self.blocks:
+            queries = block(queries, context)
+        return self.head(self.norm(queries))
+
+
+class SelfDecoder(Decoder):
+    def __init__(self, *, depth: int, num_heads: int, dim: int, **shared):
+        super().__init__(dim=dim, **shared)
+        self.blocks = nn.ModuleList(
+            Block(dim=dim, num_heads=num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
+            for _ in range(depth)
+        )
+        self.apply(initialise_weights)
+
+    def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the encoder's class token first."""
+        embedded, visible = self.embed_visible(latents, visible_ids)
+        tokens = torch.cat([visible, self.mask_tokens(embedded, visible_ids, masked_ids)], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        outputs = torch.cat([tokens[:, :1], tokens[:, visible.shape[1] :]], dim=1)
+        return self.head(self.norm(outputs))
+
+
+DECODERS = {"cross": CrossDecoder, "self": SelfDecoder}

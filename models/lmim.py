@@ -1,0 +1,100 @@
+"""Latent MIM: online encoder, target encoder and decoder in one forward pass."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.decoder import DECODERS
+from models.target import OWN_WEIGHTS, TARGETS, MovingAverage, make_target
+from models.views import Views, extract_patches, take_tokens
+from models.vit import Encoder
+
+
+class Latents(NamedTuple):
+    """What the loss needs. Class tokens are not part of any of them."""
+
+    predictions: Tensor  # [N, M, D]
+    targets: Tensor  # [N, M, D]
+    visible: Tensor  # [N, V, D]
+
+
+class LatentMIM(nn.Module):
+    def __init__(
+        self,
+        *,
+        grid_size: int = 14,
+        patch_size: int = 16,
+        patch_gap: int = 4,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        freeze_pe: bool = True,
+        mlp_dim: int = 4096,
+        mlp_depth: int = 3,
+        decoder: str = "cross",
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 3,
+        decoder_num_heads: int = 16,
+        avg_vis_mask_token: bool = True,
+        target: str = "ema",
+        target_depth: int | None = None,
+        mask_target: bool = True,
+    ):
+        super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f"target={target}: choose from {', '.join(TARGETS)}")
+        self.patch_size, self.patch_gap = patch_size, patch_gap
+        self.target, self.target_depth, self.mask_target = target, target_depth, mask_target
+        self.encoder = Encoder(
+            grid_size=grid_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            freeze_pe=freeze_pe,
+            mlp_dim=mlp_dim,
+            mlp_depth=mlp_depth,
+        )
+        if target in OWN_WEIGHTS:
+            self.target_encoder = make_target(self.encoder, target_depth)
+        self.decoder = DECODERS[decoder](
+            grid_size=grid_size,
+            encoder_dim=embed_dim,
+            dim=decoder_embed_dim,
+            depth=decoder_depth,
+            num_heads=decoder_num_heads,
+            visual_cue=avg_vis_mask_token,
+            freeze_pe=freeze_pe,
+        )
+
+    def moving_average(self) -> MovingAverage | None:
+        """The rule by which the target follows, for the engine to call; None where it does not."""
+        return MovingAverage(self.target_encoder, self.encoder) if self.target == "ema" else None
+
+    def patches(self, images: Tensor, views: Views) -> Tensor:
+        """images [N, 3, side, side] -> [N, L, patch_dim]"""
+        offsets = (views.row_offsets, views.column_offsets)
+        return extract_patches(images, self.patch_size, self.patch_gap, *offsets)
+
+    def encode_visible(self, patches: Tensor, views: Views) -> Tensor:
+        """-> [N, 1 + V, D]"""
+        return self.encoder(take_tokens(patches, views.visible_ids), views.visible_ids)
+
+    def encode_target(self, patches: Tensor, views: Views) -> Tensor:
+        """mask_target: -> [N, 1 + M, D]; otherwise all patches, visible first: -> [N, 1 + V + M, D]"""
+        ids = views.masked_ids
+        if not self.mask_target:
+            ids = torch.cat([views.visible_ids, views.masked_ids], dim=1)
+        encoder = self.target_encoder if self.target in OWN_WEIGHTS else self.encoder
+        with nullcontext() if self.target == "joint" else torch.no_grad():
+            return encoder(take_tokens(patches, ids), ids, self.target_depth)
+
+    def forward(self, images: Tensor, views: Views) -> Latents:
+        patches = self.patches(images, views)
+        visible = self.encode_visible(patches, views)
+        targets = self.encode_target(patches, views)
+        predictions = self.decoder(visible, views.visible_ids, views.masked_ids)
+        num_masked = views.masked_ids.shape[1]
+        return Latents(predictions[:, 1:], targets[:, -num_masked:], visible[:, 1:])

@@ -1,0 +1,74 @@
+"""Views: how an image becomes patches, and which of them are visible.
+
+An image of grid_size x grid_size cells is cut into one patch per cell. A cell is patch_size +
+patch_gap pixels wide and the patch sits at a random integer offset inside it, so that neighbouring
+patches never touch and a masked patch cannot be read off the border of a visible one.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Views(NamedTuple):
+    """What is random about one forward pass. N images, L = V + M patches each."""
+
+    visible_ids: Tensor  # [N, V], the patches that the online encoder sees
+    masked_ids: Tensor  # [N, M], the patches whose latents are predicted
+    row_offsets: Tensor | None  # [N, grid, grid], inside the cell; None where patch_gap is 0
+    column_offsets: Tensor | None  # [N, grid, grid]
+
+
+def sample_views(
+    batch_size: int, grid_size: int, num_vis: int, patch_gap: int, generator: torch.Generator
+) -> Views:
+    """Draw the views of a batch on the generator's device, so that nothing is copied to a GPU."""
+    device = generator.device
+    # The order of uniform numbers is a uniform permutation: one sort for the whole batch.
+    noise = torch.rand(batch_size, grid_size**2, generator=generator, device=device)
+    permutation = noise.argsort(dim=1)
+    offsets = (None, None)
+    if patch_gap > 0:
+        # 0 .. gap-1: the value `gap` is never drawn, which keeps neighbours at least one pixel apart.
+        shape = (2, batch_size, grid_size, grid_size)
+        offsets = torch.randint(patch_gap, shape, generator=generator, device=device).unbind(0)
+    return Views(permutation[:, :num_vis], permutation[:, num_vis:], *offsets)
+
+
+def extract_patches(
+    images: Tensor,
+    patch_size: int,
+    patch_gap: int = 0,
+    row_offsets: Tensor | None = None,
+    column_offsets: Tensor | None = None,
+) -> Tensor:
+    """images [N, C, H, W] -> patches [N, L, patch_size * patch_size * C].
+
+    Patches run row by row over the grid; inside a patch the order is row, column, channel (channel fastest).
+    """
+    batch_size, channels, height, width = images.shape
+    cell = patch_size + patch_gap
+    if height != width or height % cell:
+        raise ValueError(f"images of {height} x {width} pixels do not divide into cells of {cell}")
+    grid = height // cell
+    if patch_gap == 0:
+        patches = images.reshape(batch_size, channels, grid, cell, grid, cell)
+        patches = patches.permute(0, 2, 4, 3, 5, 1)
+    else:
+        cell_start = torch.arange(grid, device=images.device) * cell
+        within = torch.arange(patch_size, device=images.device)
+        rows = (cell_start[:, None] + row_offsets)[..., None] + within  # [N, grid, grid, patch]
+        columns = (cell_start + column_offsets)[..., None] + within
+        sample = torch.arange(batch_size, device=images.device)[:, None, None, None, None]
+        channels_last = images.permute(0, 2, 3, 1)
+        patches = channels_last[sample, rows[..., :, None], columns[..., None, :]]
+    return patches.reshape(batch_size, grid * grid, -1)
+
+
+def take_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """tokens [N, L, D] (or [1, L, D] for a table that all images share), ids [N, K] -> [N, K, D]."""
+    if tokens.shape[0] == 1:
+        return tokens[0][ids]
+    sample = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+    return tokens[sample, ids]  # copies whole rows; gather() would index each channel

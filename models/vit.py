@@ -1,0 +1,124 @@
+"""The encoder: a ViT that accepts any subset of an image's patches. Online and target are two."""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from models.head import ProjectionHead
+from models.views import take_tokens
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def sine_cosine_positions(dim: int, grid_size: int) -> Tensor:
+    """[1 + grid_size^2, dim]: row 0 is the class token's (zeros), then one row per cell.
+
+    A cell's row is [sin(x w), cos(x w), sin(y w), cos(y w)]; cells run row by row over the grid.
+    Coordinates go from 0 to grid_size inclusive (and not to grid_size - 1): the published weights
+    were trained with these.
+    """
+    coordinate = torch.linspace(0, 1, grid_size, dtype=torch.float64) * grid_size
+    frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angle = coordinate[:, None] * frequency  # [grid, dim / 4]
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # [grid, dim / 2]
+    along_x = wave[None, :, :].expand(grid_size, -1, -1)
+    along_y = wave[:, None, :].expand(-1, grid_size, -1)
+    cells = torch.cat([along_x, along_y], dim=2).reshape(grid_size**2, dim)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), cells]).float()
+
+
+class PositionTable(nn.Module):
+    """One row per position. Frozen: a buffer; otherwise a parameter with the same start."""
+
+    def __init__(self, dim: int, grid_size: int, freeze: bool):
+        super().__init__()
+        table = sine_cosine_positions(dim, grid_size)
+        if freeze:
+            self.register_buffer("pos_embeds", table)
+        else:
+            self.pos_embeds = nn.Parameter(table)
+
+    def class_row(self) -> Tensor:
+        """[1, 1, D]"""
+        return self.pos_embeds[None, :1]
+
+    def patch_rows(self, ids: Tensor) -> Tensor:
+        """ids [N, K] -> [N, K, D]"""
+        return take_tokens(self.pos_embeds[None, 1:], ids)
+
+
+class PatchEmbedding(nn.Module):
+    def __init__(self, patch_dim: int, dim: int):
+        super().__init__()
+        self.proj = nn.Linear(patch_dim, dim)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.proj(patches)
+
+
+def initialise_weights(module: nn.Module) -> None:
+    """For Module.apply: every linear layer xavier-uniform with zero bias, every LayerNorm 1 / 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    def __init__(
+        self,
+        *,
+        grid_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        freeze_pe: bool = True,
+        mlp_dim: int = 4096,
+        mlp_depth: int = 3,
+        drop_path: float = 0.0,
+        in_channels: int = 3,
+    ):
+        super().__init__()
+        self.grid_size, self.patch_size, self.embed_dim = grid_size, patch_size, embed_dim
+        self.embed = PatchEmbedding(patch_size**2 * in_channels, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = PositionTable(embed_dim, grid_size, freeze_pe)
+        drop_rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=4.0,
+                qkv_bias=True,
+                drop_path=drop_rate,
+                norm_layer=LayerNorm,
+            )
+            for drop_rate in drop_rates
+        )
+        self.norm = LayerNorm(embed_dim)
+        self.head = ProjectionHead(embed_dim, mlp_dim, mlp_depth)
+        self.apply(initialise_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed_tokens(self, patches: Tensor, ids: Tensor) -> Tensor:
+        """patches [N, K, patch_dim] at the positions ids [N, K] -> [N, 1 + K, D], class token first."""
+        tokens = self.embed(patches) + self.pos_embed.patch_rows(ids)
+        cls_token = self.cls_token + self.pos_embed.class_row()
+        return torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+
+    def forward_features(self, patches: Tensor, ids: Tensor, depth: int | None = None) -> Tensor:
+        """The first `depth` blocks (None: all), before the final norm. -> [N, 1 + K, D]"""
+        tokens = self.embed_tokens(patches, ids)
+        for block in self.blocks[:depth]:
+            tokens = block(tokens)
+        return tokens
+
+    def forward(self, patches: Tensor, ids: Tensor, depth: int | None = None) -> Tensor:
+        """patches [N, K, patch_dim], ids [N, K] -> latents [N, 1 + K, D]"""
+        return self.head(self.norm(self.forward_features(patches, ids, depth)))

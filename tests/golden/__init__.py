@@ -1,0 +1,1 @@
+"""Numbers of the published system, and the command that holds this code against them."""

@@ -1,0 +1,1 @@
+"""What surrounds the training loop: configuration, processes, schedules, optimiser, metrics, checkpoints."""

@@ -1,0 +1,42 @@
+"""Schedules as pure functions of the fractional epoch: a resumed run needs no state of theirs."""
+
+from dataclasses import dataclass
+from math import cos, pi
+
+
+@dataclass(frozen=True)
+class Schedule:
+    peak_lr: float
+    min_lr_frac: float
+    warmup_epochs: float
+    epochs: float
+    target_mom: float
+    sim_init: float
+    sim_end: float
+
+    def learning_rate(self, epoch: float) -> float:
+        """Linear from the floor to the peak over warmup_epochs, then half a cosine back."""
+        floor = self.peak_lr * self.min_lr_frac
+        if epoch < self.warmup_epochs:
+            height = epoch / self.warmup_epochs
+        else:
+            length = self.epochs - self.warmup_epochs
+            height = half_cosine((epoch - self.warmup_epochs) / length) if length > 0 else 1.0
+        return floor + (self.peak_lr - floor) * height
+
+    def target_momentum(self, epoch: float) -> float:
+        """From target_mom to 1: the target comes to rest at the end."""
+        return 1 - (1 - self.target_mom) * half_cosine(epoch / self.epochs)
+
+    def similarity_goal(self, epoch: float) -> float:
+        return self.sim_end + (self.sim_init - self.sim_end) * half_cosine(epoch / self.epochs)
+
+
+def half_cosine(progress: float) -> float:
+    """1 at the start, 0 at the end."""
+    return (1 + cos(pi * progress)) / 2
+
+
+def peak_learning_rate(blr: float, batch_size: int, accum_iter: int, world_size: int) -> float:
+    """Base learning rates are per 256 images of the effective batch."""
+    return blr * batch_size * accum_iter * world_size / 256
