@@ -52,7 +52,7 @@ class Training:
 
 
 def begin_window(training: Training, epoch: float) -> None:
-    """Step 1: the schedules at this fractional epoch; the target moves towards the online encoder."""
+    """Step 1: the schedules at this fractional epoch; the target moves towards the encoder."""
     learning_rate = training.schedule.learning_rate(epoch)
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -62,7 +62,7 @@ def begin_window(training: Training, epoch: float) -> None:
 
 
 def micro_step(training: Training, images: Tensor, views: Views, last_of_window: bool) -> Tensor:
-    """Step 2: predict the latents of the masked patches; add this micro-batch's share of the gradient."""
+    """Step 2: predict the latents of the masked patches, and add to the gradient."""
     network = training.network
     # Gradients need to be summed over the processes only once per window, at its last micro-step.
     keep_local = isinstance(network, DistributedDataParallel) and not last_of_window
@@ -89,7 +89,7 @@ def end_window(training: Training, step: int) -> None:
         # steps. (An enabled scaler does this by itself, as a matter of routine while it looks for
         # its scale: no fault, not counted.)
         training.optimizer.found_inf = gradient_is_bad.float()
-        training.meters.count_bad_gradient(step, gradient_is_bad)
+        training.meters.bad_gradients.add(step, gradient_is_bad)
     training.scaler.step(training.optimizer)
     training.scaler.update()
     training.optimizer.zero_grad(set_to_none=True)
@@ -106,8 +106,8 @@ def train_epoch(
 ) -> None:
     """Run the windows `steps` (numbered from the start of training) of one epoch.
 
-    batches yields normalised images [N, 3, side, side]; draw_views(step, micro_step, N) gives their views;
-    after_window(step) logs, saves and may raise to stop.
+    batches yields normalised images [N, 3, side, side]; draw_views(step, micro_step, N) gives their
+    views; after_window(step) logs, saves and may raise to stop.
     """
     training.network.train()
     for step in steps:

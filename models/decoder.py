@@ -65,7 +65,9 @@ def visual_cue(
 
 
 class Decoder(nn.Module):
-    """What both decoders share: embedding, positions, mask tokens with their visual cue, output layers."""
+    """What both decoders share: embedding, positions, mask tokens with their visual cue, output
+    layers.
+    """
 
     def __init__(
         self, *, grid_size: int, encoder_dim: int, dim: int, visual_cue: bool, freeze_pe: bool
@@ -79,7 +81,8 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, encoder_dim)
 
     def embed_visible(self, latents: Tensor, visible_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """latents [N, 1 + V, encoder_dim] -> embedded [N, 1 + V, d] without and with position rows."""
+        """latents [N, 1 + V, encoder_dim] -> embedded [N, 1 + V, d] without and with position rows.
+        """
         embedded = self.embed(latents)
         class_row = self.pos_embed.class_row().expand(embedded.shape[0], -1, -1)
         positions = torch.cat([class_row, self.pos_embed.patch_rows(visible_ids)], dim=1)
@@ -103,7 +106,9 @@ class CrossDecoder(Decoder):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the decoder's class token first."""
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the decoder's class token
+        first.
+        """
         embedded, context = self.embed_visible(latents, visible_ids)
         cls_token = self.cls_token + self.pos_embed.class_row()
         queries = self.mask_tokens(embedded, visible_ids, masked_ids)
@@ -123,7 +128,9 @@ class SelfDecoder(Decoder):
         self.apply(initialise_weights)
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the encoder's class token first."""
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the encoder's class token
+        first.
+        """
         embedded, visible = self.embed_visible(latents, visible_ids)
         tokens = torch.cat([visible, self.mask_tokens(embedded, visible_ids, masked_ids)], dim=1)
         for block in self.blocks:

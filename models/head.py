@@ -1,11 +1,14 @@
-"""Projection head: the MLP on top of the encoder, present while pre-training and removed for evaluation."""
+"""Projection head: the MLP on top of the encoder, present while pre-training and removed for
+evaluation.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class ProjectionHead(nn.Module):
-    """mlp_depth linear layers without bias, each followed by LayerNorm (eps 1e-5), GELU after every hidden one.
+    """mlp_depth linear layers without bias, each followed by LayerNorm (eps 1e-5), GELU after every
+    hidden one.
 
     dim -> mlp_dim -> ... -> mlp_dim -> dim; mlp_depth 1 is dim -> dim; mlp_depth 0 is the identity.
     """
@@ -14,7 +17,8 @@ class ProjectionHead(nn.Module):
         super().__init__()
         self.depth = mlp_depth
         widths = [dim] + [mlp_dim] * (mlp_depth - 1) + [dim]
-        # Named linear0, norm0, ... and not held in a list: these are the key names of the published checkpoint.
+        # Named linear0, norm0, ... and not held in a list: these are the key names of the published
+        # checkpoint.
         for layer in range(mlp_depth):
             linear = nn.Linear(widths[layer], widths[layer + 1], bias=False)
             self.add_module(f"linear{layer}", linear)

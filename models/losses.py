@@ -1,4 +1,5 @@
-"""Losses on latents. predictions, targets: [N, M, D]. Always float32, whatever the networks used."""
+"""Losses on latents. predictions, targets: [N, M, D]. Always float32, whatever the networks used.
+"""
 
 from dataclasses import dataclass
 
@@ -55,7 +56,8 @@ def prediction_loss(name: str, predictions: Tensor, targets: Tensor, tau: float)
 
 
 def average_similarity(tokens: Tensor) -> Tensor:
-    """Cosine averaged over all pairs of tokens of an image (each with itself included) and over the batch.
+    """Cosine averaged over all pairs of tokens of an image (each with itself included) and over the
+    batch.
 
     The mean over all pairs is the squared norm of the mean unit vector: O(L D), no L x L matrix.
     """

@@ -26,7 +26,8 @@ def make_target(encoder: Encoder, depth: int | None) -> Encoder:
 class MovingAverage:
     """target <- momentum * target + (1 - momentum) * online.
 
-    Parameters are paired by name, so that a target of fewer blocks follows exactly the blocks that it copied.
+    Parameters are paired by name, so that a target of fewer blocks follows exactly the blocks that
+    it copied.
     """
 
     def __init__(self, target: nn.Module, online: nn.Module):

@@ -30,7 +30,8 @@ def sample_views(
     permutation = noise.argsort(dim=1)
     offsets = (None, None)
     if patch_gap > 0:
-        # 0 .. gap-1: the value `gap` is never drawn, which keeps neighbours at least one pixel apart.
+        # 0 .. gap-1: the value `gap` is never drawn, which keeps neighbours at least one pixel
+        # apart.
         shape = (2, batch_size, grid_size, grid_size)
         offsets = torch.randint(patch_gap, shape, generator=generator, device=device).unbind(0)
     return Views(permutation[:, :num_vis], permutation[:, num_vis:], *offsets)
@@ -45,7 +46,8 @@ def extract_patches(
 ) -> Tensor:
     """images [N, C, H, W] -> patches [N, L, patch_size * patch_size * C].
 
-    Patches run row by row over the grid; inside a patch the order is row, column, channel (channel fastest).
+    Patches run row by row over the grid; inside a patch the order is row, column, channel (channel
+    fastest).
     """
     batch_size, channels, height, width = images.shape
     cell = patch_size + patch_gap
@@ -67,7 +69,8 @@ def extract_patches(
 
 
 def take_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """tokens [N, L, D] (or [1, L, D] for a table that all images share), ids [N, K] -> [N, K, D]."""
+    """tokens [N, L, D] (or [1, L, D] for a table that all images share), ids [N, K] -> [N, K, D].
+    """
     if tokens.shape[0] == 1:
         return tokens[0][ids]
     sample = torch.arange(tokens.shape[0], device=tokens.device)[:, None]

@@ -107,7 +107,9 @@ class Encoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def embed_tokens(self, patches: Tensor, ids: Tensor) -> Tensor:
-        """patches [N, K, patch_dim] at the positions ids [N, K] -> [N, 1 + K, D], class token first."""
+        """patches [N, K, patch_dim] at the positions ids [N, K] -> [N, 1 + K, D], class token
+        first.
+        """
         tokens = self.embed(patches) + self.pos_embed.patch_rows(ids)
         cls_token = self.cls_token + self.pos_embed.class_row()
         return torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)

@@ -1,5 +1,14 @@
 """Numbers of a run: summed on the device, then written to the console, log.txt and TensorBoard."""
 
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -14,7 +23,8 @@ class DeviceMeters:
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.micro_steps = self.windows = 0
         self.window_loss = torch.zeros((), dtype=torch.float64, device=device)
-        # Since the start of the process. The loss is this rank's own; the gradient is common to all.
+        # Since the start of the process. The loss is this rank's own; the gradient is common to
+        # all.
         self.bad_losses = FaultCounter(device)
         self.bad_gradients = FaultCounter(device)
 
@@ -23,11 +33,8 @@ class DeviceMeters:
         self.window_loss += metrics[0]
         self.micro_steps += 1
 
-    def count_bad_gradient(self, step: int, is_bad: Tensor) -> None:
-        self.bad_gradients.count(step, is_bad)
-
     def add_window(self, step: int, grad_norm: Tensor) -> None:
-        self.bad_losses.count(step, ~self.window_loss.isfinite())
+        self.bad_losses.add(step, ~self.window_loss.isfinite())
         self.window_loss.zero_()
         self.grad_norm += grad_norm
         self.windows += 1
@@ -41,14 +48,179 @@ class DeviceMeters:
         self.micro_steps = self.windows = 0
         return dict(zip((*METRICS, "grad_norm"), values, strict=True))
 
+    def count_faults(self) -> int:
+        return int(self.bad_losses.count + self.bad_gradients.count)
+
+    def faults(self) -> list[tuple[int, str, int]]:
+        """(first step, what, how many steps) for what went wrong on this rank."""
+        counters = {"loss": self.bad_losses, "gradient": self.bad_gradients}
+        return [
+            (int(counter.first_step), what, int(counter.count))
+            for what, counter in counters.items()
+            if counter.count
+        ]
+
 
 class FaultCounter:
     """How many steps went wrong and which was the first, without asking the device."""
 
     def __init__(self, device: torch.device):
-        self.state = torch.tensor([0, -1], dtype=torch.int64).to(device)  # how many, first step
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.first_step = torch.zeros((), dtype=torch.int64, device=device)
 
-    def count(self, step: int, is_bad: Tensor) -> None:
-        is_first = is_bad & (self.state[0] == 0)
-        self.state[1] += is_first * (step + 1)  # from -1 to step
-        self.state[0] += is_bad
+    def add(self, step: int, is_bad: Tensor) -> None:
+        is_first = is_bad & (self.count == 0)
+        self.first_step += is_first * step
+        self.count += is_bad
+
+
+class RunLog:
+    """Where a run writes: lines on the console (or a progress bar on a terminal), log.txt with one
+    JSON object per line, TensorBoard. Only the first process writes; for the others this is silent.
+
+    A resumed run first drops what the interrupted one had logged beyond its checkpoint, so that no
+    step is there twice.
+    """
+
+    def __init__(self, job: Path, is_main: bool, total_steps: int, resumed_step: int = 0):
+        self.job, self.is_main = job, is_main
+        self.bar = ProgressBar(total_steps) if is_main and sys.stderr.isatty() else None
+        if not is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed by one process
+
+        path = job / "log.txt"
+        keep_until_step(path, resumed_step)
+        self.file = open(path, "a")  # noqa: SIM115 (open for the whole run)
+        folder = job / "tensorboard"
+        if resumed_step == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.tensorboard = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self.is_main:
+            if self.bar is not None:
+                self.bar.clear()
+            print(text, flush=True)
+
+    def record(self, values: dict[str, float], step: int, summary: str) -> None:
+        """Numbers of one step: to log.txt and TensorBoard, and as a line or beside the bar."""
+        if not self.is_main:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+        self.tensorboard.flush()  # so that a kill -9 loses nothing that a checkpoint already has
+        if self.bar is not None:
+            self.bar.summary = summary
+            self.bar.draw(step)
+        else:
+            print(summary, flush=True)
+
+    def values_of(self, name: str) -> dict[int, float]:
+        """What log.txt has of one number, by step. For the first process."""
+        records = map(json.loads, (self.job / "log.txt").read_text().splitlines())
+        return {record["step"]: record[name] for record in records if name in record}
+
+    def progress(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step)
+
+    def close(self) -> None:
+        if self.is_main:
+            if self.bar is not None:
+                self.bar.clear()
+            self.file.close()
+            self.tensorboard.close()
+
+
+def keep_until_step(path: Path, last_step: int) -> None:
+    """Drop what a log has beyond a step, and a last line that was cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= last_step and last_step > 0:
+                kept.append(line + "\n")
+    unfinished = path.with_suffix(".writing")
+    unfinished.write_text("".join(kept))
+    unfinished.replace(path)
+
+
+class ProgressBar:
+    """One line on stderr, drawn again at most ten times a second."""
+
+    def __init__(self, total: int, width: int = 24):
+        self.total, self.width = total, width
+        self.summary = ""
+        self.drawn_at = 0.0
+
+    def update(self, step: int) -> None:
+        if time.monotonic() - self.drawn_at > 0.1:
+            self.draw(step)
+
+    def draw(self, step: int) -> None:
+        filled = self.width * step // self.total
+        bar = "#" * filled + "." * (self.width - filled)
+        line = f"[{bar}] {step}/{self.total}  {self.summary}"
+        columns = shutil.get_terminal_size().columns
+        print(f"\r\033[K{line[: columns - 1]}", end="", file=sys.stderr, flush=True)
+        self.drawn_at = time.monotonic()
+
+    def clear(self) -> None:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+class Speed:
+    """Images per second, share of the time spent waiting for data, and time left."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.waited = 0.0
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """Pass batches through; the time until each is there counts as waiting."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def read(self, windows: int, images_per_window: int, windows_left: int) -> dict[str, float]:
+        """Since the last call."""
+        now = time.perf_counter()
+        seconds = now - self.last
+        values = {
+            "images_per_second": windows * images_per_window / seconds,
+            "data_wait": self.waited / seconds,
+            "eta_seconds": windows_left * seconds / windows,
+        }
+        self.last, self.waited = now, 0.0
+        return values
+
+    @contextmanager
+    def pause(self):
+        """What happens inside (an evaluation) counts neither as training nor as waiting."""
+        start = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - start
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Peak, in GB: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def readable_time(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hours}:{minutes:02}:{seconds:02}"

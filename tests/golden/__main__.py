@@ -1,4 +1,6 @@
-"""python -m tests.golden DIR: one line per NAME.json / NAME.npz pair in DIR; exit status 1 if any number is off."""
+"""python -m tests.golden DIR: one line per NAME.json / NAME.npz pair in DIR; exit status 1 if any
+number is off.
+"""
 
 import sys
 from pathlib import Path

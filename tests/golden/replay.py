@@ -1,7 +1,8 @@
 """Replay a golden pair (NAME.json: configuration, NAME.npz: numbers) with our models and engine.
 
-state/* start weights, forward/* one forward pass, grad/* its gradients, features/* full-image encoder outputs,
-train/S/* inputs of the training iterations, train/log their rows, final/* the weights after them.
+state/* start weights, forward/* one forward pass, grad/* its gradients, features/* full-image
+encoder outputs, train/S/* inputs of the training iterations, train/log their rows, final/* the
+weights after them.
 """
 
 import json

@@ -1,0 +1,1 @@
+"""Data sets, image transforms and the loaders that bring batches to the device."""

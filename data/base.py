@@ -1,0 +1,67 @@
+"""What every data set offers, and the one error type for bad input."""
+
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+# What Pillow is known to raise for a damaged file. Anything else is a bug and should show as one.
+UNREADABLE = (
+    OSError,  # includes PIL.UnidentifiedImageError and "image file is truncated"
+    EOFError,
+    SyntaxError,  # broken PNG chunks
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class DataError(ValueError):
+    """The data or its settings are unusable; the message says what would be valid."""
+
+
+class ImageDataset:
+    """Numbered images, with or without labels."""
+
+    classes: list[str] | None = None
+    labels: np.ndarray | None = None  # int64 [N]; -1 marks a single image without label
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def load(self, index: int) -> Image.Image:
+        """The image in RGB; raises one of UNREADABLE if it cannot be decoded."""
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """Where the image comes from, for messages to people."""
+        raise NotImplementedError
+
+
+class ArrayDataset(ImageDataset):
+    """Images that all fit in memory: uint8 [N, H, W, 3]."""
+
+    def __init__(
+        self, name: str, images: np.ndarray, labels: np.ndarray, classes: list[str]
+    ) -> None:
+        self.name = name
+        self.images = images
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(self.images[index]))
+
+    def describe(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+def first_few(names: list[str], count: int = 5) -> str:
+    """'a, b, c (and 7 more)': error messages stay readable however much is wrong."""
+    shown = ", ".join(names[:count])
+    return shown if len(names) <= count else f"{shown} (and {len(names) - count} more)"

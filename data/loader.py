@@ -1,0 +1,265 @@
+"""Batches on the device: which images, in which order, decoded by which process.
+
+Everything here follows from (seed, step): a run that resumes at any step goes on with the very
+batches it would have seen, and neither the number of workers nor the split into processes and
+accumulation steps changes the images of a step.
+"""
+
+import logging
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.base import UNREADABLE, DataError, ImageDataset, first_few
+
+logger = logging.getLogger("lmim.data")
+
+# Keeps these random streams apart from others that start from the same seed.
+ORDER_STREAM = 2
+# So many unreadable images in a row are no accident: the file server is gone, or the code is wrong.
+MOST_NEIGHBOURS = 20
+NO_LABEL = -1
+
+
+class TrainBatch(NamedTuple):
+    """One micro-step of one process."""
+
+    images: Tensor  # uint8 [B, 3, H, W], on the device
+    labels: Tensor  # int64 [B], on the device; -1 where there is none
+    unreadable: list[str]  # images that could not be read; others took their places
+
+
+class EvalBatch(NamedTuple):
+    images: Tensor  # uint8 [B, 3, H, W], on the device
+    labels: Tensor | None  # int64 [B], on the device; None if the data set has none
+    indices: Tensor  # int64 [B], on the device
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """The order of the images in one epoch: int64 [size]."""
+    rng = np.random.default_rng([ORDER_STREAM, seed, epoch])
+    return torch.from_numpy(rng.permutation(size))
+
+
+class TrainLoader:
+    """An endless shuffled stream of batches for one process (`rank`) of `world_size`.
+
+    A window is what one optimiser step sees: accum_iter micro-steps of all processes. Windows are
+    always whole: the images that are left over at the end of an epoch are not run.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image, int, int], Tensor],
+        seed: int,
+        batch_size: int,
+        accum_iter: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        device: torch.device | str,
+        max_bad_images: float = 0.001,
+    ) -> None:
+        self.dataset = dataset
+        self.samples = _TrainSamples(dataset, transform)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.accum_iter = accum_iter
+        self.rank = rank
+        self.world_size = world_size
+        self.num_workers = num_workers
+        self.device = torch.device(device)
+        self.max_bad_images = max_bad_images
+        self.bad_images: set[str] = set()
+
+        images_per_window = batch_size * accum_iter * world_size
+        self.windows_per_epoch = len(dataset) // images_per_window
+        self.iterations_per_epoch = self.windows_per_epoch * accum_iter
+        if self.windows_per_epoch == 0:
+            raise DataError(
+                f"the dataset has {len(dataset)} images, but one step needs {images_per_window}: "
+                f"batch_size={batch_size} x accum_iter={accum_iter} x {world_size} processes"
+            )
+
+    def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
+        """One batch for each micro-step of the windows first_step .. last_step - 1.
+
+        Windows are counted from the start of training. The workers stay busy across epochs.
+        """
+        micro_steps = self._micro_steps(first_step, last_step)
+        batches = _load(self.samples, micro_steps, self.num_workers, self.device)
+        for images, labels, unreadable in batches:
+            batch = TrainBatch(images, labels, list(chain.from_iterable(unreadable)))
+            self._note_bad_images(batch.unreadable)
+            yield batch
+
+    def check_bad_images(self, world_total: int | None = None) -> None:
+        """Stop the training if too many different images could not be read.
+
+        world_total: the number over all processes, where the caller has added it up.
+        """
+        total = len(self.bad_images) if world_total is None else world_total
+        if total > self.max_bad_images * len(self.dataset):
+            seen_here = first_few(sorted(self.bad_images), 20) or "see the other processes' logs"
+            raise DataError(
+                f"{total} of {len(self.dataset)} images could not be read, more than "
+                f"max_bad_images={self.max_bad_images} allows: {seen_here}"
+            )
+
+    def _micro_steps(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
+        """For each micro-step the (epoch, index) of this process's images."""
+        order_epoch, order = None, None
+        for step in range(first_step, last_step):
+            epoch, window = divmod(step, self.windows_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = epoch, epoch_order(len(self.dataset), self.seed, epoch)
+            for micro_step in range(window * self.accum_iter, (window + 1) * self.accum_iter):
+                start = (micro_step * self.world_size + self.rank) * self.batch_size
+                indices = order[start : start + self.batch_size].tolist()
+                yield [(epoch, index) for index in indices]
+
+    def _note_bad_images(self, descriptions: list[str]) -> None:
+        for description in descriptions:
+            if description not in self.bad_images:
+                self.bad_images.add(description)
+                logger.warning("unreadable image, replaced by its neighbour: %s", description)
+
+
+class EvalLoader:
+    """The images of one process in order, each exactly once: a contiguous part of the data set."""
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], Tensor],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        device: torch.device | str,
+    ) -> None:
+        self.samples = _EvalSamples(dataset, transform)
+        first = len(dataset) * rank // world_size
+        last = len(dataset) * (rank + 1) // world_size
+        self.batches = [
+            range(start, min(start + batch_size, last)) for start in range(first, last, batch_size)
+        ]
+        self.labelled = dataset.labels is not None
+        self.num_workers = num_workers
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        batches = _load(self.samples, self.batches, self.num_workers, self.device)
+        for images, labels, indices in batches:
+            yield EvalBatch(
+                images, labels if self.labelled else None, torch.tensor(indices).to(self.device)
+            )
+
+
+# ---- What runs in the workers. -------------------------------------------------------------------
+# A worker hands a DataError over as a value: raised there, it would reach the user wrapped in the
+# worker's traceback.
+
+
+class _TrainSamples(Dataset):
+    """Addressed by (epoch, index): the crop depends on both."""
+
+    def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]] | DataError:
+        """(image, label, unreadable); an unreadable image is replaced by the next one."""
+        epoch, index = key
+        unreadable = []
+        for neighbour in range(index, index + MOST_NEIGHBOURS):
+            position = neighbour % len(self.dataset)
+            try:
+                # Crop with the numbers of the image asked for: the neighbour itself may have its
+                # own turn in this epoch, with another crop.
+                image = self.transform(self.dataset.load(position), epoch, index)
+                return image, _label(self.dataset, position), unreadable
+            except UNREADABLE as error:
+                unreadable.append(self.dataset.describe(position))
+                reason = error
+        return DataError(
+            f"{MOST_NEIGHBOURS} images in a row could not be read, the last one being "
+            f"{unreadable[-1]}: {type(reason).__name__}: {reason}"
+        )
+
+
+class _EvalSamples(Dataset):
+    """Addressed by index; the third part of each sample is that index."""
+
+    def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError:
+        """(image, label, index)"""
+        try:
+            image = self.transform(self.dataset.load(index))
+        except UNREADABLE as error:
+            return DataError(
+                f"cannot read {self.dataset.describe(index)}, and an evaluation leaves no image "
+                f"out: {type(error).__name__}: {error}"
+            )
+        return image, _label(self.dataset, index), index
+
+
+def _label(dataset: ImageDataset, index: int) -> int:
+    return NO_LABEL if dataset.labels is None else int(dataset.labels[index])
+
+
+def _collate(samples: list) -> tuple | DataError:
+    """(images, labels, the third part of each sample), or the first error."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    images, labels, rest = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels), rest
+
+
+def _start_worker(worker_id: int) -> None:
+    """The main process alone decides when to stop: a signal to the whole job must not kill workers.
+
+    They cannot outlive it: torch's workers end when their parent is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---- From the workers to the device. -------------------------------------------------------------
+
+
+def _load(
+    samples: Dataset, batches: Iterable[Iterable], num_workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+    """Decode `batches` (each a list of keys of `samples`) and bring them to the device."""
+    loader = DataLoader(
+        samples,
+        batch_sampler=batches,
+        collate_fn=_collate,
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        pin_memory=device.type == "cuda",
+        # torch draws a seed for each set of workers: not from the generator that others use.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        images, labels, rest = batch
+        # From pinned memory these copies run beside the computation.
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), rest

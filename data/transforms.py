@@ -1,0 +1,117 @@
+"""From a picture of any size to a uint8 tensor of one size, and from there to normalised floats.
+
+The random crop is a pure function of (seed, epoch, index): neither the number of workers nor an
+interruption changes what the model sees.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# Keeps these random streams apart from others that start from the same seed.
+AUGMENTATION_STREAM = 1
+CROP_ATTEMPTS = 10
+NARROWEST, WIDEST = 3 / 4, 4 / 3
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom: right and bottom are outside
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers that belong to one image in one epoch."""
+    return np.random.default_rng([AUGMENTATION_STREAM, seed, epoch, index])
+
+
+def random_resized_crop_box(
+    width: int, height: int, min_scale: float, rng: np.random.Generator
+) -> Box:
+    """A crop of min_scale..1 of the area and of aspect ratio 3/4..4/3.
+
+    Same distribution as torchvision's RandomResizedCrop: crops that do not fit are drawn again, and
+    after ten attempts the largest central crop of an allowed aspect ratio is taken.
+    """
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * rng.uniform(min_scale, 1)
+        ratio = math.exp(rng.uniform(math.log(NARROWEST), math.log(WIDEST)))
+        crop_width = round(math.sqrt(area * ratio))
+        crop_height = round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(rng.integers(width - crop_width + 1))
+            top = int(rng.integers(height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    return central_crop_box(width, height)
+
+
+def central_crop_box(width: int, height: int) -> Box:
+    """The largest central crop of aspect ratio 3/4..4/3."""
+    crop_width = min(width, round(height * WIDEST))
+    crop_height = min(height, round(width / NARROWEST))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+class TrainTransform:
+    """Random crop, resize to side x side, and a mirror image half of the time."""
+
+    def __init__(self, side: int, min_crop: float, flip: bool, seed: int) -> None:
+        self.side = side
+        self.min_crop = min_crop
+        self.flip = flip
+        self.seed = seed
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        rng = sample_generator(self.seed, epoch, index)
+        box = random_resized_crop_box(*image.size, self.min_crop, rng)
+        # Two steps: resize(box=...) would blend in pixels from outside the box.
+        image = image.crop(box).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_tensor(image)
+
+
+class EvalTransform:
+    """Resize the shorter side to side / crop_ratio, then take the central side x side."""
+
+    def __init__(self, side: int, crop_ratio: float = 0.875) -> None:
+        self.side = side
+        self.shorter = round(side / crop_ratio)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        scale = min(image.size)
+        # Rounding down the longer side, like torchvision, gives the very same pixels.
+        width, height = (int(self.shorter * length / scale) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - self.side) / 2), round((height - self.side) / 2)
+        return to_tensor(image.crop((left, top, left + self.side, top + self.side)))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image to uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [..., 3, H, W] to float32 (pixel / 255 - mean) / std, on the device of the images."""
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
+    return images * scale + shift
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The normalisation as pixel * scale + shift, each [3, 1, 1].
+
+    Kept for each device: building them means a copy to the device, for which the host waits.
+    """
+    # An evaluation in inference mode may come first, and training could not use its tensors.
+    with torch.inference_mode(False):
+        mean_tensor = torch.tensor(mean, dtype=torch.float64).view(3, 1, 1)
+        std_tensor = torch.tensor(std, dtype=torch.float64).view(3, 1, 1)
+        scale = (1 / (255 * std_tensor)).to(device, torch.float32)
+        shift = (-mean_tensor / std_tensor).to(device, torch.float32)
+    return scale, shift

@@ -1,0 +1,273 @@
+"""Latent MIM pre-training: one process of it. Run by launcher.py, or by hand:
+
+torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from data.datasets import build_dataset
+from data.loader import EvalLoader, TrainLoader
+from data.transforms import EvalTransform, TrainTransform, normalise
+from engine_pretrain import Training, train_epoch
+from eval.nn import leave_one_out_accuracy
+from models.lmim import LatentMIM
+from models.losses import Objective
+from models.views import Views, sample_views
+from util import checkpoint
+from util.command import run_worker
+from util.distributed import (
+    Ranks,
+    broadcast_object,
+    default_workers,
+    join_processes,
+    leave_processes,
+)
+from util.job import prepare_job_directory
+from util.optim import build_adamw
+from util.precision import choose_precision
+from util.run_record import RunRecord
+from util.schedules import Schedule, peak_learning_rate
+
+VIEWS_STREAM = 3  # keeps these random numbers apart from the data's, which start from the same seed
+
+
+def main(cfg: DictConfig) -> None:
+    ranks = join_processes()
+    try:
+        pretrain(cfg, ranks)
+    finally:
+        leave_processes()
+
+
+def pretrain(cfg: DictConfig, ranks: Ranks) -> None:
+    # 1. Data and networks.
+    precision = choose_precision(cfg.precision, ranks.device)
+    loader, evaluation = build_data(cfg, ranks)
+    job = prepare_job_directory(cfg, ranks.is_main)
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg).to(ranks.device)
+
+    # 2. The training state: new, or the newest checkpoint's.
+    resumed = find_checkpoint(cfg, job, ranks)
+    if resumed is not None:
+        checkpoint.load_weights(model, resumed["state_dict"], job / "checkpoints")
+    training = build_training(cfg, model, precision, ranks)
+    step = 0 if resumed is None else restore(training, resumed, loader)
+
+    # 3. Epochs, from wherever that is to the end.
+    run = RunRecord(cfg, ranks, job, training, loader, step)
+    run.introduce()
+    if cfg.eval_at_start and step == 0:
+        evaluate(cfg, ranks, run, model, evaluation, epoch=0)
+    if isinstance(training.network, DistributedDataParallel):
+        settle_gradient_buckets(cfg, training)
+    total_steps = cfg.epochs * loader.windows_per_epoch
+    images = normalised_images(cfg, run.speed.timed(loader.stream(step, total_steps)))
+    draw_views = view_source(cfg, ranks)
+    for epoch in range(step // loader.windows_per_epoch, cfg.epochs):
+        end = (epoch + 1) * loader.windows_per_epoch
+        steps = range(step, end)
+        train_epoch(training, images, draw_views, steps, loader.windows_per_epoch, run.after_window)
+        step, finished = end, epoch + 1
+        if cfg.eval_freq and (finished % cfg.eval_freq == 0 or finished == cfg.epochs):
+            evaluate(cfg, ranks, run, model, evaluation, finished)
+        if finished % cfg.save_freq == 0 or finished == cfg.epochs:
+            run.save(step, finished)
+    run.finish()
+
+
+# --- what is built ------------------------------------------------------------------------------
+
+
+def build_data(cfg: DictConfig, ranks: Ranks) -> tuple[TrainLoader, EvalLoader | None]:
+    """The training stream, and the evaluation images if they have labels."""
+    options = OmegaConf.to_container(cfg.dataset.options)
+    train_set = build_dataset(cfg.dataset.name, "train", cfg.data_path, options)
+    num_workers = default_workers() if cfg.num_workers is None else cfg.num_workers
+    train_side = cfg.grid_size * (cfg.patch_size + cfg.patch_gap)
+    loader = TrainLoader(
+        dataset=train_set,
+        transform=TrainTransform(train_side, cfg.min_crop, cfg.dataset.flip, cfg.seed),
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        accum_iter=cfg.accum_iter,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_workers=num_workers,
+        device=ranks.device,
+        max_bad_images=cfg.max_bad_images,
+    )
+    eval_set = build_dataset(cfg.dataset.name, "eval", cfg.data_path, options)
+    if eval_set.labels is None:
+        return loader, None
+    eval_side = cfg.grid_size * cfg.patch_size
+    evaluation = EvalLoader(
+        dataset=eval_set,
+        transform=EvalTransform(eval_side, cfg.dataset.crop_ratio),
+        batch_size=cfg.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_workers=num_workers,
+        device=ranks.device,
+    )
+    return loader, evaluation
+
+
+def build_model(cfg: DictConfig) -> LatentMIM:
+    return LatentMIM(
+        grid_size=cfg.grid_size,
+        patch_size=cfg.patch_size,
+        patch_gap=cfg.patch_gap,
+        embed_dim=cfg.encoder.embed_dim,
+        depth=cfg.encoder.depth,
+        num_heads=cfg.encoder.num_heads,
+        freeze_pe=cfg.freeze_pe,
+        mlp_dim=cfg.proj.mlp_dim,
+        mlp_depth=cfg.proj.mlp_depth,
+        decoder=cfg.decoder.name,
+        decoder_embed_dim=cfg.decoder_embed_dim,
+        decoder_depth=cfg.decoder_depth,
+        decoder_num_heads=cfg.decoder_num_heads,
+        avg_vis_mask_token=cfg.avg_vis_mask_token,
+        target=cfg.target.name,
+        target_depth=cfg.target_depth,
+        mask_target=cfg.mask_target,
+    )
+
+
+def build_training(cfg: DictConfig, model: LatentMIM, precision: str, ranks: Ranks) -> Training:
+    network = model
+    if ranks.world_size > 1:
+        network = DistributedDataParallel(
+            model,
+            device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,  # they are constants
+            gradient_as_bucket_view=True,
+        )
+    peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
+    return Training(
+        network=network,
+        model=model,
+        optimizer=build_adamw(model, cfg.weight_decay),
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
+        objective=Objective(cfg.loss.name, cfg.tau, cfg.avg_sim_coeff),
+        schedule=Schedule(
+            peak_lr=peak_lr,
+            min_lr_frac=cfg.min_lr_frac,
+            warmup_epochs=cfg.warmup_epochs,
+            epochs=cfg.epochs,
+            target_mom=cfg.target_mom,
+            sim_init=cfg.sim_init,
+            sim_end=cfg.sim_end,
+        ),
+        device=ranks.device,
+        accum_iter=cfg.accum_iter,
+        precision=precision,
+        clip_grad=cfg.clip_grad,
+    )
+
+
+def settle_gradient_buckets(cfg: DictConfig, training: Training) -> None:
+    """DistributedDataParallel groups gradients anew after the first backward pass, which changes
+    the order of summation over more than two processes. One pass on blank images settles this
+    before the first step, of a new run and of a resumed one alike: both then sum in the same order.
+    """
+    side = cfg.grid_size * (cfg.patch_size + cfg.patch_gap)
+    images = torch.zeros(2, 3, side, side, device=training.device)
+    generator = torch.Generator(training.device).manual_seed(0)
+    views = sample_views(2, cfg.grid_size, cfg.num_vis, cfg.patch_gap, generator)
+    with training.autocast():
+        latents = training.network(images, views)
+    training.objective(latents, 0.0)[0].backward()
+    training.optimizer.zero_grad(set_to_none=True)
+
+
+def view_source(cfg: DictConfig, ranks: Ranks) -> Callable[[int, int, int], Views]:
+    """Views as a function of (seed, step, micro-step, rank), drawn on the device."""
+    generator = torch.Generator(ranks.device)
+
+    def draw_views(step: int, micro_step: int, batch_size: int) -> Views:
+        counter = [VIEWS_STREAM, cfg.seed, step, micro_step, ranks.rank]
+        generator.manual_seed(int(np.random.SeedSequence(counter).generate_state(1)[0]))
+        return sample_views(batch_size, cfg.grid_size, cfg.num_vis, cfg.patch_gap, generator)
+
+    return draw_views
+
+
+def normalised_images(cfg: DictConfig, batches: Iterator) -> Iterator[Tensor]:
+    for batch in batches:
+        yield normalise(batch.images, cfg.dataset.mean, cfg.dataset.std)
+
+
+# --- going on from a checkpoint -----------------------------------------------------------------
+
+
+def find_checkpoint(cfg: DictConfig, job: Path, ranks: Ranks) -> dict | None:
+    """Rank 0 chooses the newest readable file, all ranks read that one."""
+    if not cfg.resume:
+        return None
+    choice = None
+    if ranks.is_main:
+        try:
+            newest = checkpoint.newest_readable(job / "checkpoints", report=print_error)
+        except checkpoint.CheckpointError as error:
+            choice = error
+        else:
+            choice = newest and newest[0]
+    choice = broadcast_object(choice, ranks)
+    if isinstance(choice, checkpoint.CheckpointError):
+        raise choice
+    if choice is None:
+        return None
+    return newest[1] if ranks.is_main else checkpoint.load_file(choice)
+
+
+def restore(training: Training, resumed: dict, loader: TrainLoader) -> int:
+    """Optimiser and scaler as they were. -> the number of finished steps"""
+    training.optimizer.load_state_dict(resumed["optimizer"])
+    training.scaler.load_state_dict(resumed["loss_scaler"])
+    if resumed["windows_per_epoch"] != loader.windows_per_epoch:
+        raise checkpoint.CheckpointError(
+            f"the checkpoint's epochs have {resumed['windows_per_epoch']} steps and this run's "
+            f"{loader.windows_per_epoch}: use the same dataset and the same "
+            f"batch_size * accum_iter * processes"
+        )
+    return resumed["step"]
+
+
+def print_error(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- nearest neighbours while it trains ---------------------------------------------------------
+
+
+def evaluate(
+    cfg: DictConfig,
+    ranks: Ranks,
+    run: RunRecord,
+    model: LatentMIM,
+    evaluation: EvalLoader | None,
+    epoch: int,
+) -> None:
+    if evaluation is None:
+        return
+
+    def normalised(images: Tensor) -> Tensor:
+        return normalise(images, cfg.dataset.mean, cfg.dataset.std)
+
+    with run.speed.pause():
+        accuracy, images = leave_one_out_accuracy(model.encoder, evaluation, normalised, ranks)
+    run.record_accuracy(accuracy, images, epoch)
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__)

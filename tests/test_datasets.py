@@ -1,0 +1,400 @@
+"""Data sets: every layout on real files, every kind of bad input, and what the drawings promise."""
+
+import warnings
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from scipy.io import savemat
+
+from data.datasets import DATASETS, UNREADABLE, DataError, build_dataset
+from data.files import PathList
+from data.imagenet import GROUND_TRUTH, META, SUBSET_FILE
+from data.shapes import OUTLINES
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "dataset"
+WNIDS = ["n01440764", "n01443537", "n01484850"]
+
+
+def save_image(path: Path, red: int = 128, size: tuple[int, int] = (20, 16)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (red, 40, 40)).save(path)
+    return path
+
+
+def red_of(image: Image.Image) -> int:
+    return int(np.asarray(image)[..., 0].mean().round())
+
+
+# ---- Folders of files. ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image_tree(tmp_path):
+    """Two training classes, one of them with a nested folder; the brightness tells the class."""
+    for name in ("b.jpg", "a.PNG", "deep/er/c.jpeg"):
+        save_image(tmp_path / "train" / "cat" / name, red=10)
+    save_image(tmp_path / "train" / "ant" / "x.bmp", red=200)
+    save_image(tmp_path / "val" / "cat" / "y.webp", red=10)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    save_image(tmp_path / "train" / "cat" / ".hidden.jpg")
+    save_image(tmp_path / "train" / ".cache" / "thumbnail.jpg")
+    return tmp_path
+
+
+def test_imagefolder_finds_each_image_once_with_its_class(image_tree):
+    train = build_dataset("imagefolder", "train", image_tree)
+    assert train.classes == ["ant", "cat"]
+    assert train.labels.dtype == np.int64
+    paths = [Path(train.describe(i)).relative_to(image_tree / "train") for i in range(len(train))]
+    expected = ["ant/x.bmp", "cat/a.PNG", "cat/b.jpg", "cat/deep/er/c.jpeg"]
+    assert [path.as_posix() for path in paths] == expected
+    assert train.labels.tolist() == [0, 1, 1, 1]
+    for index, label in enumerate(train.labels):
+        assert abs(red_of(train.load(index)) - (200, 10)[label]) < 5
+
+
+def test_imagefolder_labels_evaluation_images_by_the_training_classes(image_tree):
+    evaluation = build_dataset("imagefolder", "eval", image_tree)
+    assert evaluation.classes == ["ant", "cat"]
+    assert evaluation.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_imagefolder_accepts_other_names_for_val(image_tree, name):
+    (image_tree / "val").rename(image_tree / name)
+    evaluation = build_dataset("imagefolder", "eval", image_tree)
+    assert f"/{name}/cat/y.webp" in evaluation.describe(0)
+
+
+def test_imagefolder_rejects_evaluation_classes_unknown_in_training(image_tree):
+    save_image(image_tree / "val" / "zebra" / "z.jpg")
+    with pytest.raises(DataError, match="val has classes without a folder in .*train: zebra$"):
+        build_dataset("imagefolder", "eval", image_tree)
+
+
+def test_imagefolder_names_what_is_missing(image_tree, tmp_path):
+    (image_tree / "train" / "dog").mkdir()
+    for name in ("imagefolder", "imagenet"):
+        with pytest.raises(DataError, match="contain no images: dog; expected files ending in"):
+            build_dataset(name, "train", image_tree)
+    (image_tree / "val").rename(image_tree / "elsewhere")
+    with pytest.raises(DataError, match="expected one named val or validation or test"):
+        build_dataset("imagefolder", "eval", image_tree)
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="contains no class folders; expected .*/CLASS"):
+        build_dataset("imagefolder", "train", tmp_path / "empty")
+    with pytest.raises(DataError, match="elsewhere/train does not exist"):
+        build_dataset("imagefolder", "train", image_tree / "elsewhere")
+
+
+def test_folder_has_no_labels_and_one_set_of_images(image_tree):
+    train, evaluation = (build_dataset("folder", split, image_tree) for split in ("train", "eval"))
+    assert train.labels is None and train.classes is None and evaluation.labels is None
+    assert len(train) == 5
+    assert [train.describe(i) for i in range(5)] == [evaluation.describe(i) for i in range(5)]
+
+
+def test_folder_without_images_is_an_error(tmp_path):
+    (tmp_path / "readme.txt").touch()
+    with pytest.raises(DataError, match="contains no images; expected files ending in .jpg"):
+        build_dataset("folder", "train", tmp_path)
+
+
+def test_path_list_returns_every_path_unchanged():
+    paths = ["/a/b.jpg", "", "/tmp/übung 1.png", "/tmp/bad\udcff.jpg", "/z"]
+    stored = PathList(paths)
+    assert [stored[i] for i in range(len(stored))] == paths
+
+
+# ---- Image formats. ------------------------------------------------------------------------------
+
+
+def save_16_bit(path: Path) -> None:
+    Image.fromarray(np.full((16, 20), 100 * 256, dtype=np.uint16)).save(path)
+
+
+def save_palette(path: Path) -> None:
+    image = Image.new("P", (20, 16), 1)
+    image.putpalette([0, 0, 0, 100, 100, 100])
+    image.save(path, transparency=b"\x00\x80")
+
+
+FORMATS = {
+    "grey.jpg": lambda path: Image.new("L", (20, 16), 100).save(path),
+    "cmyk.jpg": lambda path: Image.new("CMYK", (20, 16), (0, 0, 0, 155)).save(path),
+    "alpha.png": lambda path: Image.new("RGBA", (20, 16), (100, 100, 100, 0)).save(path),
+    "grey_alpha.png": lambda path: Image.new("LA", (20, 16), (100, 7)).save(path),
+    "palette.png": save_palette,
+    "sixteen_bit.png": save_16_bit,
+    "sixteen_bit.tif": save_16_bit,
+    "picture.gif": lambda path: Image.new("L", (20, 16), 100).save(path),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_becomes_the_same_rgb(tmp_path, name):
+    FORMATS[name](tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = build_dataset("folder", "train", tmp_path).load(0)
+    assert image.mode == "RGB" and image.size == (20, 16)
+    assert np.abs(np.asarray(image).astype(int) - 100).max() <= 2
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "text": lambda content: b"<html>404</html>",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_raise_a_known_error(tmp_path, damage):
+    path = tmp_path / "broken.jpg"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(UNREADABLE):
+        build_dataset("folder", "train", tmp_path).load(0)
+
+
+# ---- ImageNet. -----------------------------------------------------------------------------------
+
+
+def write_devkit(folder: Path, wnids: list[str], ground_truth: list[int]) -> None:
+    """A development kit whose IDs are ground truth numbers; inner nodes of the tree follow."""
+    rows = [(number, wnid, "words") for number, wnid in enumerate(wnids, 1)]
+    rows.append((len(wnids) + 1, "n00001740", "entity"))
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+    folder.mkdir(parents=True, exist_ok=True)
+    savemat(folder / META, {"synsets": np.array(rows, dtype=fields).reshape(-1, 1)})
+    (folder / GROUND_TRUTH).write_text("".join(f"{number}\n" for number in ground_truth))
+
+
+def save_flat_validation(root: Path, count: int) -> None:
+    for number in range(1, count + 1):
+        save_image(root / "val" / f"ILSVRC2012_val_{number:08d}.JPEG", red=number * 20)
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    for wnid in WNIDS:
+        save_image(tmp_path / "train" / wnid / f"{wnid}_1.JPEG")
+    return tmp_path
+
+
+@pytest.mark.parametrize("place", ["", "ILSVRC2012_devkit_t12/data", "devkit/data", "data"])
+def test_imagenet_labels_a_flat_validation_folder(imagenet, place):
+    # The kit numbers the classes in an order that is not the sorted one.
+    write_devkit(imagenet / place, [WNIDS[2], WNIDS[0], WNIDS[1]], [2, 1, 3, 1])
+    save_flat_validation(imagenet, 4)
+    evaluation = build_dataset("imagenet", "eval", imagenet)
+    numbers = [int(Path(evaluation.describe(i)).stem[-8:]) for i in range(len(evaluation))]
+    assert dict(zip(numbers, evaluation.labels, strict=True)) == {1: 0, 2: 2, 3: 1, 4: 2}
+    assert evaluation.classes == WNIDS
+    brightness = [red_of(evaluation.load(i)) for i in range(4)]
+    assert np.allclose(brightness, 20 * np.array(numbers), atol=3)
+
+
+def test_imagenet_reads_class_folders(imagenet):
+    save_image(imagenet / "val" / WNIDS[2] / "ILSVRC2012_val_00000001.JPEG")
+    assert build_dataset("imagenet", "train", imagenet).labels.tolist() == [0, 1, 2]
+    assert build_dataset("imagenet", "eval", imagenet).labels.tolist() == [2]
+
+
+def test_imagenet_says_which_part_is_missing(imagenet):
+    with pytest.raises(DataError, match="val does not exist"):
+        build_dataset("imagenet", "eval", imagenet)
+    save_flat_validation(imagenet, 2)
+    with pytest.raises(DataError, match=f"{GROUND_TRUTH} and {META} are needed.*devkit_t12"):
+        build_dataset("imagenet", "eval", imagenet)
+    write_devkit(imagenet, WNIDS, [1])
+    with pytest.raises(DataError, match="contains ILSVRC2012_val_00000002.JPEG; expected names"):
+        build_dataset("imagenet", "eval", imagenet)
+    write_devkit(imagenet, WNIDS, [1, 9])
+    with pytest.raises(DataError, match="has class 9, which meta.mat lacks"):
+        build_dataset("imagenet", "eval", imagenet)
+    write_devkit(imagenet, [*WNIDS, "n99999999"], [1, 4])
+    with pytest.raises(DataError, match="without a folder in .*train: n99999999"):
+        build_dataset("imagenet", "eval", imagenet)
+
+
+@pytest.fixture(scope="module")
+def subset() -> list[str]:
+    return SUBSET_FILE.read_text().split()
+
+
+@pytest.fixture
+def imagenet100(tmp_path, subset):
+    """The 100 classes and one that does not belong."""
+    for wnid in [*subset, "n00000001"]:
+        save_image(tmp_path / "train" / wnid / "image.JPEG", size=(4, 4))
+    return tmp_path
+
+
+def test_imagenet100_labels_are_line_numbers(imagenet100, subset):
+    train = build_dataset("imagenet100", "train", imagenet100)
+    assert len(train) == len(set(subset)) == 100 and train.classes == subset
+    for index in (0, 57, 99):
+        assert Path(train.describe(index)).parent.name == subset[train.labels[index]]
+
+
+def test_imagenet100_takes_its_classes_out_of_a_full_validation_set(imagenet100, subset):
+    write_devkit(imagenet100, ["n00000001", *subset[::-1]], list(range(1, 102)))
+    save_flat_validation(imagenet100, 101)
+    evaluation = build_dataset("imagenet100", "eval", imagenet100)
+    assert len(evaluation) == 100
+    for index in range(100):
+        number = int(Path(evaluation.describe(index)).stem[-8:])
+        assert evaluation.labels[index] == 101 - number
+
+
+def test_imagenet100_names_missing_classes(imagenet, subset):
+    with pytest.raises(DataError, match=f"lacks 100 of the 100 classes.*{min(subset)}, .* 95 more"):
+        build_dataset("imagenet100", "train", imagenet)
+
+
+# ---- Bad settings, for every data set. -----------------------------------------------------------
+
+
+BAD_SETTINGS = [
+    (("mnist", "train", None, {}), "'mnist'; choose one of digits, .*imagenet100.*stl10"),
+    (("digits", "val", None, {}), "'val'; choose one of train, eval"),
+    (("digits", "train", None, {"seed": 3}), "digits has no option 'seed'; valid: none"),
+    (("shapes", "train", None, {"size": 3}), "no option 'size'; valid: image_size, train_images"),
+    (("shapes", "train", None, {"image_size": 4}), "image_size=4 must be at least 8"),
+    (("shapes", "eval", None, {"eval_images": 0}), "eval_images=0 must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("settings, message", BAD_SETTINGS)
+def test_bad_settings_are_answered_with_the_valid_ones(settings, message):
+    with pytest.raises(DataError, match=message):
+        build_dataset(*settings)
+
+
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"digits", "shapes"}))
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_bad_data_path_is_named(name, split, tmp_path):
+    with pytest.raises(DataError, match=f"dataset {name} needs data_path: "):
+        build_dataset(name, split, None)
+    with pytest.raises(DataError, match=f"data_path={tmp_path}/nowhere does not exist; .*needs"):
+        build_dataset(name, split, f"{tmp_path}/nowhere")
+    save_image(tmp_path / "file.jpg")
+    with pytest.raises(DataError, match="file.jpg is not a folder"):
+        build_dataset(name, split, tmp_path / "file.jpg")
+
+
+TORCHVISION_FOLDERS = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "stl10": "stl10_binary",
+}
+
+
+@pytest.mark.parametrize("name, folder", TORCHVISION_FOLDERS.items())
+def test_torchvision_files_are_asked_for_and_checked(name, folder, tmp_path):
+    with pytest.raises(DataError, match=f"has no {folder}/; .*tar.gz"):
+        build_dataset(name, "train", tmp_path)
+    (tmp_path / folder).mkdir()
+    with pytest.raises(DataError, match="incomplete or damaged"):
+        build_dataset(name, "train", tmp_path)
+
+
+# ---- Data sets without files. --------------------------------------------------------------------
+
+
+def test_digits_are_scikit_learns_in_their_order():
+    from sklearn.datasets import load_digits
+
+    train, evaluation = build_dataset("digits", "train"), build_dataset("digits", "eval")
+    assert (len(train), len(evaluation)) == (1400, 397)
+    source = load_digits()
+    assert np.concatenate([train.labels, evaluation.labels]).tolist() == source.target.tolist()
+    for dataset, index, original in ((train, 0, 0), (evaluation, 0, 1400), (evaluation, 396, 1796)):
+        pixels = np.asarray(dataset.load(index))
+        assert pixels.shape == (8, 8, 3)
+        assert np.abs(pixels / 255 * 16 - source.images[original][..., None]).max() < 0.04
+    assert train.describe(12) == "digits/train[12]"
+
+
+def shapes(split="train", **options):
+    defaults = {"image_size": 48, "train_images": 40, "eval_images": 20}
+    return build_dataset("shapes", split, options=defaults | options)
+
+
+def test_shapes_are_a_function_of_seed_split_and_index():
+    first, again = shapes(), shapes()
+    for index in (0, 17):
+        assert first.load(index).tobytes() == again.load(index).tobytes()
+    assert shapes(seed=1).load(0).tobytes() != first.load(0).tobytes()
+    assert shapes("eval").load(0).tobytes() != first.load(0).tobytes()
+    assert first.load(0).tobytes() != first.load(10).tobytes()
+
+
+def test_shapes_have_ten_balanced_classes():
+    dataset = shapes()
+    assert (len(dataset), len(shapes("eval"))) == (40, 20)
+    assert len(dataset.classes) == 10
+    assert np.bincount(dataset.labels).tolist() == [4] * 10
+
+
+def test_shape_outlines_fit_their_disc_and_differ():
+    """The pose keeps the disc inside the image: an outline that fits it is never cut off."""
+    x, y = np.meshgrid(np.linspace(-1.5, 1.5, 301), np.linspace(-1.5, 1.5, 301))
+    areas = [outline(x, y) for outline in OUTLINES]
+    assert all(np.hypot(x, y)[area].max() <= 1 for area in areas)
+    for first, second in combinations(areas, 2):
+        assert (first & second).sum() < 0.85 * (first | second).sum()
+
+
+@pytest.mark.parametrize("side", [16, 33, 96])
+def test_shape_masks_lie_on_objects_that_stand_out(side):
+    dataset = shapes(image_size=side)
+    for index in range(20):
+        mask = dataset.mask(index)
+        assert dataset.load(index).size == (side, side)
+        assert mask.shape == (side, side) and mask.dtype == np.uint8
+        assert set(np.unique(mask)) == {0, dataset.labels[index] + 1}
+        assert 0.01 < (mask > 0).mean() < 0.6
+        pixels = np.asarray(dataset.load(index)) / 255
+        difference = pixels[mask > 0].mean(axis=0) - pixels[mask == 0].mean(axis=0)
+        assert np.linalg.norm(difference) > 0.05
+
+
+def test_shape_colours_do_not_tell_the_class():
+    """The mean colour of an object varies far more within a class than between classes."""
+    dataset = shapes(image_size=16, train_images=1000)
+    colours = np.stack(
+        [np.asarray(dataset.load(i))[dataset.mask(i) > 0].mean(axis=0) for i in range(1000)]
+    )
+    class_means = np.stack([colours[dataset.labels == label].mean(axis=0) for label in range(10)])
+    assert class_means.std(axis=0).max() < 0.25 * colours.std(axis=0).min()
+
+
+# ---- Configuration files. ------------------------------------------------------------------------
+
+
+def read_config(name: str) -> dict:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def test_each_data_set_has_a_config_with_the_same_keys():
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    assert names == sorted(DATASETS)
+    for name in names:
+        config = read_config(name)
+        assert list(config) == ["name", "flip", "crop_ratio", "mean", "std", "options"]
+        assert config["name"] == name
+
+
+@pytest.mark.parametrize("name", ["digits", "shapes"])
+def test_configured_mean_and_std_are_those_of_the_images(name):
+    config = read_config(name)
+    dataset = build_dataset(name, "train", options=config["options"])
+    pixels = np.stack([np.asarray(dataset.load(index)) for index in range(500)]) / 255
+    assert np.allclose(pixels.mean(axis=(0, 1, 2)), config["mean"], atol=0.02)
+    assert np.allclose(pixels.std(axis=(0, 1, 2)), config["std"], atol=0.02)

@@ -1,0 +1,305 @@
+"""The loaders' promises: the same batches for any workers, any split into processes, any resume."""
+
+import logging
+import os
+import signal
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.datasets import DataError, build_dataset
+from data.loader import EvalLoader, TrainLoader, epoch_order
+from data.transforms import EvalTransform, TrainTransform
+
+IMAGES = 50
+
+
+class Numbered:
+    """Images that carry their index as colour, so that a batch tells what it was made of."""
+
+    classes = None
+
+    def __init__(self, size: int = IMAGES, labelled: bool = True) -> None:
+        self.size = size
+        self.labels = np.arange(size) + 1000 if labelled else None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def load(self, index: int) -> Image.Image:
+        return Image.new("RGB", (12, 10), (index, 0, 0))
+
+    def describe(self, index: int) -> str:
+        return f"numbered[{index}]"
+
+
+def train_loader(dataset=None, **settings) -> TrainLoader:
+    defaults = {
+        "seed": 3,
+        "batch_size": 4,
+        "accum_iter": 1,
+        "rank": 0,
+        "world_size": 1,
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    transform = settings.pop("transform", TrainTransform(side=8, min_crop=0.2, flip=True, seed=3))
+    return TrainLoader(dataset or Numbered(), transform, **defaults | settings)
+
+
+def indices_of(batch) -> list[int]:
+    return batch.images[:, 0, 0, 0].tolist()
+
+
+def windows(loader: TrainLoader, first: int, last: int) -> list[list[int]]:
+    """The image indices of each window, micro-step after micro-step."""
+    batches = [indices_of(batch) for batch in loader.stream(first, last)]
+    steps = loader.accum_iter
+    return [sum(batches[start : start + steps], []) for start in range(0, len(batches), steps)]
+
+
+def assert_same_batches(ours, theirs) -> None:
+    ours, theirs = list(ours), list(theirs)
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+        assert one.unreadable == other.unreadable
+
+
+# ---- Order. --------------------------------------------------------------------------------------
+
+
+def test_epoch_order_is_a_permutation_that_seed_and_epoch_decide():
+    order = epoch_order(100, seed=1, epoch=2)
+    assert order.dtype == torch.int64
+    assert order.sort().values.tolist() == list(range(100))
+    assert torch.equal(order, epoch_order(100, seed=1, epoch=2))
+    assert not torch.equal(order, epoch_order(100, seed=1, epoch=3))
+    assert not torch.equal(order, epoch_order(100, seed=2, epoch=2))
+
+
+def test_an_epoch_runs_whole_windows_and_no_image_twice():
+    loader = train_loader(batch_size=4, accum_iter=3)
+    assert (loader.windows_per_epoch, loader.iterations_per_epoch) == (4, 12)
+    for epoch in range(2):
+        seen = sum(windows(loader, epoch * 4, epoch * 4 + 4), [])
+        assert seen == epoch_order(IMAGES, 3, epoch)[:48].tolist()
+
+
+def test_images_and_labels_belong_together():
+    batch = next(train_loader().stream(0, 1))
+    assert batch.images.shape == (4, 3, 8, 8) and batch.images.dtype == torch.uint8
+    assert batch.labels.dtype == torch.int64
+    assert batch.labels.tolist() == [index + 1000 for index in indices_of(batch)]
+
+
+def test_images_without_labels_get_minus_one():
+    batch = next(train_loader(Numbered(labelled=False)).stream(0, 1))
+    assert batch.labels.tolist() == [-1] * 4
+
+
+def test_a_data_set_smaller_than_one_window_is_an_error():
+    with pytest.raises(DataError, match="50 images, but one step needs 64: batch_size=16 x accum"):
+        train_loader(batch_size=16, accum_iter=2, world_size=2)
+
+
+# ---- What must not change the images of a step. --------------------------------------------------
+
+
+def test_processes_share_the_images_of_one_large_batch():
+    alone = [indices_of(batch) for batch in train_loader(batch_size=8).stream(0, 9)]
+    ranks = [train_loader(batch_size=4, world_size=2, rank=rank).stream(0, 9) for rank in range(2)]
+    shared = [indices_of(first) + indices_of(second) for first, second in zip(*ranks, strict=True)]
+    assert shared == alone
+
+
+def test_accumulation_splits_a_batch_without_changing_it():
+    assert windows(train_loader(batch_size=4, accum_iter=2), 0, 9) == windows(
+        train_loader(batch_size=8, accum_iter=1), 0, 9
+    )
+
+
+def test_processes_and_accumulation_together_see_each_window_once():
+    ranks = [
+        windows(train_loader(batch_size=3, accum_iter=2, world_size=2, rank=rank), 2, 7)
+        for rank in range(2)
+    ]
+    alone = windows(train_loader(batch_size=12), 2, 7)
+    for window, parts in zip(alone, zip(*ranks, strict=True), strict=True):
+        assert sorted(parts[0] + parts[1]) == sorted(window)
+
+
+def test_pixels_do_not_depend_on_the_number_of_workers():
+    dataset = build_dataset("shapes", "train", options={"image_size": 24, "train_images": 22})
+    # Five windows an epoch: the stream crosses epochs, and three workers share them unevenly.
+    streams = [train_loader(dataset, num_workers=workers).stream(3, 14) for workers in (0, 1, 3)]
+    expected, *others = (list(stream) for stream in streams)
+    assert len(expected) == 11
+    for other in others:
+        assert_same_batches(other, expected)
+
+
+@pytest.mark.parametrize("first_step", [1, 5, 6, 12, 13])
+def test_resuming_continues_the_uninterrupted_stream(first_step):
+    dataset = build_dataset("digits", "eval")
+    dataset.images = dataset.images[:IMAGES]
+    # Six windows an epoch: the starts lie inside epochs and on their borders.
+    whole = list(train_loader(dataset, accum_iter=2).stream(0, 15))
+    resumed = train_loader(dataset, accum_iter=2, num_workers=1).stream(first_step, 15)
+    assert_same_batches(resumed, whole[first_step * 2 :])
+
+
+def test_workers_leave_torchs_random_numbers_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    list(train_loader(num_workers=1).stream(0, 2))
+    assert torch.equal(torch.rand(1), expected)
+
+
+class WorkerSignals(Numbered):
+    """Sends its own process the signals of a scheduler before each image."""
+
+    def load(self, index: int) -> Image.Image:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+        return super().load(index)
+
+
+def test_workers_outlive_the_signals_of_the_scheduler():
+    assert_same_batches(
+        train_loader(WorkerSignals(), num_workers=2).stream(0, 6), train_loader().stream(0, 6)
+    )
+
+
+def test_a_stream_can_be_left_early():
+    stream = train_loader(num_workers=2).stream(0, 10_000)
+    assert len(list(islice(stream, 3))) == 3
+    stream.close()
+
+
+# ---- Unreadable images. --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged_folder(tmp_path):
+    """Twelve JPEG files 00.jpg .. 11.jpg, the brightness telling the number; 4, 5 and 11 broken."""
+    for number in range(12):
+        Image.new("RGB", (20, 20), (number * 20,) * 3).save(tmp_path / f"{number:02d}.jpg")
+    content = (tmp_path / "04.jpg").read_bytes()
+    (tmp_path / "04.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "05.jpg").write_bytes(b"")
+    (tmp_path / "11.jpg").write_text("not an image")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_replaced_by_the_next_and_reported(damaged_folder, workers, caplog):
+    dataset = build_dataset("folder", "train", damaged_folder)
+    loader = train_loader(dataset, batch_size=12, num_workers=workers)
+    with caplog.at_level(logging.WARNING, logger="lmim.data"):
+        batches = list(loader.stream(0, 2))
+    replaced = {4: 6, 5: 6, 11: 0}
+    for epoch, batch in enumerate(batches):
+        order = epoch_order(12, 3, epoch).tolist()
+        expected = [20 * replaced.get(index, index) for index in order]
+        assert np.allclose(batch.images[:, 0, 4, 4], expected, atol=3)
+        # 4 falls through to 5 and on to 6, so 5 is reported for both.
+        assert sorted(path[-6:] for path in batch.unreadable) == [
+            "04.jpg",
+            "05.jpg",
+            "05.jpg",
+            "11.jpg",
+        ]
+    broken = {str(damaged_folder / name) for name in ("04.jpg", "05.jpg", "11.jpg")}
+    assert loader.bad_images == broken
+    assert sorted(record.args[0] for record in caplog.records) == sorted(broken)
+
+
+class OddOnly(Numbered):
+    def load(self, index: int) -> Image.Image:
+        if index % 2 == 0:
+            raise OSError("even")
+        return super().load(index)
+
+
+def test_a_replacement_brings_its_own_label():
+    batch = next(train_loader(OddOnly(), batch_size=20).stream(0, 1))
+    assert batch.unreadable
+    assert all(index % 2 for index in indices_of(batch))
+    assert batch.labels.tolist() == [index + 1000 for index in indices_of(batch)]
+
+
+def test_too_many_unreadable_images_stop_the_training(damaged_folder):
+    dataset = build_dataset("folder", "train", damaged_folder)
+    tolerant = train_loader(dataset, max_bad_images=0.25)
+    strict = train_loader(dataset, max_bad_images=0.24)
+    for loader in (tolerant, strict):
+        list(loader.stream(0, 3))
+    tolerant.check_bad_images()
+    with pytest.raises(DataError, match=r"3 of 12 .* max_bad_images=0.24 .*04.jpg, .*05.jpg, .*11"):
+        strict.check_bad_images()
+    with pytest.raises(DataError, match="4 of 12 images could not be read"):
+        tolerant.check_bad_images(world_total=4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_without_any_readable_image_is_one_clear_error(tmp_path, workers):
+    for number in range(30):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    loader = train_loader(build_dataset("folder", "train", tmp_path), num_workers=workers)
+    with pytest.raises(DataError, match="^20 images in a row .* cannot identify image file"):
+        list(loader.stream(0, 1))
+
+
+def test_a_bug_is_not_taken_for_an_unreadable_image():
+    def broken_transform(image, epoch, index):
+        raise AttributeError("a bug")
+
+    with pytest.raises(AttributeError, match="a bug"):
+        list(train_loader(transform=broken_transform).stream(0, 1))
+
+
+# ---- Evaluation. ---------------------------------------------------------------------------------
+
+
+def eval_loader(dataset, batch_size=4, rank=0, world_size=1, num_workers=0) -> EvalLoader:
+    transform = EvalTransform(side=8)
+    return EvalLoader(dataset, transform, batch_size, rank, world_size, num_workers, "cpu")
+
+
+@pytest.mark.parametrize("size, world_size", [(50, 1), (50, 3), (8, 2), (2, 4)])
+def test_evaluation_shares_the_images_without_loss_or_repeat(size, world_size):
+    seen = []
+    for rank in range(world_size):
+        loader = eval_loader(Numbered(size), rank=rank, world_size=world_size)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        for batch in batches:
+            assert batch.indices.tolist() == indices_of(batch)
+            assert batch.labels.tolist() == [index + 1000 for index in indices_of(batch)]
+            seen.extend(indices_of(batch))
+    assert seen == list(range(size))
+
+
+def test_evaluation_without_labels_says_so():
+    assert next(iter(eval_loader(Numbered(labelled=False)))).labels is None
+
+
+def test_evaluation_does_not_depend_on_workers_and_can_be_repeated():
+    dataset = build_dataset("shapes", "eval", options={"image_size": 24, "eval_images": 10})
+    with_workers, without = (eval_loader(dataset, num_workers=workers) for workers in (2, 0))
+    for loader in (with_workers, without, with_workers):
+        images = torch.cat([batch.images for batch in loader])
+        expected = torch.stack([EvalTransform(side=8)(dataset.load(i)) for i in range(10)])
+        assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_stops_at_an_unreadable_image(damaged_folder, workers):
+    loader = eval_loader(build_dataset("folder", "eval", damaged_folder), num_workers=workers)
+    with pytest.raises(DataError, match="^cannot read .*04.jpg, and an evaluation leaves no image"):
+        list(loader)

@@ -1,0 +1,168 @@
+"""Checkpoints of a job: written whole or not at all, and found again whatever happened.
+
+A file holds plain types and tensors only (it loads with weights_only=True):
+{state_dict, optimizer, loss_scaler, epoch, step, config, format}. state_dict has the published key
+names. `epoch` and `step` count what is finished; resuming needs nothing else, because all
+randomness is a function of the seed and these two.
+"""
+
+import os
+import re
+import time
+from pathlib import Path
+from threading import Thread
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+NAME = re.compile(r"(?:epoch-(\d+)-)?step-(\d+)\.pth")
+KEEP_ROLLING = 2
+
+
+class CheckpointError(Exception):
+    """One sentence for the user."""
+
+
+def checkpoint_name(step: int, epoch: int | None = None) -> str:
+    """Files with an epoch in their name are kept for good, of the others the last two."""
+    return (f"epoch-{epoch:04d}-" if epoch is not None else "") + f"step-{step:08d}.pth"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    if not folder.is_dir():
+        return []
+    matches = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    found = [(int(match.group(2)), bool(match.group(1)), path) for match, path in matches if match]
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def load_file(path: Path) -> dict:
+    """weights_only: a file cannot run code. Raises CheckpointError where it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways, all of which mean the same
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint; damaged ones are named through `report`. None if there is none.
+
+    Files that are all damaged are an error: a run must never start over in silence.
+    """
+    paths = list_checkpoints(folder)
+    for path in paths:
+        try:
+            return path, load_file(path)
+        except CheckpointError as error:
+            report(f"{error}; using the one before")
+    if paths:
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read: remove them to start over"
+        )
+    return None
+
+
+def check_weights_fit(state_dict: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
+    """Raise CheckpointError listing the first keys that differ in name or shape."""
+    differences = [f"{key} is missing" for key in expected if key not in state_dict]
+    differences += [f"{key} is unexpected" for key in state_dict if key not in expected]
+    differences += [
+        f"{key} is {list(state_dict[key].shape)} there and {list(value.shape)} here"
+        for key, value in expected.items()
+        if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise CheckpointError(
+            f"{source} holds another architecture: {'; '.join(differences[:5])}{more}"
+        )
+
+
+def without_module_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published checkpoints carry DistributedDataParallel's prefix."""
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def load_weights(model: torch.nn.Module, state_dict: dict[str, Tensor], source) -> None:
+    state_dict = without_module_prefix(state_dict)
+    check_weights_fit(state_dict, model.state_dict(), source)
+    model.load_state_dict(state_dict)
+
+
+class CheckpointWriter:
+    """Writes in the background, from a copy on the CPU, so that training does not wait for the
+    disk.
+
+    One write at a time; call `wait` before the process ends. A write that fails (a full disk)
+    leaves the older files as they are, is reported at once, and does not stop training.
+    """
+
+    def __init__(self, folder: Path, report):
+        self.folder, self.report = folder, report
+        self.thread: Thread | None = None
+        self.seconds_waited = 0.0  # time that training spent on checkpoints
+        self.last_written: Path | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.writing"):  # of a process that was killed
+            leftover.unlink()
+
+    def save(self, contents: dict, step: int, epoch: int | None = None) -> None:
+        start = time.perf_counter()
+        self.wait()
+        contents = copy_to_cpu(contents)
+        path = self.folder / checkpoint_name(step, epoch)
+        self.thread = Thread(target=self.write, args=(contents, path), name="checkpoint")
+        self.thread.start()
+        self.seconds_waited += time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def write(self, contents: dict, path: Path) -> None:
+        unfinished = path.with_suffix(".writing")
+        try:
+            with open(unfinished, "wb") as file:
+                torch.save(contents, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+            sync_directory(self.folder)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            unfinished.unlink(missing_ok=True)
+            reason = " ".join(str(error).split())[:200]
+            self.report(f"checkpoint {path} could not be written ({reason}); training goes on")
+            return
+        self.last_written = path
+        self.remove_old()
+
+    def remove_old(self) -> None:
+        rolling = [p for p in list_checkpoints(self.folder) if p.name.startswith("step-")]
+        for path in rolling[KEEP_ROLLING:]:
+            path.unlink(missing_ok=True)
+
+
+def sync_directory(folder: Path) -> None:
+    """Make the new name itself durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_to_cpu(value):
+    """A deep copy that training cannot change any more."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copy_to_cpu(item) for item in value)
+    return value

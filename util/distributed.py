@@ -1,0 +1,106 @@
+"""Processes: who am I, which device is mine, and the few things that all of them do together."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# A rank that waits longer than this for the others gives up, so that a lost one ends the job.
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join_processes() -> Ranks:
+    """Join the others through env:// (torchrun and Slurm both set it); alone where nothing is set.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    return Ranks(rank, world_size, device)
+
+
+def share_cores(processes: int) -> None:
+    """CPU processes that use all cores each stand in each other's way: ten times slower."""
+    torch.set_num_threads(max(1, available_cores() // processes))
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def default_workers() -> int:
+    """Loader processes per training process: what the training processes leave of the cores."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(16, max(0, (available_cores() - processes) // processes))
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(values: torch.Tensor, operation: str = "sum") -> torch.Tensor:
+    """In place: sum, or max, over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
+    return values
+
+
+def broadcast_object(value, ranks: Ranks):
+    """What rank 0 has."""
+    if not dist.is_initialized():
+        return value
+    box = [value if ranks.is_main else None]
+    dist.broadcast_object_list(box, device=ranks.device)
+    return box[0]
+
+
+def gather_objects(value, ranks: Ranks) -> list:
+    """One entry per rank, everywhere."""
+    if not dist.is_initialized():
+        return [value]
+    boxes = [None] * ranks.world_size
+    dist.all_gather_object(boxes, value)
+    return boxes
+
+
+def gather_rows(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Concatenate over ranks, in the order of ranks; ranks may hold different numbers of rows."""
+    if not dist.is_initialized():
+        return rows
+    counts = [
+        torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(ranks.world_size)
+    ]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
+    counts = [int(count) for count in counts]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
