@@ -1,18 +1,21 @@
 """Compose the configuration of a run, check it, and run it: here, or on Slurm.
 
-  python launcher.py --config-name=demo
-  python launcher.py --config-name=lmim dataset=imagenet data_path=/path/to/imagenet env.ngpu=8 ...
+python launcher.py --config-name=demo
+python launcher.py --config-name=lmim dataset=imagenet data_path=/path/to/imagenet env.ngpu=8 ...
 """
 
 import importlib
+import logging
 import os
+import signal
 import sys
+import traceback
 
 from omegaconf import DictConfig, OmegaConf
 
 from util.command import call, stop
-from util.config import ConfigError, compose_config, parse_command_line
-from util.validate import check_config
+from util.config import ConfigError, compose_config, parse_command_line, processes_per_node
+from util.validate import check_config, check_gpus
 
 
 def main() -> None:
@@ -37,13 +40,15 @@ def launch(cfg: DictConfig) -> int:
         return submit(cfg)
     if cfg.env.world_size > 1:
         raise ConfigError(
-            f"env.world_size={cfg.env.world_size}: valid without Slurm is 1 (this machine); on more "
-            f"nodes start torchrun main_lmim.py by hand"
+            f"env.world_size={cfg.env.world_size}: valid without Slurm is 1 (this machine); on "
+            f"more nodes start torchrun main_lmim.py by hand"
         )
-    check_gpus(cfg)
-    if cfg.env.ngpu == 1:
+    if cfg.env.ngpu == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    check_gpus(cfg.env.ngpu, present_gpus())
+    if processes_per_node(cfg) == 1:
         return run_worker(OmegaConf.to_container(cfg))
-    return run_processes(cfg)
+    return run_processes(cfg, processes_per_node(cfg))
 
 
 def run_worker(config: dict) -> int:
@@ -53,20 +58,31 @@ def run_worker(config: dict) -> int:
 
 
 def run_worker_and_exit(config: dict) -> None:
-    sys.exit(run_worker(config))
+    """What each of several processes does. A bug's traceback is printed here, by the process that
+    met it: torchrun's own report of it comes wrapped in three others."""
+    try:
+        exit_code = run_worker(config)
+    except Exception:
+        print(f"[rank {os.environ['RANK']}]", traceback.format_exc(), file=sys.stderr, flush=True)
+        exit_code = 1
+    sys.exit(exit_code)
 
 
-def run_processes(cfg: DictConfig) -> int:
-    """env.ngpu processes on this machine, through torchrun's API."""
+def run_processes(cfg: DictConfig, processes: int) -> int:
+    """Several processes on this machine, through torchrun's API."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The threads are shared among the processes before any of them loads torch.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // cfg.env.ngpu)))
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # The process that fails says why; torchrun would add a page about that it did.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=cfg.env.ngpu,
+        nproc_per_node=processes,
         run_id=cfg.job_name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -76,17 +92,26 @@ def run_processes(cfg: DictConfig) -> int:
     try:
         elastic_launch(config, run_worker_and_exit)(OmegaConf.to_container(cfg))
     except ChildFailedError as error:
-        # The process that failed has said why.
-        return min(failure.exitcode for failure in error.failures.values()) or 1
+        return exit_code_of({rank: failure.exitcode for rank, failure in error.failures.items()})
     return 0
 
 
-def check_gpus(cfg: DictConfig) -> None:
+def exit_code_of(failed: dict[int, int]) -> int:
+    """Exit code of the whole, from those of the processes that failed. One that a signal ended
+    (negative: out of memory, a crash) could not say so itself."""
+    said = [exit_code for exit_code in failed.values() if exit_code > 0]
+    if said:
+        return min(said)
+    for rank, exit_code in failed.items():
+        name = signal.Signals(-exit_code).name
+        print(f"[rank {rank}] error: ended by {name}", file=sys.stderr, flush=True)
+    return 1
+
+
+def present_gpus() -> int:
     import torch
 
-    present = torch.cuda.device_count()
-    if 0 < present < cfg.env.ngpu:
-        raise ConfigError(f"env.ngpu={cfg.env.ngpu}: valid is 1 to {present}, the GPUs present")
+    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

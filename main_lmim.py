@@ -3,6 +3,7 @@
 torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,21 +34,32 @@ from util.distributed import (
 from util.job import prepare_job_directory
 from util.optim import build_adamw
 from util.precision import choose_precision
+from util.preemption import Interrupted, StopFlag
 from util.run_record import RunRecord
 from util.schedules import Schedule, peak_learning_rate
 
 VIEWS_STREAM = 3  # keeps these random numbers apart from the data's, which start from the same seed
 
+# Newer versions of torch have renamed it.
+BUFFER_OPTION = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+
 
 def main(cfg: DictConfig) -> None:
     ranks = join_processes()
+    stop_flag = StopFlag(ranks)
     try:
-        pretrain(cfg, ranks)
+        pretrain(cfg, ranks, stop_flag)
+    except Interrupted as interruption:
+        sys.exit(stop_flag.leave(interruption.number))
     finally:
         leave_processes()
 
 
-def pretrain(cfg: DictConfig, ranks: Ranks) -> None:
+def pretrain(cfg: DictConfig, ranks: Ranks, stop_flag: StopFlag) -> None:
     # 1. Data and networks.
     precision = choose_precision(cfg.precision, ranks.device)
     loader, evaluation = build_data(cfg, ranks)
@@ -63,24 +75,31 @@ def pretrain(cfg: DictConfig, ranks: Ranks) -> None:
     step = 0 if resumed is None else restore(training, resumed, loader)
 
     # 3. Epochs, from wherever that is to the end.
-    run = RunRecord(cfg, ranks, job, training, loader, step)
+    run = RunRecord(cfg, ranks, job, training, loader, stop_flag, step)
     run.introduce()
+    total_steps = cfg.epochs * loader.windows_per_epoch
+    if step == total_steps:
+        return run.say_finished()
     if cfg.eval_at_start and step == 0:
         evaluate(cfg, ranks, run, model, evaluation, epoch=0)
     if isinstance(training.network, DistributedDataParallel):
         settle_gradient_buckets(cfg, training)
-    total_steps = cfg.epochs * loader.windows_per_epoch
     images = normalised_images(cfg, run.speed.timed(loader.stream(step, total_steps)))
     draw_views = view_source(cfg, ranks)
     for epoch in range(step // loader.windows_per_epoch, cfg.epochs):
         end = (epoch + 1) * loader.windows_per_epoch
-        steps = range(step, end)
-        train_epoch(training, images, draw_views, steps, loader.windows_per_epoch, run.after_window)
+        train_epoch(
+            training,
+            images,
+            draw_views,
+            steps=range(step, end),
+            windows_per_epoch=loader.windows_per_epoch,
+            after_window=run.after_window,
+        )
         step, finished = end, epoch + 1
         if cfg.eval_freq and (finished % cfg.eval_freq == 0 or finished == cfg.epochs):
             evaluate(cfg, ranks, run, model, evaluation, finished)
-        if finished % cfg.save_freq == 0 or finished == cfg.epochs:
-            run.save(step, finished)
+        run.after_epoch(finished)
     run.finish()
 
 
@@ -149,8 +168,8 @@ def build_training(cfg: DictConfig, model: LatentMIM, precision: str, ranks: Ran
         network = DistributedDataParallel(
             model,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,  # they are constants
             gradient_as_bucket_view=True,
+            **{BUFFER_OPTION: False},  # they are constants
         )
     peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
     return Training(

@@ -49,7 +49,6 @@ LOSSES = ("infonce_patches", *REGRESSIONS)
 
 
 def prediction_loss(name: str, predictions: Tensor, targets: Tensor, tau: float) -> Tensor:
-    predictions, targets = predictions.float(), targets.float()
     if name == "infonce_patches":
         return infonce_patches(predictions, targets, tau)
     return REGRESSIONS[name](predictions, targets)
@@ -61,7 +60,7 @@ def average_similarity(tokens: Tensor) -> Tensor:
 
     The mean over all pairs is the squared norm of the mean unit vector: O(L D), no L x L matrix.
     """
-    return F.normalize(tokens.float(), dim=-1).mean(dim=1).square().sum(dim=-1).mean()
+    return F.normalize(tokens, dim=-1).mean(dim=1).square().sum(dim=-1).mean()
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class Objective:
 
     def __call__(self, latents: Latents, similarity_goal: float) -> tuple[Tensor, Tensor]:
         """-> the loss to differentiate, and METRICS as one tensor, detached and on the device."""
+        latents = Latents(*(tokens.float() for tokens in latents))
         loss = prediction_loss(self.loss, latents.predictions, latents.targets, self.tau)
         # The constraint holds the latents of an image neither all alike nor all apart.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.avg_sim_coeff > 0):

@@ -7,35 +7,22 @@ randomness is a function of the seed and these two.
 """
 
 import os
-import re
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 
 import torch
 from torch import Tensor
 
+from util.job import checkpoint_name, list_checkpoints
+
 FORMAT = 1
-NAME = re.compile(r"(?:epoch-(\d+)-)?step-(\d+)\.pth")
 KEEP_ROLLING = 2
 
 
 class CheckpointError(Exception):
     """One sentence for the user."""
-
-
-def checkpoint_name(step: int, epoch: int | None = None) -> str:
-    """Files with an epoch in their name are kept for good, of the others the last two."""
-    return (f"epoch-{epoch:04d}-" if epoch is not None else "") + f"step-{step:08d}.pth"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
-    if not folder.is_dir():
-        return []
-    matches = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    found = [(int(match.group(2)), bool(match.group(1)), path) for match, path in matches if match]
-    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def load_file(path: Path) -> dict:
@@ -62,7 +49,8 @@ def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
             report(f"{error}; using the one before")
     if paths:
         raise CheckpointError(
-            f"none of the {len(paths)} checkpoints in {folder} can be read: remove them to start over"
+            f"none of the {len(paths)} checkpoints in {folder} can be read: remove them to start "
+            f"over"
         )
     return None
 
@@ -104,9 +92,9 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, report):
         self.folder, self.report = folder, report
-        self.thread: Thread | None = None
+        self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.writing: Future | None = None
         self.seconds_waited = 0.0  # time that training spent on checkpoints
-        self.last_written: Path | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.writing"):  # of a process that was killed
             leftover.unlink()
@@ -116,14 +104,14 @@ class CheckpointWriter:
         self.wait()
         contents = copy_to_cpu(contents)
         path = self.folder / checkpoint_name(step, epoch)
-        self.thread = Thread(target=self.write, args=(contents, path), name="checkpoint")
-        self.thread.start()
+        self.writing = self.background.submit(self.write, contents, path)
         self.seconds_waited += time.perf_counter() - start
 
     def wait(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        """Until the file is there. An error that is no write error is raised here."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
 
     def write(self, contents: dict, path: Path) -> None:
         unfinished = path.with_suffix(".writing")
@@ -135,11 +123,11 @@ class CheckpointWriter:
             os.replace(unfinished, path)
             sync_directory(self.folder)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            unfinished.unlink(missing_ok=True)
             reason = " ".join(str(error).split())[:200]
             self.report(f"checkpoint {path} could not be written ({reason}); training goes on")
+            with suppress(OSError):
+                unfinished.unlink()
             return
-        self.last_written = path
         self.remove_old()
 
     def remove_old(self) -> None:

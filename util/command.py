@@ -1,13 +1,17 @@
 """How a command ends: errors that a user can mend become one sentence and an exit code."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, compose_config, parse_command_line
 from util.validate import check_config
+
+GRACE_SECONDS = 5
 
 
 def run_worker(main: Callable[[DictConfig], None], description: str) -> None:
@@ -42,12 +46,19 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
 
 
 def say_error(error: Exception) -> None:
-    """One line on stderr. What all processes find alike, only the first one says."""
+    """One line on stderr."""
     rank = int(os.environ.get("RANK", 0))
-    if isinstance(error, ConfigError) and rank != 0:
-        return
+    if rank != 0:
+        wait_for_first_process()
     where = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     print(f"{where}error: {error}", file=sys.stderr, flush=True)
+
+
+def wait_for_first_process() -> None:
+    """What all processes find alike, the first one says; torchrun ends the others as soon as it has
+    left. One that is still there after this has a problem of its own to tell."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(GRACE_SECONDS)
 
 
 def stop(error: Exception) -> None:

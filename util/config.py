@@ -1,21 +1,26 @@
-"""From the command line to a checked configuration. Imports neither torch nor the models, so that
-`--help`, `--cfg job` and submission answer at once."""
+"""From the command line to the composed configuration. Imports neither torch nor the models, so
+that `--help`, `--cfg job` and submission answer at once."""
 
 import argparse
-import difflib
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-# The only places where a key may be added with +key=value: what they hold is passed through.
-OPEN_KEYS = ("dataset.options.",)
+LOCAL_GROUP = "local"  # the user's own settings, not shipped
+# The only sections where a key may be added with +key=value: what they hold is passed through.
+OPEN_SECTIONS = ("dataset.options", "env.slurm_extra", "env.nccl")
 
 
 class ConfigError(Exception):
@@ -38,7 +43,14 @@ def parse_command_line(arguments: list[str], description: str) -> Command:
         epilog=describe_configs(),
     )
     parser.add_argument("--config-name", "-cn", default="lmim", metavar="NAME")
-    parser.add_argument("--config-dir", "-cd", default=CONFIG_DIR, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--config-dir",
+        "-cd",
+        default=CONFIG_DIR,
+        type=Path,
+        metavar="DIR",
+        help="a folder of your own, laid out like configs/ and searched beside it",
+    )
     parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
     parser.add_argument("--multirun", "-m", action="store_true", help="one run per value of a,b,c")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -54,85 +66,182 @@ def parse_command_line(arguments: list[str], description: str) -> Command:
 
 def describe_configs() -> str:
     """The epilog of --help: what can be chosen."""
-    lines = ["configs (--config-name):", "  " + "  ".join(config_names(CONFIG_DIR)), ""]
+    lines = ["configs (--config-name):", "  " + "  ".join(yaml_names([CONFIG_DIR])), ""]
     lines.append("groups (group=choice):")
-    for group in sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir()):
-        lines.append(f"  {group.name:8} " + "  ".join(config_names(group)))
+    for group in group_names([CONFIG_DIR]):
+        lines.append(f"  {group:8} " + "  ".join(group_choices(group, [CONFIG_DIR])))
     lines.append("\nkeys: python launcher.py --config-name=NAME --cfg job")
     return "\n".join(lines)
 
 
-def config_names(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+def yaml_names(folders: list[Path]) -> list[str]:
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+
+def group_names(config_dirs: list[Path]) -> list[str]:
+    return sorted({path.parent.name for folder in config_dirs for path in folder.glob("*/*.yaml")})
+
+
+def group_choices(group: str, config_dirs: list[Path]) -> list[str]:
+    return yaml_names([folder / group for folder in config_dirs])
+
+
+# --- composing ----------------------------------------------------------------------------------
 
 
 def compose_config(
     config_name: str, overrides: list[str], config_dir: Path = CONFIG_DIR
 ) -> DictConfig:
     """The composed config. Hydra's errors become one sentence each."""
-    check_overrides(overrides)
-    if not (config_dir / f"{config_name}.yaml").is_file():
+    config_name = config_name.removesuffix(".yaml")
+    config_dirs = [config_dir, CONFIG_DIR]
+    if not config_dir.is_dir():
+        raise ConfigError(f"--config-dir={config_dir}: valid is a folder of configs")
+    if config_name not in yaml_names(config_dirs):
         raise ConfigError(
             f"--config-name={config_name}: no such config in {config_dir}; "
-            f"valid: {', '.join(config_names(config_dir))}"
+            f"valid: {', '.join(yaml_names(config_dirs))}"
         )
+    for override in overrides:
+        check_override(override, config_dirs)
+    # Of two files with the same name, that beside the config which was named counts.
+    first, second = sorted(config_dirs, key=lambda d: not (d / f"{config_name}.yaml").is_file())
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir), version_base="1.3"):
-            config = compose(config_name, overrides)
+        with initialize_config_dir(str(first), version_base="1.3"):
+            config = compose(config_name, [*overrides, f'hydra.searchpath=["file://{second}"]'])
         OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, config_name, config_dir)) from error
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(explain(error, config_dirs)) from error
+    check_keys(config)
     return config
 
 
-def check_overrides(overrides: list[str]) -> None:
-    for override in overrides:
-        key = override.split("=")[0]
-        if "=" not in override or not key.lstrip("+~"):
-            raise ConfigError(f"'{override}' is not of the form key=value")
-        added = key.startswith(("+", "~"))
-        if added and not key.lstrip("+~").startswith(OPEN_KEYS):
-            raise ConfigError(
-                f"{key}: keys can be set (key=value) but neither added nor removed, "
-                f"because every key is read by something"
-            )
+def check_override(text: str, config_dirs: list[Path]) -> None:
+    """What Hydra would take in silence, or answer with a traceback or a riddle."""
+    override = parse_override(text)
+    key = override.key_or_group
+    if override.package is not None or key.split(".")[0].split("/")[0] == "hydra":
+        raise ConfigError(unknown_key(text.split("=")[0], config_dirs))
+    if (override.is_add() or override.is_delete()) and not is_open(key):
+        raise ConfigError(
+            f"{text}: keys can be set (key=value) but neither added nor removed, because every key "
+            f"is read by something"
+        )
+    if override.is_sweep_override():
+        raise ConfigError(
+            f"{text}: valid is one value; a list is written {key}=[a,b], and a text that holds a "
+            f"comma \"{key}='a,b'\""
+        )
+    if key in group_names(config_dirs):
+        choices = group_choices(key, config_dirs)
+        if override.value() not in choices:
+            raise ConfigError(f"{text}: no such choice; valid: {', '.join(choices)}")
 
 
-def explain(error: Exception, config_name: str, config_dir: Path) -> str:
-    message = str(error)
-    if unknown := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", message):
-        return unknown_key(unknown.group(2), config_name, config_dir)
-    if isinstance(error, ConfigCompositionException) and (cause := error.__cause__) is not None:
-        if "full_key" in str(cause):
-            return explain(cause, config_name, config_dir)
-        message = f"{message}: {cause}"
-    if missing := re.search(r"Could not find '(\w+)/([^']+)'", message):
-        group, choice = missing.groups()
-        valid = ", ".join(config_names(config_dir / group))
-        return f"{group}={choice}: no such choice; valid: {valid}"
-    if no_group := re.search(r"Could not override '([^'@]+)'", message):
-        return unknown_key(no_group.group(1), config_name, config_dir)
-    return " ".join(message.split())
+def is_open(key: str) -> bool:
+    return key.startswith(tuple(f"{section}." for section in OPEN_SECTIONS))
 
 
-def unknown_key(key: str, config_name: str, config_dir: Path) -> str:
-    known = flat_keys(compose_config(config_name, [], config_dir))
-    close = difflib.get_close_matches(key, known, n=3)
+def parse_override(text: str) -> Override:
+    key, equals, _ = text.partition("=")
+    if not key.strip("+~") or (not equals and not key.startswith("~")):
+        raise ConfigError(f"'{text}' is not of the form key=value")
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(
+            f"{text}: the value cannot be read; one that holds brackets, commas, colons or quotes "
+            f"is written \"{key}='...'\""
+        ) from error
+
+
+def explain(error: Exception, config_dirs: list[Path]) -> str:
+    """Hydra's and OmegaConf's errors in one sentence."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    for message in map(str, causes):
+        if unknown := re.search(r"(?s)is not in struct.*full_key: (\S+)", message):
+            return unknown_key(unknown.group(1), config_dirs)
+        if no_group := re.search(r"Could not override '([^'@]+)'", message):
+            return unknown_key(no_group.group(1), config_dirs)
+        if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
+            group, choice = missing.groups()
+            valid = ", ".join(group_choices(group, config_dirs))
+            return f"{group}={choice}: no such choice; valid: {valid}"
+    return ": ".join(" ".join(str(cause).split()) for cause in causes)
+
+
+# --- known keys ---------------------------------------------------------------------------------
+
+
+def check_keys(config: DictConfig) -> None:
+    """Hydra knows the keys on the command line; those in a user's own files are checked here."""
+    known = shipped_keys(config.get("worker"))
+    if not known:
+        return  # a worker of the user's own reads keys of its own
+    for key, value in flatten(OmegaConf.to_container(config)).items():
+        if key in OPEN_SECTIONS or is_open(key):
+            continue
+        inside = sorted(name for name in known if name.startswith(f"{key}."))
+        if inside:
+            raise ConfigError(f"{key}={value}: valid are its keys one by one: {', '.join(inside)}")
+        if key not in known:
+            raise ConfigError(unknown_key(key, [CONFIG_DIR]))
+
+
+def unknown_key(key: str, config_dirs: list[Path]) -> str:
+    known = [*shipped_keys(), *group_names(config_dirs)]
+    close = get_close_matches(key, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "see --cfg job for the valid ones"
+    if key.startswith(f"{LOCAL_GROUP}."):
+        hint = "the first line of configs/local/default.yaml must be '# @package _global_'"
     return f"{key}: unknown key; {hint}"
 
 
-def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    """Dotted names of all leaves."""
-    keys = []
-    for key in config:
-        node = OmegaConf.select(config, str(key), throw_on_missing=False)
-        name = f"{prefix}{key}"
-        keys += flat_keys(node, f"{name}.") if isinstance(node, DictConfig) and node else [name]
+@cache
+def shipped_keys(worker: str | None = None) -> set[str]:
+    """The keys of the shipped configs that name this worker (of all, without one) and of every
+    choice of every group. Empty where no shipped config names it."""
+    configs = [path for path in CONFIG_DIR.glob("*.yaml") if worker in (None, worker_of(path))]
+    keys = {key for path in configs for key in flatten(read_yaml(path))}
+    if not configs:
+        return keys
+    for path in CONFIG_DIR.glob("*/*.yaml"):
+        if path.parent.name != LOCAL_GROUP:
+            is_global = path.read_text().startswith("# @package _global_")
+            keys.update(flatten(read_yaml(path), "" if is_global else f"{path.parent.name}."))
     return keys
+
+
+def worker_of(path: Path) -> str | None:
+    """The worker that a shipped config names, or that it takes over from the one it builds on."""
+    contents = read_yaml(path)
+    bases = [name for name in contents["defaults"] if isinstance(name, str) and name != "_self_"]
+    return contents.get("worker") or next((worker_of(path.with_stem(base)) for base in bases), None)
+
+
+def read_yaml(path: Path) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def flatten(section: dict, prefix: str = "") -> dict[str, object]:
+    """Dotted names of all leaves, with their values. Hydra's `defaults` is no key."""
+    leaves = {}
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            leaves |= flatten(value, f"{prefix}{key}.")
+        elif key != "defaults":
+            leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
 def job_directory(cfg: DictConfig) -> Path:
     """A pure function of the config: a requeued job finds itself again."""
     return Path(cfg.output_dir) / cfg.job_name
+
+
+def processes_per_node(cfg: DictConfig) -> int:
+    """One for each GPU; without GPUs as many as the config says."""
+    return cfg.env.ngpu or cfg.env.tasks_per_node

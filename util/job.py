@@ -1,33 +1,65 @@
-"""A job's folder, and what is needed to know later what ran in it."""
+"""A job's folder: where it is, what lies in it, and what is needed to know later what ran there.
+
+Imports no torch: the launcher asks the same questions before it submits.
+"""
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from util.checkpoint import list_checkpoints
 from util.config import ConfigError, job_directory
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "omegaconf", "submitit")
 
 
-def prepare_job_directory(cfg: DictConfig, is_main: bool) -> Path:
-    """Make output_dir/job_name; refuse to start anew over the checkpoints of an earlier run."""
-    job = job_directory(cfg)
-    existing = list_checkpoints(job / "checkpoints")
+CHECKPOINT_NAME = re.compile(r"(?:epoch-(\d+)-)?step-(\d+)\.pth")
+
+
+def checkpoint_name(step: int, epoch: int | None = None) -> str:
+    """Files with an epoch in their name are kept for good, of the others the last two."""
+    return (f"epoch-{epoch:04d}-" if epoch is not None else "") + f"step-{step:08d}.pth"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    if not folder.is_dir():
+        return []
+    matches = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    found = [(int(match.group(2)), bool(match.group(1)), path) for match, path in matches if match]
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def last_checkpoint_of_finished_job(cfg: DictConfig) -> Path | None:
+    """The checkpoint of the last epoch, if the job has come that far."""
+    wanted = f"epoch-{cfg.epochs:04d}-"
+    paths = list_checkpoints(job_directory(cfg) / "checkpoints")
+    return next((path for path in paths if path.name.startswith(wanted)), None)
+
+
+def refuse_to_start_over(cfg: DictConfig) -> None:
+    """The checkpoints of an earlier run are continued, or removed on demand, never by accident."""
+    existing = list_checkpoints(job_directory(cfg) / "checkpoints")
     if existing and not cfg.resume and not cfg.overwrite:
         raise ConfigError(
-            f"{job} already holds {existing[0].name}: choose resume=True to continue it, "
-            f"overwrite=True to start anew, or another job_name"
+            f"{job_directory(cfg)} already holds {existing[0].name}: choose resume=True to "
+            f"continue it, overwrite=True to start anew, or another job_name"
         )
+
+
+def prepare_job_directory(cfg: DictConfig, is_main: bool) -> Path:
+    """Make the folder, and write down what runs in it."""
+    refuse_to_start_over(cfg)
+    job = job_directory(cfg)
     if is_main:
         for name in ("checkpoints", "logs", "tensorboard", "results"):
             (job / name).mkdir(parents=True, exist_ok=True)
         if not cfg.resume:
-            for path in existing:
+            for path in list_checkpoints(job / "checkpoints"):
                 path.unlink()
         OmegaConf.save(cfg, job / "config.yaml")
         (job / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")

@@ -11,7 +11,9 @@ from data.loader import TrainLoader
 from engine_pretrain import Training
 from util import checkpoint
 from util.distributed import Ranks, all_reduce, barrier, gather_objects
+from util.job import list_checkpoints
 from util.metrics import RunLog, Speed, memory_in_use, readable_time
+from util.preemption import Interrupted, StopFlag
 
 
 class TrainingStopped(Exception):
@@ -26,14 +28,16 @@ class RunRecord:
         job: Path,
         training: Training,
         loader: TrainLoader,
+        stop_flag: StopFlag,
         first_step: int,
     ):
         self.cfg, self.ranks, self.job = cfg, ranks, job
         self.training, self.loader = training, loader
-        self.first_step = first_step
+        self.stop_flag, self.first_step = stop_flag, first_step
         self.total_steps = cfg.epochs * loader.windows_per_epoch
         self.images_per_step = cfg.batch_size * cfg.accum_iter * ranks.world_size
-        self.last_logged, self.last_saved = first_step, time.monotonic()
+        self.last_logged = self.last_saved_step = first_step
+        self.last_saved = time.monotonic()
         self.start = time.perf_counter()
         self.speed = Speed()
         self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
@@ -54,14 +58,36 @@ class RunRecord:
             f"{self.images_per_step} images per step, {self.total_steps} steps, {where}"
         )
 
+    def say_finished(self) -> None:
+        """Slurm may start a job once more than it was asked to."""
+        self.log.say("already finished: nothing to do")
+        self.log.close()
+
     def after_window(self, step: int) -> None:
         """step: the one just finished, counted from 0."""
         done = step + 1
         if done % self.cfg.print_freq == 0 or done == self.total_steps:
             self.write_log(done)
         self.log.progress(done)
-        minutes = (time.monotonic() - self.last_saved) / 60
-        if minutes > self.cfg.save_minutes and done < self.total_steps:
+        if done % self.loader.windows_per_epoch:
+            self.between_windows(done)
+
+    def after_epoch(self, epoch: int) -> None:
+        done = epoch * self.loader.windows_per_epoch
+        if epoch % self.cfg.save_freq == 0 or done == self.total_steps:
+            self.save(done, epoch)
+        if done < self.total_steps:
+            self.between_windows(done)
+
+    def between_windows(self, done: int) -> None:
+        """Save now and then; stop if asked to. Not between an epoch's last window and its evaluation:
+        a run that resumes there would leave the evaluation out."""
+        number = self.stop_flag.agreed()
+        if number:
+            self.save(done)
+            self.finish_writing()
+            raise Interrupted(number)
+        if (time.monotonic() - self.last_saved) / 60 > self.cfg.save_minutes:
             self.save(done)
 
     def write_log(self, done: int) -> None:
@@ -105,8 +131,7 @@ class RunRecord:
         self.loader.check_bad_images()
 
     def check_faults(self) -> None:
-        """Steps with a non-finite loss or gradient were left out; more than max_bad_steps stop it.
-        """
+        """Steps with a non-finite loss or gradient were left out; more than max_bad_steps stop it."""
         reports = gather_objects(self.training.meters.faults(), self.ranks)
         found = [(*fault, rank) for rank, faults in enumerate(reports) for fault in faults]
         step, what, count, rank = min(found)
@@ -117,7 +142,7 @@ class RunRecord:
         newest = None
         if self.writer is not None:
             self.writer.wait()
-            newest = next(iter(checkpoint.list_checkpoints(self.job / "checkpoints")), None)
+            newest = next(iter(list_checkpoints(self.job / "checkpoints")), None)
         raise TrainingStopped(
             f"the {what} is not finite at step {step} (epoch {epoch:.2f}) on rank {rank}, "
             f"lr {self.training.schedule.learning_rate(epoch):.3e}; {left_out} steps were left "
@@ -128,8 +153,9 @@ class RunRecord:
     def save(self, done: int, epoch: int | None = None) -> None:
         """epoch: given at the end of one whose checkpoint is kept for good."""
         self.last_saved = time.monotonic()
-        if self.writer is None:
+        if self.writer is None or done == self.last_saved_step:
             return
+        self.last_saved_step = done
         contents = {
             "state_dict": self.training.model.state_dict(),
             "optimizer": self.training.optimizer.state_dict(),
@@ -150,13 +176,17 @@ class RunRecord:
         step = epoch * self.loader.windows_per_epoch
         self.log.record({"epoch": epoch, "nn_accuracy": accuracy}, step, summary)
 
-    def finish(self) -> None:
-        """Wait for the last checkpoint, then say what came out and where it is."""
+    def finish_writing(self) -> None:
+        """Until the last checkpoint is on the disk; all processes wait for it."""
         if self.writer is not None:
             self.writer.wait()
+        barrier()
+
+    def finish(self) -> None:
+        self.finish_writing()
+        if self.ranks.is_main:
             self.summarise()
         self.log.close()
-        barrier()
 
     def summarise(self) -> None:
         seconds = time.perf_counter() - self.start
@@ -174,7 +204,7 @@ class RunRecord:
         if result["before"] is not None and result["after"] is not None:
             change = f"{result['before']:.2f} % -> {result['after']:.2f} %"
             self.log.say(f"\nnearest neighbour {change} in {seconds:.0f} s (seed {self.cfg.seed})")
-        newest = checkpoint.list_checkpoints(self.job / "checkpoints")
+        newest = list_checkpoints(self.job / "checkpoints")
         self.log.say(
             f"checkpoint   {newest[0] if newest else 'none could be written'}\n"
             f"log          {self.job / 'log.txt'}\n"

@@ -1,14 +1,16 @@
-"""Checks of the composed configuration, before anything is built. One sentence per mistake: the
-key,
-its value, and what would be valid."""
+"""Checks of the composed configuration, before anything is built. One sentence for each mistake:
+the key, its value, and what would be valid."""
 
+import math
 import os
+import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from util.config import ConfigError
+from util.config import CONFIG_DIR, ConfigError, group_choices, job_directory, processes_per_node
 
 Rule = tuple[str, Callable[[object], bool]]  # what is valid, in words and as a test
 
@@ -18,29 +20,66 @@ def is_whole(value) -> bool:
 
 
 def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Infinity and NaN are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def whole(least: int) -> Rule:
-    return f"a whole number of at least {least}", lambda v: is_whole(v) and v >= least
+def is_text(value) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def is_module(value) -> bool:
+    try:
+        return is_text(value) and find_spec(value) is not None
+    except (ImportError, ValueError):  # of the package around it
+        return False
+
+
+def whole(least: int, most: float = float("inf")) -> Rule:
+    words = f"of at least {least}" if most == float("inf") else f"from {least} to {most}"
+    return f"a whole number {words}", lambda v: is_whole(v) and least <= v <= most
 
 
 def number(least: float, most: float = float("inf")) -> Rule:
-    words = f"a number of at least {least}" if most == float("inf") else f"{least} to {most}"
-    return words, lambda v: is_number(v) and least <= v <= most
+    words = f"of at least {least}" if most == float("inf") else f"from {least} to {most}"
+    return f"a number {words}", lambda v: is_number(v) and least <= v <= most
 
 
 def or_null(rule: Rule) -> Rule:
     return f"{rule[0]}, or null", lambda v: v is None or rule[1](v)
 
 
+def one_of(*names: str) -> Rule:
+    return f"one of {', '.join(names)}", lambda v: v in names
+
+
+def choice_of(group: str) -> Rule:
+    return one_of(*group_choices(group, [CONFIG_DIR]))
+
+
 POSITIVE: Rule = ("a number above 0", lambda v: is_number(v) and v > 0)
+SHARE: Rule = ("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1)
 YES_OR_NO: Rule = ("True or False", lambda v: isinstance(v, bool))
-TEXT: Rule = ("a text that is not empty", lambda v: isinstance(v, str) and v.strip() != "")
-PRECISION: Rule = ("auto, bf16, fp16 or fp32", lambda v: v in ("auto", "bf16", "fp16", "fp32"))
+TEXT: Rule = ("a text that is not empty", is_text)
+FOLDER_NAME: Rule = (
+    "the name of a folder inside output_dir, without '/'",
+    lambda v: is_text(v) and not set("/\0") & set(v) and v not in (".", "..") and len(v) < 200,
+)
+# Slurm's accounts and nodes may be plain numbers.
+LABEL: Rule = ("a text or a whole number", lambda v: is_text(v) or is_whole(v))
+SECTION: Rule = ("a section of keys", lambda v: isinstance(v, DictConfig))
+RGB: Rule = (
+    "a list of three numbers (red, green, blue)",
+    lambda v: isinstance(v, ListConfig) and len(v) == 3 and all(map(is_number, v)),
+)
+RGB_POSITIVE: Rule = (
+    "a list of three numbers above 0 (red, green, blue)",
+    lambda v: RGB[1](v) and min(v) > 0,
+)
 
 RULES: dict[str, Rule] = {
-    "job_name": TEXT,
+    "worker": ("a Python module with main(cfg), such as main_lmim", is_module),
+    "job_name": FOLDER_NAME,
     "output_dir": TEXT,
     "data_path": or_null(TEXT),
     "resume": YES_OR_NO,
@@ -48,13 +87,13 @@ RULES: dict[str, Rule] = {
     "num_workers": or_null(whole(0)),
     "max_bad_images": number(0, 1),
     "max_bad_steps": whole(0),
-    "seed": whole(0),
-    "precision": PRECISION,
+    "seed": whole(0, 2**63 - 1),
+    "precision": one_of("auto", "bf16", "fp16", "fp32"),
     "grid_size": whole(2),
     "patch_size": whole(1),
     "patch_gap": whole(0),
     "num_vis": whole(1),
-    "min_crop": ("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1),
+    "min_crop": SHARE,
     "freeze_pe": YES_OR_NO,
     "proj.mlp_dim": whole(1),
     "proj.mlp_depth": whole(0),
@@ -77,15 +116,43 @@ RULES: dict[str, Rule] = {
     "batch_size": whole(1),
     "accum_iter": whole(1),
     "clip_grad": or_null(POSITIVE),
+    "encoder.name": FOLDER_NAME,  # part of the default job_name
     "encoder.embed_dim": whole(1),
     "encoder.depth": whole(1),
     "encoder.num_heads": whole(1),
+    "encoder.grid_size": whole(2),
+    "encoder.patch_size": whole(1),
+    "decoder.name": choice_of("decoder"),
+    "target.name": choice_of("target"),
+    "loss.name": choice_of("loss"),
+    "dataset.name": choice_of("dataset"),
     "dataset.flip": YES_OR_NO,
-    "dataset.crop_ratio": ("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1),
+    "dataset.crop_ratio": SHARE,
+    "dataset.mean": RGB,
+    "dataset.std": RGB_POSITIVE,
+    "dataset.options": SECTION,
     "env.slurm": YES_OR_NO,
     "env.distributed": YES_OR_NO,
-    "env.ngpu": whole(1),
+    "env.ngpu": whole(0),
+    "env.tasks_per_node": whole(1),
     "env.world_size": whole(1),
+    "env.partition": or_null(LABEL),
+    "env.timeout": whole(1),
+    "env.signal_delay": whole(1),
+    "env.workers": whole(1),
+    "env.mem": or_null(POSITIVE),
+    "env.constraint": or_null(LABEL),
+    "env.nodelist": or_null(LABEL),
+    "env.exclude": or_null(LABEL),
+    "env.account": or_null(LABEL),
+    "env.qos": or_null(LABEL),
+    "env.comment": or_null(LABEL),
+    "env.slurm_extra": SECTION,
+    "env.nccl": SECTION,
+    "env.snapshot": YES_OR_NO,
+    "env.max_restarts": whole(0),
+    "env.wait": YES_OR_NO,
+    "env.array_parallelism": whole(1),
     "print_freq": whole(1),
     "save_freq": whole(1),
     "save_minutes": POSITIVE,
@@ -113,8 +180,8 @@ def check_views(cfg: DictConfig) -> None:
     patches = cfg.grid_size**2
     if cfg.num_vis >= patches:
         raise ConfigError(
-            f"num_vis={cfg.num_vis}: valid is 1 to {patches - 1}, because grid_size={cfg.grid_size} "
-            f"makes {patches} patches and at least one must be masked"
+            f"num_vis={cfg.num_vis}: valid is 1 to {patches - 1}, because "
+            f"grid_size={cfg.grid_size} makes {patches} patches and at least one must be masked"
         )
 
 
@@ -128,8 +195,8 @@ def check_networks(cfg: DictConfig) -> None:
             raise ConfigError(f"{dim_key}={dim}: valid is a multiple of {heads_key}={heads}")
         if dim % 4:
             raise ConfigError(
-                f"{dim_key}={dim}: valid is a multiple of 4, because the position table holds sines "
-                f"and cosines of two coordinates"
+                f"{dim_key}={dim}: valid is a multiple of 4, because the position table holds "
+                f"sines and cosines of two coordinates"
             )
     if cfg.target_depth is not None and cfg.target_depth > cfg.encoder.depth:
         raise ConfigError(
@@ -144,22 +211,39 @@ def check_schedule(cfg: DictConfig) -> None:
 
 
 def check_job(cfg: DictConfig) -> None:
-    processes = cfg.env.ngpu * cfg.env.world_size
+    processes = processes_per_node(cfg) * cfg.env.world_size
     if not cfg.env.distributed and processes > 1:
         raise ConfigError(
-            f"env.distributed=False: valid with one process, but env.ngpu * env.world_size is "
-            f"{processes}"
+            f"env.distributed=False: valid with one process, but env.ngpu={cfg.env.ngpu} and "
+            f"env.world_size={cfg.env.world_size} make {processes}"
         )
-    check_writable(Path(cfg.output_dir))
-
-
-def check_writable(output_dir: Path) -> None:
-    """The nearest existing folder above must be one that we may write to."""
-    existing = output_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if cfg.env.signal_delay >= 60 * cfg.env.timeout:
         raise ConfigError(
-            f"output_dir={output_dir}: valid is a folder that can be written to, but {existing} "
-            f"{'is not writable' if existing.is_dir() else 'is not a folder'}"
+            f"env.signal_delay={cfg.env.signal_delay}: valid is fewer seconds than the "
+            f"env.timeout={cfg.env.timeout} minutes have"
         )
+    if problem := why_not_writable(job_directory(cfg)):
+        raise ConfigError(
+            f"output_dir={cfg.output_dir}: valid is a folder that can be written to, but {problem}"
+        )
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Try it, in the nearest folder that exists: permissions say nothing to root, nor about file
+    systems that are read-only."""
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return f"{existing} refuses new files ({error.strerror})"
+
+
+def check_gpus(wanted: int, present: int) -> None:
+    """Without any GPU the processes run on the CPU."""
+    if 0 < present < wanted:
+        raise ConfigError(f"env.ngpu={wanted}: valid is 1 to {present}, the GPUs present")

@@ -1,0 +1,29 @@
+# make demo: see it learn. make test: the whole test suite. Both make .venv first if it is missing.
+PYTHON ?= python3
+SEED ?= 0
+BIN = .venv/bin
+
+.PHONY: demo test test-fast lint clean
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python launcher.py --config-name=demo seed=$(SEED)
+	mkdir -p results && cp checkpoints/demo/results/demo.json results/demo.json
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv

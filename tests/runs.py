@@ -1,0 +1,107 @@
+"""Real runs for the tests: the project's own commands in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from util.checkpoint import list_checkpoints, load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+# The demo made small: 10 steps an epoch, about 20 ms each.
+TINY = (
+    "--config-name=demo encoder.embed_dim=24 encoder.depth=2 proj.mlp_dim=32 proj.mlp_depth=2 "
+    "decoder_embed_dim=24 decoder_depth=1 epochs=3 warmup_epochs=1 print_freq=1 eval_freq=0 "
+    "eval_at_start=False overwrite=False resume=True"
+).split()
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def torchrun(processes: int) -> list[str]:
+    module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*module, f"--nproc-per-node={processes}", "main_lmim.py"]
+
+
+LAUNCHER = [sys.executable, "launcher.py"]
+
+
+def start(command: list[str], *overrides: str, **popen) -> subprocess.Popen:
+    """In a process group of its own, so that kill() reaches all of it."""
+    return subprocess.Popen(
+        [*command, *TINY, *overrides],
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **popen,
+    )
+
+
+def run(command: list[str], *overrides: str, timeout: float = 180) -> tuple[int, str]:
+    """-> exit code, everything it printed"""
+    process = start(command, *overrides)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return process.returncode, output
+
+
+def succeed(command: list[str], *overrides: str) -> str:
+    code, output = run(command, *overrides)
+    assert code == 0, output
+    return output
+
+
+def kill(process: subprocess.Popen) -> None:
+    """kill -9, the whole process group at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def records(job: Path) -> list[dict]:
+    path = job / "log.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def wait_until(condition, process: subprocess.Popen, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(f"ended too early: {process.stdout.read()}")
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.005)
+
+
+def kill_at_step(process: subprocess.Popen, job: Path, step: int) -> None:
+    """kill -9 as soon as the log has this step."""
+    wait_until(lambda: any(r["step"] >= step for r in records(job)), process)
+    kill(process)
+
+
+def final_state(job: Path) -> dict:
+    return load_file(list_checkpoints(job / "checkpoints")[0])
+
+
+def assert_same_state(ours: dict, expected: dict) -> None:
+    """Weights, optimiser and step, bit for bit."""
+    assert ours["step"] == expected["step"]
+    assert ours["state_dict"].keys() == expected["state_dict"].keys()
+    for key, value in expected["state_dict"].items():
+        assert torch.equal(ours["state_dict"][key], value), key
+    for index, state in expected["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(ours["optimizer"]["state"][index][name], value), (index, name)

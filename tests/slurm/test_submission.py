@@ -1,0 +1,118 @@
+"""What the launcher says and does before and after sbatch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import LAUNCHER, ROOT, TINY, environment, run, succeed
+from tests.slurm.cluster import cancel, job_info, squeue, wait_for
+from tests.slurm.test_training import ON_SLURM, submit, wait_for_end
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
+
+HELD = "+env.slurm_extra.hold=True"  # queued, and never started
+
+
+def refused(*overrides: str) -> str:
+    """-> the error sentence"""
+    code, output = run(LAUNCHER, *ON_SLURM, *overrides)
+    assert code == 2, output
+    assert len(output.strip().splitlines()) == 1, output
+    return output
+
+
+def test_a_second_job_of_the_same_name_is_refused_by_name_and_id(tmp_path):
+    job_id = submit(f"output_dir={tmp_path}", HELD)
+    try:
+        error = refused(f"output_dir={tmp_path}", HELD)
+        assert f"job_name=demo: job {job_id} of this name is queued or running" in error
+    finally:
+        cancel(job_id)
+
+
+def test_slurms_own_words(tmp_path):
+    error = refused(f"output_dir={tmp_path}", "env.partition=nowhere")
+    assert "invalid partition specified: nowhere" in error
+    error = refused(f"output_dir={tmp_path}", "env.workers=100000")
+    assert "Slurm refused the job" in error
+
+
+def test_no_sbatch_names_the_way_out(tmp_path):
+    command = [sys.executable, "launcher.py", *TINY, "env.slurm=True", f"output_dir={tmp_path}"]
+    only_python = environment(PATH=os.path.dirname(sys.executable))
+    ran = subprocess.run(command, cwd=ROOT, env=only_python, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "there is no sbatch on this machine; env.slurm=False runs here" in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+
+
+def test_a_name_of_spaces_quotes_and_commands(tmp_path):
+    name = """it's a "name" $(touch harm) `touch harm`; touch harm"""
+    output = succeed(
+        LAUNCHER, *ON_SLURM, "epochs=1", "warmup_epochs=0", f"output_dir={tmp_path}",
+        f"job_name={json.dumps(name)}",
+    )  # fmt: skip
+    job_id = output.split("submitted as job ")[1].split()[0]
+    assert job_info(job_id)["JobName"].startswith("it's a")
+    assert wait_for_end(job_id, 60) == "COMPLETED"
+    assert (tmp_path / name / "log.txt").exists()
+    assert not list(tmp_path.rglob("harm"))
+    assert not (ROOT / "harm").exists()
+    assert "already finished" in succeed(
+        LAUNCHER, *ON_SLURM, "epochs=1", "warmup_epochs=0", f"output_dir={tmp_path}",
+        f"job_name={json.dumps(name)}",
+    )  # fmt: skip
+
+
+def test_a_sweep_is_one_array(tmp_path):
+    arguments = ["-m", "seed=1,2,3", "epochs=1", "warmup_epochs=0", f"output_dir={tmp_path}"]
+    output = succeed(LAUNCHER, *ON_SLURM, *arguments, "env.array_parallelism=2")
+    ids = [line.split("job ")[1] for line in output.splitlines() if "submitted as job" in line]
+    assert len({job_id.split("_")[0] for job_id in ids}) == 1
+    assert [job_id.split("_")[1] for job_id in ids] == ["0", "1", "2"]
+    again = succeed(LAUNCHER, *ON_SLURM, *arguments)
+    assert again.count("nothing submitted") == 3
+    for job_id in ids:
+        assert wait_for_end(job_id, 120) == "COMPLETED"
+    folders = sorted(path.parent.name for path in tmp_path.glob("*/log.txt"))
+    assert folders == ["demo-seed=1", "demo-seed=2", "demo-seed=3"]
+    finished = succeed(LAUNCHER, *ON_SLURM, *arguments)
+    assert finished.count("already finished") == 3
+    assert not squeue("demo")
+
+
+def test_wait_follows_the_log_and_returns_the_exit_status(tmp_path):
+    code, output = run(LAUNCHER, *ON_SLURM, "env.wait=True", f"output_dir={tmp_path}")
+    assert code == 0, output
+    assert "epoch 3.00/3" in output
+    failing = ["env.wait=True", f"output_dir={tmp_path / 'bad'}", "batch_size=2000"]
+    code, output = run(LAUNCHER, *ON_SLURM, *failing)
+    assert code == 2, output
+
+
+def test_status_lists_jobs(tmp_path):
+    finished = submit(f"output_dir={tmp_path}", "job_name=finished")
+    assert wait_for_end(finished, 60) == "COMPLETED"
+    waiting = submit(f"output_dir={tmp_path}", "job_name=waiting", HELD)
+    try:
+        command = [sys.executable, "launcher.py", "--config-name=status", f"output_dir={tmp_path}"]
+        ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        rows = {line.split()[0]: line for line in ran.stdout.splitlines() if line.strip()}
+        assert "COMPLETED" in rows["finished"]
+        assert "epoch-0003-step-00000030.pth" in rows["finished"]
+        assert "PENDING" in rows["waiting"]
+    finally:
+        cancel(waiting)
+
+
+def test_environment_variables_for_nccl_are_passed_through(tmp_path):
+    job_id = submit(f"output_dir={tmp_path}", "+env.nccl.NCCL_DEBUG=INFO", HELD)
+    try:
+        script = wait_for(lambda: job_info(job_id).get("Command"), 10, "the batch script")
+        assert "export NCCL_DEBUG=INFO" in open(script).read()
+    finally:
+        cancel(job_id)

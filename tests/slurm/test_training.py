@@ -1,0 +1,204 @@
+"""Training on a real Slurm: whatever interrupts a job, what finishes is bit for bit the run that was
+never disturbed."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import (
+    LAUNCHER,
+    ROOT,
+    assert_same_state,
+    environment,
+    final_state,
+    records,
+    succeed,
+    torchrun,
+)
+from tests.slurm.cluster import cancel, job_info, squeue, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
+
+# Long enough to be interrupted: about half a minute. Checkpoints every few seconds.
+LONG = ["epochs=100", "batch_size=32", "print_freq=5", "save_minutes=0.05", "save_freq=1000"]
+ON_SLURM = ["env.slurm=True", "env.ngpu=0", "env.workers=1", "env.timeout=60"]
+
+
+def submit(*overrides: str) -> str:
+    """-> job id"""
+    output = succeed(LAUNCHER, *ON_SLURM, *overrides)
+    return output.split("submitted as job ")[1].split()[0]
+
+
+def wait_for_end(job_id: str, timeout: float) -> str:
+    """-> the state in which it ended"""
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+    def state():
+        found = job_info(job_id)["JobState"]
+        return found if found in over else None
+
+    return wait_for(state, timeout, f"job {job_id} to end")
+
+
+def wait_for_step(job: Path, step: int) -> None:
+    wait_for(lambda: any(r["step"] >= step for r in records(job)), 90, f"step {step}")
+
+
+def last_step(job: Path) -> int:
+    return max(record["step"] for record in records(job))
+
+
+def error_text(job: Path) -> str:
+    """All logs of a job, for a failing assertion."""
+    logs = sorted((job / "logs").glob("*.*"))
+    return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in logs if p.suffix in (".out", ".err"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(tmp_path_factory) -> dict:
+    """The same run on two processes without Slurm and without interruption."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    succeed(torchrun(2), *LONG, f"output_dir={folder}")
+    return final_state(folder / "demo")
+
+
+def assert_undisturbed(job: Path, job_id: str, expected: dict) -> None:
+    assert wait_for_end(job_id, 180) == "COMPLETED", error_text(job)
+    assert "from step" in (job / "logs" / f"{job_id}_0_log.out").read_text()
+    assert_same_state(final_state(job), expected)
+    steps = [record["step"] for record in records(job)]
+    assert steps == sorted(set(steps)), "the log has doubled a step"
+    assert set(range(5, last_step(job), 5)) <= set(steps), "the log has lost a step"
+
+
+def test_the_demo_runs_where_the_readme_says(tmp_path):
+    job_id = submit("eval_at_start=True", f"output_dir={tmp_path}")
+    job = tmp_path / "demo"
+    assert wait_for_end(job_id, 120) == "COMPLETED", error_text(job)
+    assert "epoch 3.00/3" in (job / "logs" / f"{job_id}_0_log.out").read_text()
+    assert last_step(job) == 30
+    assert list((job / "tensorboard").glob("events.*"))
+    assert final_state(job)["step"] == 30
+    again = succeed(LAUNCHER, *ON_SLURM, f"output_dir={tmp_path}")
+    assert "already finished" in again
+    assert "submitted" not in again.replace("nothing submitted", "")
+
+
+def test_time_limit_in_the_middle_of_training(tmp_path, undisturbed_pair):
+    limits = ["env.timeout=1", "env.signal_delay=30", "env.tasks_per_node=2"]
+    job_id = submit(*LONG, *limits, f"output_dir={tmp_path}")
+    job = tmp_path / "demo"
+    wait_for(lambda: int(job_info(job_id)["Restarts"]) == 1, 90, "the requeue")
+    assert last_step(job) < 2100
+    assert_undisturbed(job, job_id, undisturbed_pair)
+
+
+def test_scontrol_requeue(tmp_path, undisturbed_pair):
+    job_id = submit(*LONG, "env.tasks_per_node=2", f"output_dir={tmp_path}")
+    job = tmp_path / "demo"
+    wait_for_step(job, 50)
+    subprocess.run(["scontrol", "requeue", job_id], check=True)
+    assert_undisturbed(job, job_id, undisturbed_pair)
+
+
+def test_preemption_by_a_job_of_higher_priority(tmp_path, undisturbed_pair):
+    job_id = submit(
+        *LONG, "env.partition=scavenge", "env.world_size=2", f"output_dir={tmp_path}"
+    )
+    job = tmp_path / "demo"
+    wait_for_step(job, 50)
+    urgent = subprocess.run(
+        ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    assert wait_for_end(urgent, 60) == "COMPLETED"
+    assert_undisturbed(job, job_id, undisturbed_pair)
+    assert "is preempted" in error_text(job)
+
+
+def processes_of(job_id: str) -> list[int]:
+    """The training processes of a job, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = dict(
+                pair.split("=", 1) for pair in path.read_text().split("\0") if "=" in pair
+            )
+            command = (path.parent / "cmdline").read_text()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if variables.get("SLURM_JOB_ID") == job_id and "submitit.core._submit" in command:
+            if "SLURM_PROCID" in variables:
+                found[int(variables["SLURM_PROCID"])] = int(path.parent.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_one_of_four_processes_on_two_nodes_is_killed(tmp_path):
+    shape = ["env.world_size=2", "env.tasks_per_node=2"]
+    shorter = ["epochs=40", "batch_size=16", "print_freq=5", "save_minutes=0.05", "save_freq=1000"]
+    succeed(torchrun(4), *shorter, f"output_dir={tmp_path / 'whole'}")
+    job_id = submit(*shorter, *shape, f"output_dir={tmp_path / 'broken'}")
+    job = tmp_path / "broken" / "demo"
+    wait_for_step(job, 40)
+    ranks = processes_of(job_id)
+    assert len(ranks) == 4
+    os.kill(ranks[2], signal.SIGKILL)
+    wait_for(lambda: int(job_info(job_id)["Restarts"]) == 1, 60, "the end and the requeue")
+    assert_undisturbed(job, job_id, final_state(tmp_path / "whole" / "demo"))
+    assert (job / "logs" / f"{job_id}.crashes").read_text().strip() == "1"
+
+
+def test_bad_input_on_the_node_is_not_tried_again(tmp_path):
+    """The data are gone when the job starts."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"")
+    job_id = submit("dataset=folder", f"data_path={photos}", f"output_dir={tmp_path}", "batch_size=2")
+    job = tmp_path / "demo"
+    assert wait_for_end(job_id, 60) == "FAILED"
+    assert job_info(job_id)["Restarts"] == "0"
+    assert "error: the dataset has 1 images" in error_text(job)
+
+
+def test_a_crash_is_tried_again_only_so_often(tmp_path):
+    """Each start meets a folder where the log should be."""
+    (tmp_path / "demo" / "log.txt").mkdir(parents=True)
+    job_id = submit(f"output_dir={tmp_path}", "env.max_restarts=1")
+    assert wait_for_end(job_id, 90) == "FAILED"
+    assert job_info(job_id)["Restarts"] == "1"
+
+
+def test_edits_after_submission_do_not_reach_the_job(tmp_path):
+    """Submitted from a copy of the project, which is broken before the requeue."""
+    project = tmp_path / "project"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
+    for name in ("models", "util", "data", "eval", "configs"):
+        subprocess.run(["cp", "-r", f"{ROOT / name}/.", str(project / name)], check=True)
+    for name in ("launcher.py", "main_lmim.py", "engine_pretrain.py"):
+        (project / name).write_bytes((ROOT / name).read_bytes())
+    from tests.runs import TINY
+
+    settings = [*ON_SLURM, *LONG, "epochs=40", f"output_dir={tmp_path}"]
+    run = subprocess.run(
+        [*LAUNCHER, *TINY, *settings],
+        cwd=project,
+        env=environment(PYTHONPATH=str(project)),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    job_id = run.stdout.split("submitted as job ")[1].split()[0]
+    job = tmp_path / "demo"
+    wait_for_step(job, 20)
+    (project / "engine_pretrain.py").write_text("raise RuntimeError('edited')\n")
+    subprocess.run(["scontrol", "requeue", job_id], check=True)
+    assert wait_for_end(job_id, 120) == "COMPLETED", error_text(job)
+    assert "from step" in (job / "logs" / f"{job_id}_0_log.out").read_text()

@@ -1,0 +1,166 @@
+"""Checkpoint files: whole or not there, found again, refused where they do not fit."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.runs import ROOT, environment
+from util.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    checkpoint_name,
+    list_checkpoints,
+    load_file,
+    load_weights,
+    newest_readable,
+)
+
+
+def contents(value: float) -> dict:
+    return {"state_dict": {"weight": torch.full((1000,), value)}, "step": int(value), "epoch": 0}
+
+
+def save(folder, steps, epochs=()) -> list[str]:
+    """-> what was reported"""
+    reports = []
+    writer = CheckpointWriter(folder, reports.append)
+    for step in steps:
+        writer.save(contents(step), step, step if step in epochs else None)
+    writer.wait()
+    return reports
+
+
+def names(folder) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def test_the_last_two_and_the_epochs_are_kept(tmp_path):
+    assert save(tmp_path, [1, 2, 3, 4, 5, 6], epochs=[2, 4]) == []
+    assert names(tmp_path) == [
+        checkpoint_name(6),
+        checkpoint_name(5),
+        checkpoint_name(4, epoch=4),
+        checkpoint_name(2, epoch=2),
+    ]
+
+
+def test_what_training_does_after_save_is_not_in_the_file(tmp_path):
+    weight = torch.zeros(2_000_000)
+    writer = CheckpointWriter(tmp_path, print)
+    writer.save({"weight": weight, "nested": [{"weight": weight}]}, 1)
+    weight.fill_(7)
+    writer.wait()
+    loaded = load_file(list_checkpoints(tmp_path)[0])
+    assert loaded["weight"].abs().max() == 0
+    assert loaded["nested"][0]["weight"].abs().max() == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_a_damaged_newest_file_is_named_and_the_one_before_is_used(tmp_path, damage):
+    save(tmp_path, [1, 2])
+    newest = tmp_path / checkpoint_name(2)
+    whole = newest.read_bytes()
+    newest.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hi"}[damage])
+    reports = []
+    path, loaded = newest_readable(tmp_path, reports.append)
+    assert path.name == checkpoint_name(1)
+    assert loaded["step"] == 1
+    assert len(reports) == 1
+    assert str(newest) in reports[0]
+
+
+def test_nothing_readable_is_an_error_and_nothing_there_is_not(tmp_path):
+    assert newest_readable(tmp_path / "none", print) is None
+    save(tmp_path, [1, 2])
+    for path in list_checkpoints(tmp_path):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        newest_readable(tmp_path, lambda text: None)
+
+
+def test_a_file_with_code_is_refused(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    path = tmp_path / checkpoint_name(1)
+    path.write_bytes(pickle.dumps({"state_dict": Harmful()}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_file(path)
+    torch.save({"state_dict": Harmful()}, path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_file(path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_failed_write_is_reported_and_leaves_the_older_file(tmp_path):
+    """The name is taken by a folder here; a full disk is tested with a small file system."""
+    reports = []
+    writer = CheckpointWriter(tmp_path, reports.append)
+    writer.save(contents(1), 1)
+    writer.wait()
+    (tmp_path / checkpoint_name(2)).with_suffix(".writing").mkdir()
+    writer.save(contents(2), 2)
+    writer.wait()
+    assert len(reports) == 1
+    assert "step-00000002.pth could not be written" in reports[0]
+    assert names(tmp_path) == [checkpoint_name(1)]
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    leftover = tmp_path / "step-00000009.writing"
+    leftover.write_bytes(b"half")
+    CheckpointWriter(tmp_path, print)
+    assert not leftover.exists()
+
+
+def test_weights_of_another_architecture_are_refused_with_the_first_differences():
+    small, large = torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)
+    with pytest.raises(CheckpointError, match=r"bias is \[3\] there and \[4\] here"):
+        load_weights(large, small.state_dict(), "file")
+    with pytest.raises(CheckpointError, match="bias is missing; extra is unexpected"):
+        load_weights(small, {"weight": small.weight, "extra": small.bias}, "file")
+
+
+def test_the_prefix_of_published_checkpoints_is_accepted():
+    source, target = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    load_weights(target, {f"module.{k}": v for k, v in source.state_dict().items()}, "file")
+    assert torch.equal(source.weight, target.weight)
+
+
+WRITE_FOR_EVER = """
+import sys, torch
+from pathlib import Path
+from util.checkpoint import CheckpointWriter
+writer = CheckpointWriter(Path(sys.argv[1]), print)
+for step in range(1, 10**9):
+    writer.save({"weight": torch.full((300_000,), float(step)), "step": step}, step)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_kill_during_writing_always_leaves_a_whole_newest_file(tmp_path):
+    """kill -9 at 20 moments of a process that does nothing but write checkpoints."""
+    found_half_written = 0
+    for attempt in range(20):
+        folder = tmp_path / str(attempt)
+        command = [sys.executable, "-c", WRITE_FOR_EVER, str(folder)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE)
+        for _ in range(3):
+            process.stdout.readline()
+        time.sleep(0.0007 * attempt)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        found_half_written += any(folder.glob("*.writing"))
+        newest = list_checkpoints(folder)[0]
+        loaded = load_file(newest)
+        assert newest.name == checkpoint_name(loaded["step"])
+        assert (loaded["weight"] == loaded["step"]).all()
+    assert found_half_written > 0, "no kill fell into a write: the test proves nothing"

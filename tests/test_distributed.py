@@ -1,0 +1,107 @@
+"""Several processes: the same step as one process with a larger batch, and one all-reduce per window."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from engine_pretrain import begin_window, end_window, micro_step
+from tests.test_engine import build_training, draw, half, relative_difference, run_windows, weights
+from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects, gather_rows
+
+pytestmark = pytest.mark.slow
+CPU = torch.device("cpu")
+
+
+def spawn(function, processes: int, folder, *arguments) -> None:
+    """Run function(ranks, *arguments) in real processes that talk through gloo."""
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    inner = (function, processes, rendezvous, *arguments)
+    multiprocessing.spawn(start, args=inner, nprocs=processes)
+
+
+def start(rank: int, function, processes: int, rendezvous: str, *arguments) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
+    function(Ranks(rank, processes, CPU), *arguments)
+    dist.destroy_process_group()
+
+
+def train_a_share(ranks: Ranks, folder) -> None:
+    """Half of each batch of run_windows."""
+    training = build_training(avg_sim_coeff=0.0)
+    training.network = DistributedDataParallel(training.model, broadcast_buffers=False)
+    for step in range(6):
+        images, views = draw(step, 8)
+        begin_window(training, step / 4)
+        own = images[ranks.rank * 4 : ranks.rank * 4 + 4]
+        micro_step(training, own, half(views, ranks.rank), last_of_window=True)
+        end_window(training, step)
+    torch.save(weights(training), folder / f"weights{ranks.rank}")
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """Without the similarity term, whose average is taken over the images of one process."""
+    spawn(train_a_share, 2, tmp_path, tmp_path)
+    shares = [torch.load(tmp_path / f"weights{rank}") for rank in range(2)]
+    assert torch.equal(*shares), "the processes have drifted apart"
+    alone = build_training(avg_sim_coeff=0.0)
+    run_windows(alone, 6)
+    # Adam turns the rounding of near-zero gradients into full steps, hence not 1e-6.
+    assert relative_difference(shares[0], weights(alone)) < 1e-3
+
+
+def count_reductions(ranks: Ranks, folder) -> None:
+    training = build_training(accum_iter=2)
+    training.network = DistributedDataParallel(training.model, broadcast_buffers=False)
+    reduced = []
+
+    def counting_hook(group, bucket):
+        reduced.append(bucket.index())
+        return allreduce_hook(group, bucket)
+
+    training.network.register_comm_hook(dist.group.WORLD, counting_hook)
+    images, views = draw(ranks.rank, 4)
+    after_each = []
+    for step in range(2):
+        begin_window(training, 0.0)
+        for last in (False, True):
+            micro_step(training, images, views, last_of_window=last)
+            after_each.append(len(reduced))
+        end_window(training, step)
+    torch.save(after_each, folder / f"reductions{ranks.rank}")
+
+
+def test_gradients_travel_only_at_the_last_micro_step(tmp_path):
+    spawn(count_reductions, 2, tmp_path, tmp_path)
+    first, second, third, fourth = torch.load(tmp_path / "reductions0")
+    assert first == 0
+    assert second > 0
+    assert third == second
+    assert fourth > third
+
+
+def exchange(ranks: Ranks, folder) -> None:
+    rows = torch.arange(ranks.rank * 10, ranks.rank * 10 + 2 + ranks.rank)[:, None]
+    result = {
+        "rows": gather_rows(rows, ranks).flatten().tolist(),
+        "objects": gather_objects({"rank": ranks.rank}, ranks),
+        "broadcast": broadcast_object(f"from {ranks.rank}", ranks),
+        "sum": all_reduce(torch.tensor(ranks.rank + 1.0)).item(),
+        "max": all_reduce(torch.tensor(ranks.rank + 1.0), "max").item(),
+    }
+    torch.save(result, folder / f"result{ranks.rank}")
+
+
+def test_exchange_between_three_processes(tmp_path):
+    spawn(exchange, 3, tmp_path, tmp_path)
+    for rank in range(3):
+        assert torch.load(tmp_path / f"result{rank}") == {
+            "rows": [0, 1, 10, 11, 12, 20, 21, 22, 23],
+            "objects": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
+            "broadcast": "from 0",
+            "sum": 6.0,
+            "max": 3.0,
+        }

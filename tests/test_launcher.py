@@ -1,0 +1,222 @@
+"""The launcher as a user meets it: quick answers, readable errors, several processes."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from launcher import exit_code_of
+from tests.runs import LAUNCHER, ROOT, torchrun
+from tests.test_config import CHOICES, CONFIGS, PUBLISHED
+from util.config import compose_config, parse_command_line
+
+TINY = (
+    "--config-name=demo epochs=1 warmup_epochs=0 encoder.depth=1 encoder.embed_dim=24 "
+    "decoder_depth=1 decoder_embed_dim=24 proj.mlp_depth=0 batch_size=140 eval_freq=0 "
+    "eval_at_start=False"
+).split()
+ANSWERS = {"help": ["--help"], "cfg": [*PUBLISHED, "--cfg", "job"]}
+# A worker that tells how it was started, and fails in the way that `data_path` asks for.
+WORKER = """
+import os, signal, sys
+from util.config import ConfigError
+from util.distributed import join_processes, leave_processes
+
+def main(cfg):
+    import torch
+    ranks = join_processes()
+    print(f"rank {ranks.rank} of {ranks.world_size}: {torch.get_num_threads()} threads", flush=True)
+    leave_processes()
+    if cfg.data_path == "bad input":
+        raise ConfigError("all of us found this")
+    if cfg.data_path == "bad input of the last" and ranks.rank == ranks.world_size - 1:
+        raise ConfigError("only the last one found this")
+    if cfg.data_path == "bug":
+        raise ZeroDivisionError("a bug")
+    if cfg.data_path == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def run(command: list[str], *folders) -> subprocess.CompletedProcess:
+    """folders: where else to look for modules."""
+    path = os.pathsep.join(map(str, [ROOT, *folders]))
+    # OMP_NUM_THREADS of the test's own surroundings would hide who sets it.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture
+def run_own_worker(tmp_path):
+    (tmp_path / "own_worker.py").write_text(WORKER)
+
+    def run_it(*overrides: str) -> subprocess.CompletedProcess:
+        arguments = [*TINY, "worker=own_worker", f"output_dir={tmp_path}", *overrides]
+        return run([*LAUNCHER, *arguments], tmp_path)
+
+    return run_it
+
+
+# ---- Answers. ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answers_come_at_once(answer):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert run([*LAUNCHER, *ANSWERS[answer]]).returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2.0
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answers_need_neither_torch_nor_the_models(answer):
+    result = run([sys.executable, "-X", "importtime", "launcher.py", *ANSWERS[answer]])
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert {"hydra", "util"} <= imported
+    assert not imported & {"torch", "torchvision", "timm", "models", "data", "main_lmim", "numpy"}
+
+
+def test_help_shows_what_can_be_chosen():
+    text = run([*LAUNCHER, "--help"]).stdout
+    words = set(text.split())
+    assert set(CONFIGS) <= words
+    assert {word for pair in CHOICES for word in pair} <= words
+    assert "python launcher.py --config-name=demo" in text
+
+
+def test_cfg_job_prints_the_config_as_yaml():
+    printed = run([*LAUNCHER, *PUBLISHED, "--cfg", "job"]).stdout
+    expected = OmegaConf.to_container(compose_config("lmim", PUBLISHED[1:]))
+    assert yaml.safe_load(printed) == expected
+    assert expected["blr"] == 1.5e-4 and expected["env"]["ngpu"] == 8
+    assert OmegaConf.load(io.StringIO(printed)) == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--config-name lmim epochs=3 --cfg job tau=1",
+        "--config-name=lmim --cfg=job epochs=3 tau=1",
+        "epochs=3 tau=1 -c job -cn lmim.yaml",
+    ],
+)
+def test_flags_and_overrides_come_in_any_order(line):
+    command = parse_command_line(line.split(), "")
+    assert command.show_config and command.overrides == ["epochs=3", "tau=1"]
+    assert compose_config(command.config_name, command.overrides).epochs == 3
+
+
+def test_unknown_flags_are_refused():
+    for arguments in (["--confg-name=lmim"], ["--cfg", "hydra"], ["--config-name"]):
+        result = run([*LAUNCHER, *arguments])
+        assert result.returncode == 2 and "usage: launcher.py" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+# ---- One process. --------------------------------------------------------------------------------
+
+
+def test_one_process_runs_in_the_launcher_itself(run_own_worker):
+    result = run_own_worker()
+    assert result.returncode == 0 and result.stderr == ""
+    assert result.stdout == f"rank 0 of 1: {len(os.sched_getaffinity(0))} threads\n"
+
+
+@pytest.mark.slow
+def test_a_bug_shows_its_traceback(run_own_worker):
+    result = run_own_worker("data_path=bug")
+    assert result.returncode == 1 and "Traceback" in result.stderr
+    assert result.stderr.endswith("ZeroDivisionError: a bug\n")
+
+
+def test_the_exit_code_of_several_processes(capsys):
+    assert exit_code_of({0: 2}) == 2
+    assert exit_code_of({0: -15, 1: 2}) == 2
+    assert exit_code_of({0: 2, 1: 1}) == 1
+    assert capsys.readouterr().err == ""
+    assert exit_code_of({3: -9}) == 1
+    assert capsys.readouterr().err == "[rank 3] error: ended by SIGKILL\n"
+
+
+# ---- Several processes. --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [["env.ngpu=2"], ["env.ngpu=0", "env.tasks_per_node=2"]])
+def test_processes_share_the_cores(run_own_worker, processes):
+    result = run_own_worker(*processes)
+    assert result.returncode == 0
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    lines = [f"rank {rank} of 2: {threads} threads" for rank in range(2)]
+    assert sorted(result.stdout.splitlines()) == lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("bad input", "[rank 0] error: all of us found this"),
+        ("bad input of the last", "[rank 1] error: only the last one found this"),
+    ],
+)
+def test_a_mistake_is_said_once(run_own_worker, what, line):
+    result = run_own_worker("env.ngpu=2", f"data_path={what}")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [line]
+
+
+@pytest.mark.slow
+def test_a_bug_in_a_process_shows_its_own_traceback_only(run_own_worker):
+    result = run_own_worker("env.ngpu=2", "data_path=bug")
+    assert result.returncode == 1
+    assert re.search(r"\[rank [01]\] Traceback", result.stderr)
+    assert "ZeroDivisionError: a bug" in result.stderr
+    assert "elastic" not in result.stderr and "ChildFailedError" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named(run_own_worker):
+    result = run_own_worker("env.ngpu=2", "data_path=killed")
+    assert result.returncode == 1
+    assert re.fullmatch(r"\[rank [01]\] error: ended by SIGKILL\n", result.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [[*LAUNCHER, "env.ngpu=2"], torchrun(2)])
+def test_two_processes_train(command, tmp_path):
+    result = run([*command, *TINY, f"output_dir={tmp_path}"])
+    assert result.returncode == 0, result.stderr
+    assert "fp32 on 2 x cpu, 280 images per step, 5 steps, from the beginning" in result.stdout
+    assert result.stdout.count("epoch 1.00/1") == 1  # the first process alone prints
+    assert (tmp_path / "demo" / "checkpoints" / "epoch-0001-step-00000005.pth").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["precision=fp16", "dataset=folder"])
+def test_a_mistake_that_training_finds_is_said_once(override, tmp_path):
+    result = run([*LAUNCHER, "env.ngpu=2", *TINY, f"output_dir={tmp_path}", override])
+    assert result.returncode == 2
+    assert re.fullmatch(r"\[rank 0\] error: .+\n", result.stderr)
+
+
+@pytest.mark.slow
+def test_torchrun_shows_the_mistake(tmp_path):
+    """torchrun adds its own report and its own exit code, 1."""
+    result = run([*torchrun(2), *TINY, f"output_dir={tmp_path}", "epochs=abc"])
+    assert result.returncode == 1
+    assert result.stderr.count("error: epochs=abc: valid is a whole number of at least 1\n") == 1

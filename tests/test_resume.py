@@ -1,0 +1,81 @@
+"""A run that was killed at any moment and started again ends with the very weights of a run that
+was never disturbed."""
+
+import random
+
+import pytest
+
+from tests.runs import (
+    LAUNCHER,
+    assert_same_state,
+    final_state,
+    kill_at_step,
+    records,
+    start,
+    succeed,
+    torchrun,
+)
+
+pytestmark = pytest.mark.slow
+
+# A checkpoint about every second step: kills fall inside an epoch and between two checkpoints.
+OFTEN = "save_minutes=0.0005"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Final states of undisturbed runs, by number of processes; loaders run in the main process."""
+    states = {}
+
+    def final(processes: int) -> dict:
+        if processes not in states:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            succeed(command(processes), f"output_dir={folder}", *share(processes))
+            states[processes] = final_state(folder / "demo")
+        return states[processes]
+
+    return final
+
+
+def command(processes: int) -> list[str]:
+    return LAUNCHER if processes == 1 else torchrun(processes)
+
+
+def share(processes: int) -> list[str]:
+    """Ten steps per epoch whatever the number of processes."""
+    return [f"batch_size={128 // processes}"]
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_killed_and_resumed_equals_undisturbed(tmp_path, undisturbed, processes, workers):
+    arguments = (*share(processes), f"output_dir={tmp_path}", f"num_workers={workers}", OFTEN)
+    job = tmp_path / "demo"
+    chance = random.Random(processes * 10 + workers)
+    for lowest in (3, 14):  # in the first epoch, then in the second
+        process = start(command(processes), *arguments)
+        kill_at_step(process, job, lowest + chance.randrange(5))
+    output = succeed(command(processes), *arguments)
+    assert "from step" in output, "started over instead of resuming"
+    assert_same_state(final_state(job), undisturbed(processes))
+    steps = [record["step"] for record in records(job)]
+    assert steps == list(range(1, 31)), "the log has lost or doubled a step"
+
+
+def test_four_processes_resume_exactly(tmp_path):
+    """With more than two the order in which gradients are summed matters (settle_gradient_buckets)."""
+    arguments = ["batch_size=32", "epochs=2"]
+    succeed(torchrun(4), *arguments, f"output_dir={tmp_path / 'whole'}")
+    broken = [*arguments, f"output_dir={tmp_path / 'broken'}", OFTEN]
+    process = start(torchrun(4), *broken)
+    kill_at_step(process, tmp_path / "broken" / "demo", 7)
+    assert "from step" in succeed(torchrun(4), *broken)
+    whole, resumed = (final_state(tmp_path / name / "demo") for name in ("whole", "broken"))
+    assert_same_state(resumed, whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    arguments = ("epochs=1", "warmup_epochs=0", f"output_dir={tmp_path}")
+    succeed(LAUNCHER, *arguments)
+    before = final_state(tmp_path / "demo")
+    succeed(LAUNCHER, *arguments)
+    assert_same_state(final_state(tmp_path / "demo"), before)

@@ -1,0 +1,158 @@
+"""Whole runs of the worker: what they print, leave behind, and how they stop."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from eval.nn import leave_one_out_hits
+from tests.runs import LAUNCHER, final_state, records, run, succeed, torchrun
+from util.checkpoint import list_checkpoints
+from util.metrics import ProgressBar, keep_until_step, readable_time
+
+SHORT = ("epochs=1", "warmup_epochs=0")
+
+
+def test_a_run_leaves_what_the_readme_says(tmp_path):
+    output = succeed(
+        LAUNCHER, *SHORT, f"output_dir={tmp_path}", "eval_freq=1", "eval_at_start=True", "seed=4"
+    )
+    job = tmp_path / "demo"
+    assert sorted(path.name for path in job.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+        "logs",
+        "results",
+        "tensorboard",
+    ]
+    result = json.loads((job / "results" / "demo.json").read_text())
+    assert result["seed"] == 4
+    assert f"{result['before']:.2f} % -> {result['after']:.2f} %" in output
+    assert result["seconds"] > 0
+    versions = json.loads((job / "environment.json").read_text())["packages"]
+    assert versions["torch"] == torch.__version__.split("+")[0]
+    train = [record for record in records(job) if "loss" in record]
+    assert [record["step"] for record in train] == list(range(1, 11))
+    expected = {
+        *("epoch step loss sim_pred sim_vis sim_trg grad_norm lr momentum".split()),
+        *("images_per_second data_wait eta_seconds memory_gb".split()),
+    }
+    assert set(train[0]) == expected
+    assert f"loss {train[-1]['loss']:.4f}" in output
+
+    board = EventAccumulator(str(job / "tensorboard"))
+    board.Reload()
+    losses = board.Scalars("loss")
+    assert [event.step for event in losses] == list(range(1, 11))
+    assert [event.value for event in losses] == pytest.approx([r["loss"] for r in train])
+    assert [event.step for event in board.Scalars("nn_accuracy")] == [0, 10]
+
+    state = final_state(job)
+    assert set(state) == {
+        *("state_dict optimizer loss_scaler epoch step".split()),
+        *("windows_per_epoch config format".split()),
+    }
+    assert (state["epoch"], state["step"]) == (1, 10)
+    assert not any(key.startswith("module.") for key in state["state_dict"])
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_everything(tmp_path):
+    """A learning rate beyond all measure, after a checkpoint has been written."""
+    arguments = (*SHORT, f"output_dir={tmp_path}", "blr=1e30", "save_minutes=1e-9")
+    code, output = run(LAUNCHER, *arguments, "print_freq=5")
+    assert code == 1, output
+    error = output.splitlines()[-1]
+    assert error.startswith("error: the ")
+    assert "is not finite at step 1 (epoch 0.10) on rank 0, lr 4.908e+29" in error
+    newest = list_checkpoints(tmp_path / "demo" / "checkpoints")[0]
+    assert f"last good checkpoint: {newest}" in error
+    weights = final_state(tmp_path / "demo")["state_dict"]
+    assert all(value.isfinite().all() for value in weights.values())
+    code, output = run(LAUNCHER, *arguments, "resume=False", "overwrite=True", "max_bad_steps=9")
+    assert code == 0, "that many bad steps were tolerated"
+
+
+@pytest.mark.slow
+def test_evaluation_on_two_processes_gives_the_same_number(tmp_path):
+    arguments = ("epochs=1", "warmup_epochs=0", "eval_at_start=True", "eval_freq=1", "blr=1e-9")
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        succeed(torchrun(processes), *arguments, f"output_dir={folder}")
+    before = [
+        json.loads((tmp_path / str(p) / "demo/results/demo.json").read_text())["before"]
+        for p in (1, 2)
+    ]
+    assert before[0] == before[1] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "target=joint",
+        "target=stopgrad",
+        "target=frozen",
+        "target_depth=1",
+        "mask_target=False",
+        "loss=norm_l2 avg_sim_coeff=0",
+        "loss=l2",
+        "loss=l1",
+        "loss=smooth_l1",
+        "loss=cosine",
+        "decoder=self",
+        "decoder=self avg_vis_mask_token=False",
+        "avg_vis_mask_token=False",
+        "proj.mlp_depth=0",
+        "patch_gap=0",
+        "num_vis=18 freeze_pe=False clip_grad=1.0",
+        "precision=bf16",
+    ],
+)
+def test_each_variant_trains_on_the_digits(tmp_path, variant):
+    succeed(LAUNCHER, *variant.split(), *SHORT, f"output_dir={tmp_path}")
+    losses = [record["loss"] for record in records(tmp_path / "demo")]
+    assert len(losses) == 10
+    assert losses[-1] != losses[0]
+
+
+def test_leave_one_out_equals_scikit_learn():
+    from sklearn.neighbors import KNeighborsClassifier
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(500, 8, generator=generator), dim=1)
+    labels = torch.randint(4, (500,), generator=generator)
+    neighbours = KNeighborsClassifier(n_neighbors=2, metric="cosine").fit(features, labels)
+    nearest = neighbours.kneighbors(features, return_distance=False)[:, 1]  # [:, 0] is itself
+    expected = int((labels[nearest] == labels).sum())
+    assert leave_one_out_hits(features, labels, 0, 500) == expected
+    parts = leave_one_out_hits(features, labels, 0, 123) + leave_one_out_hits(
+        features, labels, 123, 500
+    )
+    assert parts == expected
+
+
+def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "los')
+    keep_until_step(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    keep_until_step(path, 0)
+    assert path.read_text() == ""
+
+
+def test_the_progress_bar_fits_the_terminal(capsys):
+    bar = ProgressBar(total=10, width=10)
+    bar.summary = "x" * 500
+    bar.draw(5)
+    line = capsys.readouterr().err
+    assert "[#####.....] 5/10" in line
+    assert len(line) < 100
+
+
+def test_readable_time():
+    assert readable_time(59) == "0:00:59"
+    assert readable_time(2 * 86400 + 3661) == "2d 1:01:01"

@@ -1,0 +1,258 @@
+"""Bad input ends with exit code 2 and one sentence: the key, its value, and what would be valid."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import launcher
+from tests.runs import ROOT
+from util.config import ConfigError
+from util.validate import check_gpus, why_not_writable
+
+TINY = (
+    "--config-name=demo epochs=1 warmup_epochs=0 encoder.depth=1 encoder.embed_dim=24 "
+    "decoder_depth=1 decoder_embed_dim=24 proj.mlp_depth=0 batch_size=280 eval_freq=0 "
+    "eval_at_start=False"
+).split()
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="valid on a GPU")
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys, tmp_path):
+    """The launcher's whole command in this process. -> (exit code, stdout, lines of stderr)"""
+
+    def run(*overrides: str) -> tuple[int, str, list[str]]:
+        arguments = ["launcher.py", *TINY, f"output_dir={tmp_path}", *overrides]
+        monkeypatch.setattr(sys, "argv", arguments)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            launcher.main()
+        printed = capsys.readouterr()
+        return stopped.value.code, printed.out, printed.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def error_of(run_here):
+    def run(*overrides: str) -> str:
+        exit_code, _, errors = run_here(*overrides)
+        assert exit_code == 2
+        assert len(errors) == 1 and errors[0].startswith("error: ")
+        return errors[0].removeprefix("error: ")
+
+    return run
+
+
+# ---- Values. -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "valid"),
+    [
+        ("num_vis=0", "a whole number of at least 1"),
+        ("num_vis=36", "1 to 35, because grid_size=6 makes 36 patches and at least one must be"),
+        ("patch_gap=-1", "a whole number of at least 0"),
+        ("patch_gap=1.5", "a whole number of at least 0"),
+        ("grid_size=1", "a whole number of at least 2"),
+        ("encoder.num_heads=5", "encoder.embed_dim=24: valid is a multiple of encoder.num_heads=5"),
+        ("encoder.embed_dim=30", "a multiple of 4, because the position table holds sines and"),
+        ("decoder_num_heads=7", "decoder_embed_dim=24: valid is a multiple of decoder_num_heads=7"),
+        ("decoder_embed_dim=18", "a multiple of 4"),
+        ("target_depth=2", "1 to 1 (encoder.depth), or null for all of them"),
+        ("epochs=0", "a whole number of at least 1"),
+        ("epochs=abc", "a whole number of at least 1"),
+        ("epochs=1.5", "a whole number of at least 1"),
+        ("epochs=True", "a whole number of at least 1"),
+        ("epochs=null", "a whole number of at least 1"),
+        ("warmup_epochs=2", "0 to 1 (epochs)"),
+        ("resume=maybe", "True or False"),
+        ("resume=1", "True or False"),
+        ("precision=fp8", "one of auto, bf16, fp16, fp32"),
+        ("seed=-1", "a whole number from 0 to 9223372036854775807"),
+        ("blr=0", "a number above 0"),
+        ("blr=inf", "a number above 0"),
+        ("blr=nan", "a number above 0"),
+        ("tau=cold", "a number above 0"),
+        ("target_mom=1.5", "a number from 0 to 1"),
+        ("min_crop=0", "a number above 0 and at most 1"),
+        ("clip_grad=-1", "a number above 0, or null"),
+        ("num_workers=-1", "a whole number of at least 0, or null"),
+        ("job_name=a/b", "the name of a folder inside output_dir, without '/'"),
+        ("job_name=..", "the name of a folder inside output_dir, without '/'"),
+        (f"job_name={'x' * 300}", "the name of a folder inside output_dir, without '/'"),
+        ("job_name=", "the name of a folder inside output_dir, without '/'"),
+        ("output_dir=", "a text that is not empty"),
+        ("worker=nope", "a Python module with main(cfg), such as main_lmim"),
+        ("worker=nope.nope", "a Python module with main(cfg), such as main_lmim"),
+        ("decoder.name=nope", "one of cross, self"),
+        ("target.name=nope", "one of ema, frozen, joint, stopgrad"),
+        ("loss.name=nope", "one of cosine, infonce_patches, l1, l2, norm_l2, smooth_l1"),
+        ("dataset.name=nope", "one of cifar10, cifar100, digits, folder"),
+        ("dataset.mean=3", "a list of three numbers (red, green, blue)"),
+        ("dataset.mean=[1,2]", "a list of three numbers (red, green, blue)"),
+        ("dataset.std=[1,1,0]", "a list of three numbers above 0 (red, green, blue)"),
+        ("dataset.options=3", "a section of keys"),
+        ("env.ngpu=-1", "a whole number of at least 0"),
+        ("env.signal_delay=259200", "fewer seconds than the env.timeout=4320 minutes have"),
+        ("env.account=[1]", "a text or a whole number, or null"),
+        ("env.world_size=2", "without Slurm is 1 (this machine); on more nodes start torchrun"),
+        pytest.param("precision=fp16", "on cpu: auto, bf16, fp32", marks=WITHOUT_GPU),
+    ],
+)
+def test_a_bad_value_is_one_sentence(error_of, override, valid):
+    message = error_of(override)
+    assert override in message.replace(", ", ",")
+    assert valid in message and "valid" in message
+
+
+def test_more_processes_than_env_distributed_allows(error_of):
+    message = error_of("env.distributed=False", "env.ngpu=2")
+    assert message.startswith("env.distributed=False: valid with one process, but env.ngpu=2 and")
+
+
+@pytest.mark.parametrize(("wanted", "present"), [(1, 0), (8, 0), (1, 1), (3, 8), (8, 8)])
+def test_enough_gpus(wanted, present):
+    check_gpus(wanted, present)
+
+
+@pytest.mark.parametrize(("wanted", "present"), [(2, 1), (9, 8)])
+def test_too_few_gpus(wanted, present):
+    with pytest.raises(ConfigError, match=f"env.ngpu={wanted}: valid is 1 to {present}, the GPUs"):
+        check_gpus(wanted, present)
+
+
+# ---- Where the job lives. ------------------------------------------------------------------------
+
+
+def test_a_file_in_the_way_of_the_job(error_of, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (f"{tmp_path}/file", f"{tmp_path}/file/below"):
+        message = error_of(f"output_dir={place}")
+        assert message == (
+            f"output_dir={place}: valid is a folder that can be written to, but "
+            f"{tmp_path}/file is not a folder"
+        )
+    assert f"but {tmp_path}/file is not a folder" in error_of("job_name=file")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc on this system")
+def test_a_place_that_takes_no_files(error_of):
+    message = error_of("output_dir=/proc/x")
+    assert message.startswith("output_dir=/proc/x: valid is a folder that can be written to, but")
+    assert "/proc refuses new files" in message
+
+
+def test_trying_whether_a_folder_takes_files_leaves_nothing(tmp_path):
+    assert why_not_writable(tmp_path / "a" / "b") is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    assert why_not_writable(tmp_path / "lost") == f"{tmp_path / 'lost'} is not a folder"
+
+
+# ---- Data. ---------------------------------------------------------------------------------------
+
+
+def test_data_that_is_not_there(error_of, tmp_path):
+    message = error_of("dataset=imagefolder")
+    assert message.startswith("dataset imagefolder needs data_path: a folder with train/CLASS/")
+    message = error_of("dataset=folder", f"data_path={tmp_path}/nope")
+    assert message.startswith(f"data_path={tmp_path}/nope does not exist; dataset folder needs")
+    assert error_of("dataset=folder", "data_path=").startswith("data_path=: valid is a text that")
+    (tmp_path / "file").write_text("")
+    message = error_of("dataset=folder", f"data_path={tmp_path}/file")
+    assert message.startswith(f"data_path={tmp_path}/file is not a folder; dataset folder needs")
+
+
+def test_data_without_images(error_of, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    assert error_of("dataset=folder", f"data_path={data}").startswith(
+        f"data_path={data} contains no images; expected files ending in .jpg"
+    )
+    (data / "notes.txt").write_text("nothing to see")
+    assert "contains no images" in error_of("dataset=folder", f"data_path={data}")
+    message = error_of("dataset=imagefolder", f"data_path={data}")
+    assert message.startswith(f"{data}/train does not exist; expected {data}/train/CLASS/*.jpg")
+
+
+def test_a_dataset_smaller_than_one_step(error_of, tmp_path):
+    assert error_of("batch_size=2000") == (
+        "the dataset has 1400 images, but one step needs 2000: "
+        "batch_size=2000 x accum_iter=1 x 1 processes"
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "only.png")
+    message = error_of("dataset=folder", f"data_path={tmp_path}", "accum_iter=2")
+    assert message.startswith("the dataset has 1 images, but one step needs 560")
+
+
+def test_an_option_that_a_dataset_does_not_have(error_of):
+    message = error_of("dataset=shapes", "+dataset.options.colour=red")
+    assert message.startswith("dataset shapes has no option 'colour'; valid: image_size")
+
+
+# ---- Checkpoints. --------------------------------------------------------------------------------
+
+
+def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
+    exit_code, output, _ = run_here("overwrite=False")
+    checkpoint = tmp_path / "demo" / "checkpoints" / "epoch-0001-step-00000005.pth"
+    assert exit_code == 0 and str(checkpoint) in output
+
+    message = error_of("overwrite=False")
+    assert message.startswith(f"{tmp_path}/demo already holds {checkpoint.name}: choose resume=Tru")
+
+    message = error_of("resume=True", "encoder.depth=2")
+    assert message.startswith(
+        f"{tmp_path}/demo/checkpoints holds another architecture: "
+        f"encoder.blocks.1.norm1.weight is missing; "
+    )
+    assert message.endswith(" more") and message.count("is missing") == 5
+
+    message = error_of("resume=True", "encoder.embed_dim=48")
+    assert "encoder.cls_token is [1, 1, 24] there and [1, 1, 48] here" in message
+
+    message = error_of("resume=True", "batch_size=140")
+    assert message.startswith("the checkpoint's epochs have 5 steps and this run's 10: use the sa")
+
+    checkpoint.write_bytes(b"damaged")
+    exit_code, _, errors = run_here("resume=True")
+    assert exit_code == 2 and len(errors) == 2
+    assert f"{checkpoint} cannot be read" in errors[0]
+    assert errors[1].startswith("error: none of the 1 checkpoints in")
+
+
+# ---- The same from a shell. ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "launcher.py --config-name=lmim encoder=vit_foo",
+            "encoder=vit_foo: no such choice; valid",
+        ),
+        ("launcher.py --config-name=nope", "--config-name=nope: no such config in"),
+        ("launcher.py --config-name=demo num_vis=36", "num_vis=36: valid is 1 to 35, because"),
+        pytest.param(
+            "main_lmim.py --config-name=demo epochs=abc",
+            "epochs=abc: valid is a whole number of at least 1",
+            marks=pytest.mark.slow,  # imports torch
+        ),
+    ],
+)
+def test_a_mistake_in_a_shell(command, message):
+    run = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith(f"error: {message}") and run.stderr.count("\n") == 1

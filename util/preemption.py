@@ -1,0 +1,114 @@
+"""Being told to stop: by Ctrl-C, by Slurm's time limit, by a job of higher priority.
+
+The handler only sets a flag. At the end of each window the processes agree whether any of them was
+told; then all save and leave together, so that no step is lost and none is done twice.
+"""
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from util.distributed import Ranks
+
+# USR2 comes from Slurm (through submitit) and means: there will be a next time, ask for it.
+# TERM comes from Slurm, torchrun or a person and means: the next time is not your business.
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+NOT_DONE = 75  # exit code of a process that leaves for a requeue: no success, and no crash
+
+
+class Interrupted(Exception):
+    """All processes have agreed to stop after this window, and everything is saved."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopFlag:
+    """Set by a signal, agreed upon once per window.
+
+    The agreement is one window late: the answer of the last window's question is read when this
+    window's is asked, so that neither the host waits for the GPU nor the GPU for the host.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.received: list[int] = []  # signal numbers, in order
+        self.previous = {number: signal.getsignal(number) for number in SIGNALS}
+        self.question: Question | None = None
+        for number in SIGNALS:
+            signal.signal(number, self.handle)
+        # Loader workers and anything else that is forked: the whole job gets the signal, and only
+        # the training processes answer it.
+        os.register_at_fork(after_in_child=ignore_signals)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if number in self.received and number != signal.SIGUSR2:
+            signal.signal(number, signal.SIG_DFL)  # a second time: at once
+            os.kill(os.getpid(), number)
+        self.received.append(number)
+
+    def agreed(self) -> int:
+        """To be asked once per window by every process. -> signal number, or 0: go on"""
+        own = max(self.received, default=0, key=urgency)
+        if self.ranks.world_size == 1:
+            return own
+        last, self.question = self.question, Question(own, self.ranks)
+        return SIGNALS_BY_URGENCY[last.answer()] if last else 0
+
+    def leave(self, number: int) -> int:
+        """After everything is saved. -> exit code"""
+        requeue = self.previous[signal.SIGUSR2]
+        if number == signal.SIGUSR2 and callable(requeue):
+            if self.ranks.is_main:
+                requeue(number, None)  # submitit's: asks Slurm to start this job again, and exits
+            # Leaving before the first process has asked would end the job for good.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(60)
+            return NOT_DONE
+        if self.ranks.is_main:
+            print(
+                f"stopped by {signal.Signals(number).name}, everything is saved; the same command "
+                f"with resume=True goes on from here",
+                file=sys.stderr,
+            )
+        return 128 + number
+
+
+def ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# A requeue must not be forgotten because a TERM came as well.
+SIGNALS_BY_URGENCY = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+def urgency(number: int) -> int:
+    return SIGNALS_BY_URGENCY.index(number)
+
+
+class Question:
+    """The most urgent signal of all processes: asked now, read a window later."""
+
+    def __init__(self, own: int, ranks: Ranks):
+        self.value = torch.full((1,), urgency(own), dtype=torch.int32, device=ranks.device)
+        self.work = dist.all_reduce(self.value, dist.ReduceOp.MAX, async_op=True)
+        if ranks.device.type == "cuda":
+            self.work.wait()  # the stream waits, the host does not
+            pinned = torch.empty(1, dtype=torch.int32, pin_memory=True)
+            self.value = pinned.copy_(self.value, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def answer(self) -> int:
+        if hasattr(self, "copied"):
+            self.copied.synchronize()
+        else:
+            self.work.wait()
+        return int(self.value)

@@ -1,0 +1,291 @@
+"""Slurm: submit a job, run it there, and look at the queue.
+
+Imports no torch on the submitting side. submitit writes the batch script and the pickle; what the
+pickle holds is the resolved config and nothing else.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import submitit
+from omegaconf import DictConfig, OmegaConf
+from submitit.core.utils import FailedJobError
+
+from util.config import ConfigError, job_directory
+from util.job import last_checkpoint_of_finished_job, refuse_to_start_over
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CODE = ("*.py", "Makefile", "requirements.txt", "configs", "data", "eval", "models", "util")
+
+
+# --- submission ---------------------------------------------------------------------------------
+
+
+def submit(configs: list[DictConfig]) -> int:
+    """One job, or an array of jobs (a sweep). -> exit code"""
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "env.slurm=True: there is no sbatch on this machine; env.slurm=False runs here"
+        )
+    queue = read_queue()
+    waiting = [cfg for cfg in configs if needs_to_run(cfg, queue, single=len(configs) == 1)]
+    if not waiting:
+        return 0
+    for cfg in waiting:
+        make_paths_absolute(cfg)
+        (job_directory(cfg) / "logs").mkdir(parents=True, exist_ok=True)
+    folder = submission_folder(waiting)
+    executor = build_executor(waiting[0], folder)
+    tasks = [SlurmTask(OmegaConf.to_container(cfg)) for cfg in waiting]
+    try:
+        if len(tasks) == 1:
+            jobs = [executor.submit(tasks[0])]
+        else:
+            with executor.batch():
+                jobs = [executor.submit(task) for task in tasks]
+    except FailedJobError as error:
+        raise ConfigError(f"Slurm refused the job: {slurms_own_words(error)}") from error
+    for cfg, job in zip(waiting, jobs, strict=True):
+        note = {"job_id": job.job_id, "log": str(log_file(folder, job.job_id))}
+        (job_directory(cfg) / "logs" / "slurm.json").write_text(json.dumps(note) + "\n")
+        describe(cfg, note)
+    if waiting[0].env.wait:
+        return max(follow(json.loads(note_file(cfg).read_text())) for cfg in waiting)
+    return 0
+
+
+def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
+    """False, with a sentence: it is finished, or (in a sweep) it is in the queue. A single job that
+    is in the queue is an error: somebody believes that it is not."""
+    if finished := last_checkpoint_of_finished_job(cfg):
+        if not cfg.overwrite:
+            print(f"{cfg.job_name}: already finished ({finished}); nothing submitted")
+            return False
+    if job_id := job_in_queue(cfg, queue):
+        text = f"job_name={cfg.job_name}: job {job_id} of this name is queued or running"
+        if single:
+            raise ConfigError(f"{text}; valid is another job_name, or first scancel {job_id}")
+        print(f"{text}; nothing submitted")
+        return False
+    refuse_to_start_over(cfg)
+    return True
+
+
+def make_paths_absolute(cfg: DictConfig) -> None:
+    """The job runs in another folder."""
+    cfg.output_dir = str(Path(cfg.output_dir).absolute())
+    if cfg.data_path is not None:
+        cfg.data_path = str(Path(cfg.data_path).absolute())
+
+
+def submission_folder(configs: list[DictConfig]) -> Path:
+    """Where submitit's files, Slurm's logs and the copy of the code go."""
+    if len(configs) == 1:
+        return job_directory(configs[0]) / "logs"
+    return Path(configs[0].output_dir) / "sweeps" / time.strftime("%Y%m%d-%H%M%S")
+
+
+def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
+    folder.mkdir(parents=True, exist_ok=True)
+    code = copy_code(folder) if cfg.env.snapshot else REPOSITORY
+    # Timeouts are how a long training proceeds: they may happen any number of times.
+    executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=1_000_000)
+    options = {
+        "slurm_partition": cfg.env.partition,
+        "slurm_constraint": cfg.env.constraint,
+        "slurm_nodelist": cfg.env.nodelist,
+        "slurm_exclude": cfg.env.exclude,
+        "slurm_account": cfg.env.account,
+        "slurm_qos": cfg.env.qos,
+        "slurm_comment": cfg.env.comment,
+        "mem_gb": cfg.env.mem,
+        "gpus_per_node": cfg.env.ngpu or None,
+    }
+    executor.update_parameters(
+        name=cfg.job_name,
+        nodes=cfg.env.world_size,
+        tasks_per_node=cfg.env.ngpu or cfg.env.tasks_per_node,
+        cpus_per_task=cfg.env.workers,
+        timeout_min=cfg.env.timeout,
+        slurm_signal_delay_s=cfg.env.signal_delay,
+        slurm_array_parallelism=cfg.env.array_parallelism,
+        slurm_additional_parameters={"requeue": True, **cfg.env.slurm_extra},
+        slurm_setup=[
+            f"cd {shlex.quote(str(code))}",
+            f"export PYTHONPATH={shlex.quote(str(code))}",
+            *(f"export {name}={shlex.quote(str(value))}" for name, value in cfg.env.nccl.items()),
+        ],
+        # One lost process ends them all: the others would wait for it until their time is over.
+        slurm_srun_args=["--kill-on-bad-exit=1"],
+        slurm_teardown=requeue_after_a_crash(folder, cfg.env.max_restarts),
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    return executor
+
+
+def copy_code(folder: Path) -> Path:
+    """The code as it is now: edits in the working tree do not reach a job that is requeued."""
+    code = folder / "code"
+    shutil.rmtree(code, ignore_errors=True)
+    code.mkdir()
+    for pattern in CODE:
+        for path in REPOSITORY.glob(pattern):
+            if path.is_dir():
+                leave_out = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(path, code / path.name, ignore=leave_out)
+            else:
+                shutil.copy2(path, code / path.name)
+    return code
+
+
+def requeue_after_a_crash(folder: Path, max_restarts: int) -> list[str]:
+    """Shell lines after srun. Slurm's own restart count has preemptions in it, so crashes are
+    counted in a file. A process that fails for good (bad config, missing data) leaves a file that
+    says so. After a requeue by signal these lines do not run: Slurm ends the batch script."""
+    return [
+        "rc=$?",
+        f"marks={shlex.quote(str(folder))}/$SLURM_JOB_ID",
+        'crashes=$(cat "$marks.crashes" 2>/dev/null || echo 0)',
+        f'if [ $rc -ne 0 ] && [ ! -e "$marks.final" ] && [ "$crashes" -lt {max_restarts} ]; then',
+        '  echo $((crashes + 1)) > "$marks.crashes"',
+        f'  echo "exit status $rc: restart $((crashes + 1)) of {max_restarts}"',
+        "  scontrol requeue $SLURM_JOB_ID",
+        "fi",
+        "exit $rc",
+    ]
+
+
+def slurms_own_words(error: Exception) -> str:
+    """What sbatch said, without submitit's command line around it."""
+    text = str(error.__cause__ or error)
+    lines = [line for line in text.splitlines() if line.startswith("sbatch: error:")]
+    words = [line.removeprefix("sbatch: error:").strip() for line in lines]
+    return "; ".join(words) or " ".join(text.split())
+
+
+def log_file(folder: Path, job_id: str) -> Path:
+    """Of the first process."""
+    return folder / f"{job_id}_0_log.out"
+
+
+def describe(cfg: DictConfig, note: dict) -> None:
+    log = shlex.quote(note["log"])
+    print(
+        f"{cfg.job_name}: submitted as job {note['job_id']}\n"
+        f"  follow  tail -F {log}\n"
+        f"  stop    scancel {note['job_id']}\n"
+        f"  resume  the same command with resume=True\n"
+        f"  status  python launcher.py --config-name=status "
+        f"output_dir={shlex.quote(str(cfg.output_dir))}"
+    )
+
+
+# --- on the node --------------------------------------------------------------------------------
+
+
+class SlurmTask:
+    """What submitit pickles and calls, once per process."""
+
+    def __init__(self, config: dict):
+        self.config = config
+
+    def __call__(self) -> None:
+        # GPUs are chosen by local rank among those that Slurm has given (util/distributed.py);
+        # submitit's own choice would ignore what was given.
+        environment = submitit.helpers.TorchDistributedEnvironment()
+        environment.export(set_cuda_visible_devices=False, overwrite=True)
+        # After a requeue Slurm starts the pickle of the submission again.
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0:
+            self.config["resume"] = True
+        from util.command import run_configured_worker
+
+        exit_code = run_configured_worker(self.config)
+        if exit_code in FOR_GOOD:
+            mark = Path(os.environ["SUBMITIT_FOLDER"]) / f"{os.environ['SLURM_JOB_ID']}.final"
+            mark.touch()
+        if exit_code:
+            sys.exit(exit_code)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Called when a signal requeues the job: the training has saved, this goes on from there."""
+        return submitit.helpers.DelayedSubmission(SlurmTask(self.config | {"resume": True}))
+
+
+FOR_GOOD = (2, 3)  # bad input, and a training that cannot go on: again would be the same
+
+
+# --- the queue ----------------------------------------------------------------------------------
+
+
+def read_queue() -> dict[str, str]:
+    """My jobs that are queued or running: id -> name; array elements one by one."""
+    try:
+        lines = slurm_command("squeue", "--noheader", "--me", "--array", "--format=%i %j")
+    except subprocess.CalledProcessError as error:
+        raise ConfigError(f"squeue failed: {' '.join(error.stderr.split())}") from error
+    return dict(line.split(" ", 1) for line in lines.splitlines() if " " in line)
+
+
+def slurm_command(*arguments: str) -> str:
+    """Never through a shell: job names are free text."""
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60)
+    return run.stdout
+
+
+def note_file(cfg: DictConfig) -> Path:
+    return job_directory(cfg) / "logs" / "slurm.json"
+
+
+def job_in_queue(cfg: DictConfig, queue: dict[str, str]) -> str | None:
+    """By name, or (elements of an array share a name) by the id noted at submission."""
+    for job_id, name in queue.items():
+        if name == cfg.job_name:
+            return job_id
+    with contextlib.suppress(FileNotFoundError):
+        noted = json.loads(note_file(cfg).read_text())["job_id"]
+        return noted if noted in queue else None
+    return None
+
+
+def job_state(job_id: str) -> dict[str, str]:
+    """Slurm's record of a job; empty if it has forgotten it."""
+    try:
+        line = slurm_command("scontrol", "--oneliner", "show", "job", job_id)
+    except subprocess.CalledProcessError:
+        return {}
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
+def follow(note: dict) -> int:
+    """Copy the log to this terminal until the job has ended. -> its exit status"""
+    path, position = Path(note["log"]), 0
+    while True:
+        # The state is read before the log, so that the log's last lines are not missed.
+        state = job_state(note["job_id"]).get("JobState", "UNKNOWN")
+        if path.exists():
+            with open(path) as log:
+                log.seek(position)
+                print(log.read(), end="", flush=True)
+                position = log.tell()
+        if state not in (
+            "PENDING",
+            "RUNNING",
+            "COMPLETING",
+            "REQUEUED",
+            "SUSPENDED",
+            "REQUEUE_HOLD",
+        ):
+            break
+        time.sleep(1)
+    if state == "COMPLETED":
+        return 0
+    status, _ = job_state(note["job_id"]).get("ExitCode", "1:0").split(":")
+    print(f"job {note['job_id']} ended as {state}", file=sys.stderr)
+    return int(status) or 1
