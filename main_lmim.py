@@ -79,7 +79,8 @@ def pretrain(cfg: DictConfig, ranks: Ranks, stop_flag: StopFlag) -> None:
     run.introduce()
     total_steps = cfg.epochs * loader.windows_per_epoch
     if step == total_steps:
-        return run.say_finished()
+        run.say_finished()
+        return
     if cfg.eval_at_start and step == 0:
         evaluate(cfg, ranks, run, model, evaluation, epoch=0)
     if isinstance(training.network, DistributedDataParallel):

@@ -81,8 +81,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, encoder_dim)
 
     def embed_visible(self, latents: Tensor, visible_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """latents [N, 1 + V, encoder_dim] -> embedded [N, 1 + V, d] without and with position rows.
-        """
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + V, d] without and with position rows."""
         embedded = self.embed(latents)
         class_row = self.pos_embed.class_row().expand(embedded.shape[0], -1, -1)
         positions = torch.cat([class_row, self.pos_embed.patch_rows(visible_ids)], dim=1)

@@ -83,8 +83,7 @@ class LatentMIM(nn.Module):
         return self.encoder(take_tokens(patches, views.visible_ids), views.visible_ids)
 
     def encode_target(self, patches: Tensor, views: Views) -> Tensor:
-        """mask_target: -> [N, 1 + M, D]; otherwise all patches, visible first: -> [N, 1 + V + M, D]
-        """
+        """-> [N, 1 + M, D]; without mask_target all patches, visible first: [N, 1 + V + M, D]"""
         ids = views.masked_ids
         if not self.mask_target:
             ids = torch.cat([views.visible_ids, views.masked_ids], dim=1)

@@ -1,5 +1,4 @@
-"""Losses on latents. predictions, targets: [N, M, D]. Always float32, whatever the networks used.
-"""
+"""Losses on latents. predictions, targets: [N, M, D]. Always float32, whatever networks use."""
 
 from dataclasses import dataclass
 

@@ -69,8 +69,7 @@ def extract_patches(
 
 
 def take_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """tokens [N, L, D] (or [1, L, D] for a table that all images share), ids [N, K] -> [N, K, D].
-    """
+    """tokens [N, L, D] ([1, L, D]: a table that all images share), ids [N, K] -> [N, K, D]."""
     if tokens.shape[0] == 1:
         return tokens[0][ids]
     sample = torch.arange(tokens.shape[0], device=tokens.device)[:, None]

@@ -1,4 +1,6 @@
-"""Several processes: the same step as one process with a larger batch, and one all-reduce per window."""
+"""Several processes: the same step as one process with a larger batch, and one all-reduce per
+window.
+"""
 
 import pytest
 import torch

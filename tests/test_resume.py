@@ -62,7 +62,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, undisturbed, processes,
 
 
 def test_four_processes_resume_exactly(tmp_path):
-    """With more than two the order in which gradients are summed matters (settle_gradient_buckets)."""
+    """With more than two the order of summation matters (settle_gradient_buckets)."""
     arguments = ["batch_size=32", "epochs=2"]
     succeed(torchrun(4), *arguments, f"output_dir={tmp_path / 'whole'}")
     broken = [*arguments, f"output_dir={tmp_path / 'broken'}", OFTEN]

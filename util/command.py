@@ -1,14 +1,16 @@
 """How a command ends: errors that a user can mend become one sentence and an exit code."""
 
+import importlib
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 from omegaconf import DictConfig, OmegaConf
 
-from util.config import ConfigError, compose_config, parse_command_line
+from util.config import ConfigError, compose_config, job_directory, parse_command_line
 from util.validate import check_config
 
 GRACE_SECONDS = 5
@@ -28,8 +30,14 @@ def run_worker(main: Callable[[DictConfig], None], description: str) -> None:
     sys.exit(call(main, cfg))
 
 
+def run_configured_worker(config: dict) -> int:
+    """The worker that a resolved config names, in this process. -> exit code"""
+    cfg = OmegaConf.create(config)
+    return call(importlib.import_module(cfg.worker).main, cfg)
+
+
 def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
-    """Run it -> exit code. 0: done; 2: bad input; 1: it had to stop."""
+    """-> exit code. 0: done; 1: a crash; 2: bad input; 3: a training that cannot go on."""
     from data.base import DataError
     from util.checkpoint import CheckpointError
     from util.run_record import TrainingStopped
@@ -41,8 +49,38 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
         return 2
     except TrainingStopped as error:
         say_error(error)
+        return 3
+    except Exception:
+        say_crash(cfg)
         return 1
     return 0
+
+
+def say_crash(cfg: DictConfig) -> None:
+    """The traceback of this process, and last that of the process which failed first: where one is
+    gone, the others fail too, because they cannot reach it."""
+    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        traceback.print_exc()
+        return
+    text = f"[rank {rank}] {traceback.format_exc()}"
+    print(text, file=sys.stderr, flush=True)
+    folder = job_directory(cfg) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Named after the attempt, which is the same in all its processes.
+    first = folder / f"first-error-{os.environ.get('MASTER_PORT')}-{attempt()}.txt"
+    try:
+        with open(first, "x") as file:
+            file.write(text)
+    except FileExistsError:
+        time.sleep(0.2)  # for the other to finish writing
+        print(f"the first error was\n{first.read_text()}", file=sys.stderr, flush=True)
+
+
+def attempt() -> str:
+    """What tells one start of a job from the next: Slurm's restarts, torchrun's run."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return f"{os.environ.get('SLURM_JOB_ID') or os.environ.get('TORCHELASTIC_RUN_ID')}-{restarts}"
 
 
 def say_error(error: Exception) -> None:

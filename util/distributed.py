@@ -23,7 +23,7 @@ class Ranks:
 
 
 def join_processes() -> Ranks:
-    """Join the others through env:// (torchrun and Slurm both set it); alone where nothing is set."""
+    """Join the others through env://, which torchrun and Slurm set; alone where nothing is."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))

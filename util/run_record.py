@@ -80,7 +80,8 @@ class RunRecord:
             self.between_windows(done)
 
     def between_windows(self, done: int) -> None:
-        """Save now and then; stop if asked to. Not between an epoch's last window and its evaluation:
+        """Save now and then; stop if asked to. Not between an epoch's last window and its
+        evaluation:
         a run that resumes there would leave the evaluation out."""
         number = self.stop_flag.agreed()
         if number:
@@ -131,7 +132,7 @@ class RunRecord:
         self.loader.check_bad_images()
 
     def check_faults(self) -> None:
-        """Steps with a non-finite loss or gradient were left out; more than max_bad_steps stop it."""
+        """Steps with a loss or gradient that is not finite were left out: max_bad_steps of them."""
         reports = gather_objects(self.training.meters.faults(), self.ranks)
         found = [(*fault, rank) for rank, faults in enumerate(reports) for fault in faults]
         step, what, count, rank = min(found)

@@ -5,6 +5,7 @@ pickle holds is the resolved config and nothing else.
 """
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -44,30 +45,36 @@ def submit(configs: list[DictConfig]) -> int:
     folder = submission_folder(waiting)
     executor = build_executor(waiting[0], folder)
     tasks = [SlurmTask(OmegaConf.to_container(cfg)) for cfg in waiting]
-    try:
-        if len(tasks) == 1:
-            jobs = [executor.submit(tasks[0])]
-        else:
-            with executor.batch():
-                jobs = [executor.submit(task) for task in tasks]
-    except FailedJobError as error:
-        raise ConfigError(f"Slurm refused the job: {slurms_own_words(error)}") from error
+    jobs = submit_tasks(executor, tasks)
     for cfg, job in zip(waiting, jobs, strict=True):
         note = {"job_id": job.job_id, "log": str(log_file(folder, job.job_id))}
         (job_directory(cfg) / "logs" / "slurm.json").write_text(json.dumps(note) + "\n")
         describe(cfg, note)
-    if waiting[0].env.wait:
+    cfg = waiting[0]
+    if cfg.env.wait:
         return max(follow(json.loads(note_file(cfg).read_text())) for cfg in waiting)
     return 0
+
+
+def submit_tasks(executor: submitit.AutoExecutor, tasks: list["SlurmTask"]) -> list[submitit.Job]:
+    try:
+        # submitit prints what sbatch says and then raises it: once is enough.
+        with contextlib.redirect_stderr(io.StringIO()):
+            if len(tasks) == 1:
+                return [executor.submit(tasks[0])]
+            with executor.batch():
+                return [executor.submit(task) for task in tasks]
+    except FailedJobError as error:
+        raise ConfigError(f"Slurm refused the job: {slurms_own_words(str(error))}") from error
 
 
 def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
     """False, with a sentence: it is finished, or (in a sweep) it is in the queue. A single job that
     is in the queue is an error: somebody believes that it is not."""
-    if finished := last_checkpoint_of_finished_job(cfg):
-        if not cfg.overwrite:
-            print(f"{cfg.job_name}: already finished ({finished}); nothing submitted")
-            return False
+    finished = last_checkpoint_of_finished_job(cfg)
+    if finished and not cfg.overwrite:
+        print(f"{cfg.job_name}: already finished ({finished}); nothing submitted")
+        return False
     if job_id := job_in_queue(cfg, queue):
         text = f"job_name={cfg.job_name}: job {job_id} of this name is queued or running"
         if single:
@@ -162,12 +169,9 @@ def requeue_after_a_crash(folder: Path, max_restarts: int) -> list[str]:
     ]
 
 
-def slurms_own_words(error: Exception) -> str:
-    """What sbatch said, without submitit's command line around it."""
-    text = str(error.__cause__ or error)
-    lines = [line for line in text.splitlines() if line.startswith("sbatch: error:")]
-    words = [line.removeprefix("sbatch: error:").strip() for line in lines]
-    return "; ".join(words) or " ".join(text.split())
+def slurms_own_words(text: str) -> str:
+    """What sbatch said, in one line."""
+    return "; ".join(line.removeprefix("sbatch: error:").strip() for line in text.splitlines())
 
 
 def log_file(folder: Path, job_id: str) -> Path:
@@ -214,11 +218,14 @@ class SlurmTask:
             sys.exit(exit_code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called when a signal requeues the job: the training has saved, this goes on from there."""
+        """Called when a signal requeues the job, after the training has saved."""
         return submitit.helpers.DelayedSubmission(SlurmTask(self.config | {"resume": True}))
 
 
 FOR_GOOD = (2, 3)  # bad input, and a training that cannot go on: again would be the same
+
+
+UNFINISHED = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 
 
 # --- the queue ----------------------------------------------------------------------------------

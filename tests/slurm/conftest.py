@@ -5,6 +5,7 @@ import pytest
 
 from tests.slurm.cluster import (
     ClusterError,
+    cancel_all,
     cluster_environment,
     start_cluster,
     stop_cluster,
@@ -34,3 +35,10 @@ def require_cluster() -> Iterator[dict[str, str]]:
         yield environment
     if started:
         stop_cluster()
+
+
+@pytest.fixture(autouse=True)
+def leave_no_jobs(require_cluster: dict[str, str]) -> Iterator[None]:
+    """A test that fails must not leave a job whose name is in the way of the next one."""
+    yield
+    cancel_all()

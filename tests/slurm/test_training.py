@@ -1,11 +1,10 @@
-"""Training on a real Slurm: whatever interrupts a job, what finishes is bit for bit the run that was
+"""Training on a real Slurm: whatever interrupts a job, what finishes is bit for bit the run that
+was
 never disturbed."""
 
-import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from tests.runs import (
     LAUNCHER,
     ROOT,
+    TINY,
     assert_same_state,
     environment,
     final_state,
@@ -20,7 +20,7 @@ from tests.runs import (
     succeed,
     torchrun,
 )
-from tests.slurm.cluster import cancel, job_info, squeue, wait_for
+from tests.slurm.cluster import job_info, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 
@@ -56,8 +56,8 @@ def last_step(job: Path) -> int:
 
 def error_text(job: Path) -> str:
     """All logs of a job, for a failing assertion."""
-    logs = sorted((job / "logs").glob("*.*"))
-    return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in logs if p.suffix in (".out", ".err"))
+    logs = sorted([*(job / "logs").glob("*.out"), *(job / "logs").glob("*.err")])
+    return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in logs)
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +108,14 @@ def test_scontrol_requeue(tmp_path, undisturbed_pair):
 
 
 def test_preemption_by_a_job_of_higher_priority(tmp_path, undisturbed_pair):
-    job_id = submit(
-        *LONG, "env.partition=scavenge", "env.world_size=2", f"output_dir={tmp_path}"
-    )
+    job_id = submit(*LONG, "env.partition=scavenge", "env.world_size=2", f"output_dir={tmp_path}")
     job = tmp_path / "demo"
     wait_for_step(job, 50)
-    urgent = subprocess.run(
-        ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    assert wait_for_end(urgent, 60) == "COMPLETED"
+    both_nodes = ["--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
+    submission = subprocess.run(
+        ["sbatch", "--parsable", *both_nodes], check=True, capture_output=True, text=True
+    )
+    assert wait_for_end(submission.stdout.strip(), 60) == "COMPLETED"
     assert_undisturbed(job, job_id, undisturbed_pair)
     assert "is preempted" in error_text(job)
 
@@ -135,9 +131,9 @@ def processes_of(job_id: str) -> list[int]:
             command = (path.parent / "cmdline").read_text()
         except (OSError, UnicodeDecodeError):
             continue
-        if variables.get("SLURM_JOB_ID") == job_id and "submitit.core._submit" in command:
-            if "SLURM_PROCID" in variables:
-                found[int(variables["SLURM_PROCID"])] = int(path.parent.name)
+        is_task = "submitit.core._submit" in command and "SLURM_PROCID" in variables
+        if is_task and variables.get("SLURM_JOB_ID") == job_id:
+            found[int(variables["SLURM_PROCID"])] = int(path.parent.name)
     return [found[rank] for rank in sorted(found)]
 
 
@@ -161,7 +157,8 @@ def test_bad_input_on_the_node_is_not_tried_again(tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.jpg").write_bytes(b"")
-    job_id = submit("dataset=folder", f"data_path={photos}", f"output_dir={tmp_path}", "batch_size=2")
+    settings = ["dataset=folder", f"data_path={photos}", "batch_size=2"]
+    job_id = submit(*settings, f"output_dir={tmp_path}")
     job = tmp_path / "demo"
     assert wait_for_end(job_id, 60) == "FAILED"
     assert job_info(job_id)["Restarts"] == "0"
@@ -184,8 +181,6 @@ def test_edits_after_submission_do_not_reach_the_job(tmp_path):
         subprocess.run(["cp", "-r", f"{ROOT / name}/.", str(project / name)], check=True)
     for name in ("launcher.py", "main_lmim.py", "engine_pretrain.py"):
         (project / name).write_bytes((ROOT / name).read_bytes())
-    from tests.runs import TINY
-
     settings = [*ON_SLURM, *LONG, "epochs=40", f"output_dir={tmp_path}"]
     run = subprocess.run(
         [*LAUNCHER, *TINY, *settings],

@@ -1,0 +1,61 @@
+"""python launcher.py --config-name=status output_dir=./checkpoints: one line per job in that
+folder.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from util.config import ConfigError
+from util.job import list_checkpoints
+from util.slurm import job_state
+
+COLUMNS = ("job", "slurm", "state", "epoch", "loss", "images/s", "last checkpoint", "restarts")
+
+
+def main(cfg: DictConfig) -> None:
+    jobs = sorted(path.parent for path in Path(cfg.output_dir).glob("*/logs"))
+    if not jobs:
+        raise ConfigError(f"output_dir={cfg.output_dir}: valid is a folder that jobs wrote to")
+    rows = [COLUMNS, *map(describe_job, jobs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def describe_job(job: Path) -> tuple[str, ...]:
+    job_id, state, restarts = in_slurm(job)
+    last = last_training_record(job / "log.txt")
+    checkpoints = list_checkpoints(job / "checkpoints")
+    return (
+        job.name,
+        job_id,
+        state,
+        f"{last['epoch']:.2f}" if last else "-",
+        f"{last['loss']:.4f}" if last else "-",
+        f"{last['images_per_second']:.0f}" if last else "-",
+        checkpoints[0].name if checkpoints else "-",
+        restarts,
+    )
+
+
+def in_slurm(job: Path) -> tuple[str, str, str]:
+    """Job id, state, restarts; dashes for what did not run there."""
+    note = job / "logs" / "slurm.json"
+    if not note.exists() or shutil.which("scontrol") is None:
+        return "-", "-", "-"
+    job_id = json.loads(note.read_text())["job_id"]
+    record = job_state(job_id)
+    return job_id, record.get("JobState", "forgotten"), record.get("Restarts", "-")
+
+
+def last_training_record(log: Path) -> dict | None:
+    if not log.exists():
+        return None
+    for line in reversed(log.read_text().splitlines()):
+        if line.endswith("}") and "loss" in (record := json.loads(line)):
+            return record
+    return None
