@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.nn import leave_one_out_hits
@@ -156,3 +158,32 @@ def test_the_progress_bar_fits_the_terminal(capsys):
 def test_readable_time():
     assert readable_time(59) == "0:00:59"
     assert readable_time(2 * 86400 + 3661) == "2d 1:01:01"
+
+
+def write_photos(folder, count: int, bad: int) -> None:
+    """Class folders of JPEG files, the first `bad` of which are cut off in the middle."""
+    pixels = np.random.default_rng(0).integers(0, 255, (count, 40, 50, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        for index in range(count):
+            path = folder / split / f"class{index % 2}" / f"{index:03}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[index]).save(path)
+            if split == "train" and index < bad:
+                path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.slow
+def test_unreadable_images_are_replaced_until_there_are_too_many(tmp_path):
+    write_photos(tmp_path / "photos", count=40, bad=3)
+    data = [f"data_path={tmp_path / 'photos'}", "dataset=imagefolder", "batch_size=20"]
+    code, output = run(LAUNCHER, *SHORT, *data, f"output_dir={tmp_path / 'strict'}")
+    assert code == 2
+    error = output.splitlines()[-1]
+    assert "3 of 40 images could not be read, more than max_bad_images=0.001 allows" in error
+    assert error.count(".jpg") == 3
+    tolerant = [*SHORT, *data, f"output_dir={tmp_path / 'tolerant'}", "max_bad_images=0.1"]
+    for processes, command in ((1, LAUNCHER), (2, torchrun(2))):
+        output = succeed(command, *tolerant, f"job_name=demo{processes}", "batch_size=10")
+        replaced = [line for line in output.splitlines() if line.startswith("unreadable image")]
+        assert len(set(replaced)) == 3, "each is named (by two processes, if both met it)"
+        assert len(records(tmp_path / "tolerant" / f"demo{processes}")) == 4 // processes
