@@ -27,6 +27,8 @@ def main() -> None:
         exit_code = launch(configs)
     except ConfigError as error:
         stop(error)
+    except KeyboardInterrupt:  # before there was anything to save
+        sys.exit(130)
     sys.exit(exit_code)
 
 
@@ -50,7 +52,11 @@ def launch(configs: list[DictConfig]) -> int:
         return submit(configs)
     from util.local import run_here
 
-    exit_codes = [run_here(cfg) for cfg in configs]
+    exit_codes = []
+    for cfg in configs:
+        exit_codes.append(run_here(cfg))
+        if exit_codes[-1] > 128:  # interrupted: the rest of a sweep is not wanted either
+            break
     return max(exit_codes)
 
 

@@ -26,10 +26,10 @@ from util import checkpoint
 from util.command import run_worker
 from util.distributed import (
     Ranks,
-    broadcast_object,
     default_workers,
     join_processes,
     leave_processes,
+    on_main,
 )
 from util.job import prepare_job_directory
 from util.optim import build_adamw
@@ -56,6 +56,7 @@ def main(cfg: DictConfig) -> None:
     except Interrupted as interruption:
         sys.exit(stop_flag.leave(interruption.number))
     finally:
+        stop_flag.close()
         leave_processes()
 
 
@@ -63,7 +64,7 @@ def pretrain(cfg: DictConfig, ranks: Ranks, stop_flag: StopFlag) -> None:
     # 1. Data and networks.
     precision = choose_precision(cfg.precision, ranks.device)
     loader, evaluation = build_data(cfg, ranks)
-    job = prepare_job_directory(cfg, ranks.is_main)
+    job = on_main(lambda: prepare_job_directory(cfg), ranks)
     torch.manual_seed(cfg.seed)
     model = build_model(cfg).to(ranks.device)
 
@@ -234,20 +235,8 @@ def find_checkpoint(cfg: DictConfig, job: Path, ranks: Ranks) -> dict | None:
     """Rank 0 chooses the newest readable file, all ranks read that one."""
     if not cfg.resume:
         return None
-    choice = None
-    if ranks.is_main:
-        try:
-            newest = checkpoint.newest_readable(job / "checkpoints", report=print_error)
-        except checkpoint.CheckpointError as error:
-            choice = error
-        else:
-            choice = newest and newest[0]
-    choice = broadcast_object(choice, ranks)
-    if isinstance(choice, checkpoint.CheckpointError):
-        raise choice
-    if choice is None:
-        return None
-    return newest[1] if ranks.is_main else checkpoint.load_file(choice)
+    path = on_main(lambda: checkpoint.newest_readable(job / "checkpoints", print_error), ranks)
+    return None if path is None else checkpoint.load_file(path)
 
 
 def restore(training: Training, resumed: dict, loader: TrainLoader) -> int:

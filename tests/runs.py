@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -65,10 +66,25 @@ def succeed(command: list[str], *overrides: str) -> str:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """kill -9, the whole process group at once."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """kill -9: the process and all that it has started (torchrun's have groups of their own)."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
+
+
+def descendants(ancestor: int) -> list[int]:
+    children = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            pid, _, rest = path.read_text().partition(" (")
+            parent = int(rest.rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(pid))
+    found = list(children.get(ancestor, []))
+    for pid in found:
+        found += children.get(pid, [])
+    return found
 
 
 def records(job: Path) -> list[dict]:

@@ -36,7 +36,7 @@ def load_file(path: Path) -> dict:
         ) from error
 
 
-def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
+def newest_readable(folder: Path, report) -> Path | None:
     """The newest whole checkpoint; damaged ones are named through `report`. None if there is none.
 
     Files that are all damaged are an error: a run must never start over in silence.
@@ -44,7 +44,8 @@ def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
     paths = list_checkpoints(folder)
     for path in paths:
         try:
-            return path, load_file(path)
+            load_file(path)
+            return path
         except CheckpointError as error:
             report(f"{error}; using the one before")
     if paths:

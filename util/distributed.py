@@ -1,6 +1,9 @@
 """Processes: who am I, which device is mine, and the few things that all of them do together."""
 
+import ctypes
 import os
+import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +12,7 @@ import torch.distributed as dist
 
 # A rank that waits longer than this for the others gives up, so that a lost one ends the job.
 TIMEOUT = timedelta(minutes=10)
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,19 @@ def join_processes() -> Ranks:
     else:
         device = torch.device("cpu")
         share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return Ranks(rank, world_size, device)
+
+
+def end_with_parent() -> None:
+    """torchrun's processes outlive a torchrun that was killed, and would train on beside its next
+    start: this asks the kernel for a TERM in that case (Linux only)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def share_cores(processes: int) -> None:
@@ -78,6 +91,20 @@ def broadcast_object(value, ranks: Ranks):
     box = [value if ranks.is_main else None]
     dist.broadcast_object_list(box, device=ranks.device)
     return box[0]
+
+
+def on_main(function, ranks: Ranks):
+    """What rank 0's call returns; an error that it raises is raised by all."""
+    result = error = None
+    if ranks.is_main:
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    result, error = broadcast_object((result, error), ranks)
+    if error is not None:
+        raise error
+    return result
 
 
 def gather_objects(value, ranks: Ranks) -> list:

@@ -3,8 +3,10 @@
 Imports no torch: the launcher asks the same questions before it submits.
 """
 
+import fcntl
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from util.config import ConfigError, job_directory
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "omegaconf", "submitit")
 
 
+HELD_LOCKS: dict[Path, object] = {}  # open files
 CHECKPOINT_NAME = re.compile(r"(?:epoch-(\d+)-)?step-(\d+)\.pth")
 
 
@@ -51,19 +54,36 @@ def refuse_to_start_over(cfg: DictConfig) -> None:
         )
 
 
-def prepare_job_directory(cfg: DictConfig, is_main: bool) -> Path:
-    """Make the folder, and write down what runs in it."""
+def prepare_job_directory(cfg: DictConfig) -> Path:
+    """Make the folder, and write down what runs in it. For one process of the job."""
     refuse_to_start_over(cfg)
     job = job_directory(cfg)
-    if is_main:
-        for name in ("checkpoints", "logs", "tensorboard", "results"):
-            (job / name).mkdir(parents=True, exist_ok=True)
-        if not cfg.resume:
-            for path in list_checkpoints(job / "checkpoints"):
-                path.unlink()
-        OmegaConf.save(cfg, job / "config.yaml")
-        (job / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
+    for name in ("checkpoints", "logs", "tensorboard", "results"):
+        (job / name).mkdir(parents=True, exist_ok=True)
+    lock(job)
+    if not cfg.resume:
+        for path in list_checkpoints(job / "checkpoints"):
+            path.unlink()
+    OmegaConf.save(cfg, job / "config.yaml")
+    (job / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
     return job
+
+
+def lock(job: Path) -> None:
+    """Two runs in one folder would spoil each other's log and checkpoints. The kernel gives the lock
+    back when the process ends, however it ends. On Slurm the queue is asked instead: a lock on a
+    shared file system may outlive a node that was lost."""
+    if "SLURM_JOB_ID" in os.environ:
+        return
+    file = open(job / "logs" / "lock", "w")  # noqa: SIM115 (held until the process ends)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"job_name={job.name}: another process is running in {job}; valid is another job_name, "
+            f"or this one when that has ended"
+        ) from error
+    HELD_LOCKS[job.resolve()] = file
 
 
 def describe_environment() -> dict:

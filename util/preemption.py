@@ -43,9 +43,11 @@ class StopFlag:
         self.question: Question | None = None
         for number in SIGNALS:
             signal.signal(number, self.handle)
-        # Loader workers and anything else that is forked: the whole job gets the signal, and only
-        # the training processes answer it.
-        os.register_at_fork(after_in_child=ignore_signals)
+
+    def close(self) -> None:
+        """Signals mean again what they meant before."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if number in self.received and number != signal.SIGUSR2:
@@ -80,9 +82,15 @@ class StopFlag:
         return 128 + number
 
 
-def ignore_signals() -> None:
+def ignore_signals_in_child() -> None:
+    """Loader workers and whatever else is forked: the whole job gets a signal, and only the
+    training processes answer it."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if getattr(signal.getsignal(number), "__func__", None) is StopFlag.handle:
+            signal.signal(number, signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=ignore_signals_in_child)
 
 
 # A requeue must not be forgotten because a TERM came as well.

@@ -80,9 +80,9 @@ class RunRecord:
             self.between_windows(done)
 
     def between_windows(self, done: int) -> None:
-        """Save now and then; stop if asked to. Not between an epoch's last window and its
-        evaluation:
-        a run that resumes there would leave the evaluation out."""
+        """Save now and then; stop if asked to. Never between an epoch's last window and its
+        evaluation, because a run that resumes there would leave the evaluation out.
+        """
         number = self.stop_flag.agreed()
         if number:
             self.save(done)

@@ -1,0 +1,123 @@
+"""Signals: one window more, everything saved, and the right exit code."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import (
+    LAUNCHER,
+    assert_same_state,
+    descendants,
+    final_state,
+    kill,
+    records,
+    run,
+    start,
+    succeed,
+    torchrun,
+    wait_until,
+)
+from util.distributed import Ranks
+from util.preemption import StopFlag
+
+CPU_ALONE = Ranks(0, 1, None)
+
+
+@pytest.fixture
+def stop_flag():
+    flag = StopFlag(CPU_ALONE)
+    yield flag
+    flag.close()
+
+
+def test_the_handler_only_sets_a_flag(stop_flag):
+    assert stop_flag.agreed() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop_flag.agreed() == signal.SIGTERM
+
+
+def test_a_requeue_is_not_forgotten_because_of_a_later_term(stop_flag):
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert stop_flag.agreed() == signal.SIGUSR2
+
+
+def test_forked_children_ignore_what_their_parent_handles(stop_flag):
+    child = os.fork()
+    if child == 0:
+        handlers = {signal.getsignal(n) for n in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+        os._exit(0 if handlers == {signal.SIG_IGN} else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_close_gives_the_signals_back():
+    before = signal.getsignal(signal.SIGTERM)
+    StopFlag(CPU_ALONE).close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, processes, number):
+    """To the whole process group, as a terminal does. Loader workers are running."""
+    settings = [f"env.ngpu={processes}", "num_workers=1", f"batch_size={64 // processes}"]
+    process = start(LAUNCHER, *settings, f"output_dir={tmp_path / 'broken'}")
+    job = tmp_path / "broken" / "demo"
+    wait_until(lambda: any(record["step"] >= 5 for record in records(job)), process)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "everything is saved; the same command with resume=True goes on from here" in output
+    assert "Traceback" not in output
+    stopped_at = final_state(job)["step"]
+    assert 5 <= stopped_at < 60
+    resumed = succeed(LAUNCHER, *settings, f"output_dir={tmp_path / 'broken'}")
+    assert f"from step {stopped_at}" in resumed
+    succeed(LAUNCHER, *settings, f"output_dir={tmp_path / 'whole'}")
+    assert_same_state(final_state(job), final_state(tmp_path / "whole" / "demo"))
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_torchrun_that_was_killed(tmp_path):
+    process = start(torchrun(2), f"output_dir={tmp_path}", "epochs=500", "batch_size=32")
+    job = tmp_path / "demo"
+    wait_until(lambda: records(job), process)
+    workers = descendants(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/environ").exists() for pid in workers):
+        assert time.monotonic() < deadline, "they train on"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    process = start(LAUNCHER, f"output_dir={tmp_path}", "epochs=500")
+    wait_until(lambda: records(tmp_path / "demo"), process)
+    for command in (LAUNCHER, [*LAUNCHER, "env.ngpu=2"]):
+        code, output = run(command, f"output_dir={tmp_path}")
+        assert code == 2, output
+        assert "another process is running in" in output
+    kill(process)
+    succeed(LAUNCHER, f"output_dir={tmp_path}", "epochs=1", "warmup_epochs=0", "job_name=other")
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once(tmp_path):
+    """The first one waits for the end of the window, which never comes for a stopped process."""
+    process = start(LAUNCHER, f"output_dir={tmp_path}", "epochs=500")
+    job = tmp_path / "demo"
+    wait_until(lambda: records(job), process)
+    os.killpg(process.pid, signal.SIGSTOP)
+    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGCONT)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130)
