@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import pytest
 
 from tests.runs import (
     LAUNCHER,
+    ROOT,
     assert_same_state,
     descendants,
+    environment,
     final_state,
     kill,
     records,
@@ -109,15 +113,22 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     succeed(LAUNCHER, f"output_dir={tmp_path}", "epochs=1", "warmup_epochs=0", "job_name=other")
 
 
-@pytest.mark.slow
-def test_a_second_interrupt_leaves_at_once(tmp_path):
-    """The first one waits for the end of the window, which never comes for a stopped process."""
-    process = start(LAUNCHER, f"output_dir={tmp_path}", "epochs=500")
-    job = tmp_path / "demo"
-    wait_until(lambda: records(job), process)
-    os.killpg(process.pid, signal.SIGSTOP)
-    os.killpg(process.pid, signal.SIGINT)
-    os.killpg(process.pid, signal.SIGCONT)
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGINT, 130)
+IMPATIENT = """
+import os, signal, time
+from tests.test_preemption import CPU_ALONE
+from util.preemption import StopFlag
+flag = StopFlag(CPU_ALONE)
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)  # at once: the same one, passed on
+print("still here", flush=True)
+time.sleep(1.2)
+os.kill(os.getpid(), signal.SIGINT)
+print("survived")
+"""
+
+
+def test_a_second_interrupt_leaves_at_once():
+    command = [sys.executable, "-c", IMPATIENT]
+    ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert ran.stdout == "still here\n"
+    assert ran.returncode == -signal.SIGINT

@@ -70,9 +70,9 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
 
 
 def lock(job: Path) -> None:
-    """Two runs in one folder would spoil each other's log and checkpoints. The kernel gives the lock
-    back when the process ends, however it ends. On Slurm the queue is asked instead: a lock on a
-    shared file system may outlive a node that was lost."""
+    """Two runs in one folder would spoil each other's log and checkpoints. The kernel gives the
+    lock back when the process ends, however it ends. On Slurm the queue is asked instead: a lock on
+    a shared file system may outlive a node that was lost."""
     if "SLURM_JOB_ID" in os.environ:
         return
     file = open(job / "logs" / "lock", "w")  # noqa: SIM115 (held until the process ends)

@@ -18,6 +18,8 @@ from util.distributed import Ranks
 # USR2 comes from Slurm (through submitit) and means: there will be a next time, ask for it.
 # TERM comes from Slurm, torchrun or a person and means: the next time is not your business.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+# One Ctrl-C comes twice where torchrun passes on what the terminal has sent to all.
+SAME_SIGNAL_SECONDS = 1.0
 NOT_DONE = 75  # exit code of a process that leaves for a requeue: no success, and no crash
 
 
@@ -39,6 +41,7 @@ class StopFlag:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.received: list[int] = []  # signal numbers, in order
+        self.received_at = 0.0
         self.previous = {number: signal.getsignal(number) for number in SIGNALS}
         self.question: Question | None = None
         for number in SIGNALS:
@@ -50,10 +53,12 @@ class StopFlag:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if number in self.received and number != signal.SIGUSR2:
-            signal.signal(number, signal.SIG_DFL)  # a second time: at once
+        again = number in self.received and number != signal.SIGUSR2
+        if again and time.monotonic() - self.received_at > SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)  # somebody does not want to wait
             os.kill(os.getpid(), number)
         self.received.append(number)
+        self.received_at = time.monotonic()
 
     def agreed(self) -> int:
         """To be asked once per window by every process. -> signal number, or 0: go on"""
