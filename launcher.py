@@ -46,7 +46,8 @@ def compose_all(command: Command) -> list[DictConfig]:
 
 def launch(configs: list[DictConfig]) -> int:
     """-> exit code. Torch is imported only where something runs on this machine."""
-    if configs[0].env.slurm:
+    cfg = configs[0]  # where to run is the same for all
+    if cfg.env.slurm:
         from util.slurm import submit
 
         return submit(configs)

@@ -31,7 +31,7 @@ from util.distributed import (
     leave_processes,
     on_main,
 )
-from util.job import prepare_job_directory
+from util.job import job_directory, prepare_job_directory, unlock
 from util.optim import build_adamw
 from util.precision import choose_precision
 from util.preemption import Interrupted, StopFlag
@@ -56,6 +56,7 @@ def main(cfg: DictConfig) -> None:
     except Interrupted as interruption:
         sys.exit(stop_flag.leave(interruption.number))
     finally:
+        unlock(job_directory(cfg))
         stop_flag.close()
         leave_processes()
 

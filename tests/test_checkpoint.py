@@ -1,15 +1,13 @@
 """Checkpoint files: whole or not there, found again, refused where they do not fit."""
 
+import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from tests.runs import ROOT, environment
 from util.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -131,31 +129,25 @@ def test_the_prefix_of_published_checkpoints_is_accepted():
     assert torch.equal(source.weight, target.weight)
 
 
-WRITE_FOR_EVER = """
-import sys, torch
-from pathlib import Path
-from util.checkpoint import CheckpointWriter
-writer = CheckpointWriter(Path(sys.argv[1]), print)
-for step in range(1, 10**9):
-    writer.save({"weight": torch.full((300_000,), float(step)), "step": step}, step)
-    print(step, flush=True)
-"""
+def write_for_ever(folder) -> None:
+    writer = CheckpointWriter(folder, print)
+    for step in range(1, 10**9):
+        weight = torch.full((300_000,), float(step))
+        writer.save({"weight": weight, "step": step}, step)
 
 
-@pytest.mark.slow
 def test_kill_during_writing_always_leaves_a_whole_newest_file(tmp_path):
     """kill -9 at 20 moments of a process that does nothing but write checkpoints."""
     found_half_written = 0
     for attempt in range(20):
         folder = tmp_path / str(attempt)
-        command = [sys.executable, "-c", WRITE_FOR_EVER, str(folder)]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE)
-        for _ in range(3):
-            process.stdout.readline()
+        process = multiprocessing.get_context("fork").Process(target=write_for_ever, args=[folder])
+        process.start()
+        while len(list_checkpoints(folder)) < 2:
+            time.sleep(0.001)
         time.sleep(0.0007 * attempt)
         process.kill()
-        process.wait()
-        process.stdout.close()
+        process.join()
         found_half_written += any(folder.glob("*.writing"))
         newest = list_checkpoints(folder)[0]
         loaded = load_file(newest)

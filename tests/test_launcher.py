@@ -11,10 +11,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from launcher import exit_code_of
 from tests.runs import LAUNCHER, ROOT, torchrun
 from tests.test_config import CHOICES, CONFIGS, PUBLISHED
 from util.config import compose_config, parse_command_line
+from util.local import exit_code_of
 
 TINY = (
     "--config-name=demo epochs=1 warmup_epochs=0 encoder.depth=1 encoder.embed_dim=24 "

@@ -54,7 +54,9 @@ def end_with_parent() -> None:
 
 def share_cores(processes: int) -> None:
     """CPU processes that use all cores each stand in each other's way: ten times slower."""
-    torch.set_num_threads(max(1, available_cores() // processes))
+    # What a person has set counts; of several processes torchrun has set it, to 1.
+    if processes > 1 or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, available_cores() // processes))
 
 
 def available_cores() -> int:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,7 +20,7 @@ from util.config import ConfigError, job_directory
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "omegaconf", "submitit")
 
 
-HELD_LOCKS: dict[Path, object] = {}  # open files
+HELD_LOCKS: dict[Path, TextIO] = {}
 CHECKPOINT_NAME = re.compile(r"(?:epoch-(\d+)-)?step-(\d+)\.pth")
 
 
@@ -83,7 +84,13 @@ def lock(job: Path) -> None:
             f"job_name={job.name}: another process is running in {job}; valid is another job_name, "
             f"or this one when that has ended"
         ) from error
-    HELD_LOCKS[job.resolve()] = file
+    HELD_LOCKS[job] = file
+
+
+def unlock(job: Path) -> None:
+    """For a process that goes on with another run."""
+    if job in HELD_LOCKS:
+        HELD_LOCKS.pop(job).close()
 
 
 def describe_environment() -> dict:
