@@ -56,7 +56,7 @@ def error_of(run_here):
     ("override", "valid"),
     [
         ("num_vis=0", "a whole number of at least 1"),
-        ("num_vis=36", "1 to 35, because grid_size=6 makes 36 patches and at least one must be"),
+        ("num_vis=16", "1 to 15, because grid_size=4 makes 16 patches and at least one must be"),
         ("patch_gap=-1", "a whole number of at least 0"),
         ("patch_gap=1.5", "a whole number of at least 0"),
         ("grid_size=1", "a whole number of at least 2"),
@@ -238,7 +238,7 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
             "encoder=vit_foo: no such choice; valid",
         ),
         ("launcher.py --config-name=nope", "--config-name=nope: no such config in"),
-        ("launcher.py --config-name=demo num_vis=36", "num_vis=36: valid is 1 to 35, because"),
+        ("launcher.py --config-name=demo num_vis=16", "num_vis=16: valid is 1 to 15, because"),
         pytest.param(
             "main_lmim.py --config-name=demo epochs=abc",
             "epochs=abc: valid is a whole number of at least 1",
