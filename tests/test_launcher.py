@@ -31,7 +31,8 @@ from util.distributed import join_processes, leave_processes
 def main(cfg):
     import torch
     ranks = join_processes()
-    print(f"rank {ranks.rank} of {ranks.world_size}: {torch.get_num_threads()} threads", flush=True)
+    line = f"rank {ranks.rank} of {ranks.world_size}: {torch.get_num_threads()} threads"
+    os.write(1, f"{line}\\n".encode())  # at once: lines of two processes must not mix
     leave_processes()
     if cfg.data_path == "bad input":
         raise ConfigError("all of us found this")
