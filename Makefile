@@ -2,6 +2,8 @@
 PYTHON ?= python3
 SEED ?= 0
 BIN = .venv/bin
+# Three tests at a time, also on two cores: many only wait, for Slurm or for other processes.
+BESIDE = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint clean
 
@@ -16,10 +18,10 @@ demo: .venv/installed
 	mkdir -p results && cp checkpoints/demo/results/demo.json results/demo.json
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE)
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(BESIDE) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

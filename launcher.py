@@ -9,27 +9,28 @@ import sys
 
 from omegaconf import DictConfig, OmegaConf
 
-from util.command import stop
+from util.command import leave, say_error
 from util.config import Command, ConfigError, compose_config, parse_command_line
 from util.sweep import expand_sweep
 from util.validate import check_config
 
 
-def main() -> None:
+def main() -> int:
+    """-> exit code"""
     command = parse_command_line(sys.argv[1:], description=__doc__)
     try:
         configs = compose_all(command)
         if command.show_config:
             print("---\n".join(OmegaConf.to_yaml(cfg) for cfg in configs), end="")
-            return
+            return 0
         for cfg in configs:
             check_config(cfg)
-        exit_code = launch(configs)
+        return launch(configs)
     except ConfigError as error:
-        stop(error)
+        say_error(error)
+        return 2
     except KeyboardInterrupt:  # before there was anything to save
-        sys.exit(130)
-    sys.exit(exit_code)
+        return 130
 
 
 def compose_all(command: Command) -> list[DictConfig]:
@@ -62,4 +63,4 @@ def launch(configs: list[DictConfig]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

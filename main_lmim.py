@@ -4,9 +4,7 @@ torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +32,8 @@ from util.distributed import (
 from util.job import job_directory, prepare_job_directory, unlock
 from util.optim import build_adamw
 from util.precision import choose_precision
-from util.preemption import Interrupted, StopFlag
+from util.preemption import StopFlag, stoppable
+from util.record import check_same_steps, find_checkpoint
 from util.run_record import RunRecord
 from util.schedules import Schedule, peak_learning_rate
 
@@ -50,14 +49,11 @@ BUFFER_OPTION = (
 
 def main(cfg: DictConfig) -> None:
     ranks = join_processes()
-    stop_flag = StopFlag(ranks)
     try:
-        pretrain(cfg, ranks, stop_flag)
-    except Interrupted as interruption:
-        sys.exit(stop_flag.leave(interruption.number))
+        with stoppable(ranks) as stop_flag:
+            pretrain(cfg, ranks, stop_flag)
     finally:
         unlock(job_directory(cfg))
-        stop_flag.close()
         leave_processes()
 
 
@@ -232,29 +228,12 @@ def normalised_images(cfg: DictConfig, batches: Iterator) -> Iterator[Tensor]:
 # --- going on from a checkpoint -----------------------------------------------------------------
 
 
-def find_checkpoint(cfg: DictConfig, job: Path, ranks: Ranks) -> dict | None:
-    """Rank 0 chooses the newest readable file, all ranks read that one."""
-    if not cfg.resume:
-        return None
-    path = on_main(lambda: checkpoint.newest_readable(job / "checkpoints", print_error), ranks)
-    return None if path is None else checkpoint.load_file(path)
-
-
 def restore(training: Training, resumed: dict, loader: TrainLoader) -> int:
     """Optimiser and scaler as they were. -> the number of finished steps"""
     training.optimizer.load_state_dict(resumed["optimizer"])
     training.scaler.load_state_dict(resumed["loss_scaler"])
-    if resumed["windows_per_epoch"] != loader.windows_per_epoch:
-        raise checkpoint.CheckpointError(
-            f"the checkpoint's epochs have {resumed['windows_per_epoch']} steps and this run's "
-            f"{loader.windows_per_epoch}: use the same dataset and the same "
-            f"batch_size * accum_iter * processes"
-        )
+    check_same_steps(resumed, loader.windows_per_epoch)
     return resumed["step"]
-
-
-def print_error(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- nearest neighbours while it trains ---------------------------------------------------------

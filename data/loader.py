@@ -210,6 +210,8 @@ class _EvalSamples(Dataset):
         """(image, label, index)"""
         try:
             image = self.transform(self.dataset.load(index))
+        except DataError as error:
+            return error  # it says itself what is wrong
         except UNREADABLE as error:
             return DataError(
                 f"cannot read {self.dataset.describe(index)}, and an evaluation leaves no image "

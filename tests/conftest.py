@@ -1,6 +1,24 @@
 """One thread per test process: small tensors gain nothing from more, and threads that share cores
 with other processes make each other wait."""
 
+import os
+
+import pytest
 import torch
 
+os.environ["OMP_NUM_THREADS"] = "1"  # also for what sets its threads itself (share_cores)
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist=loadfile: a file's tests follow each other in one process, and so do all those
+    that share the Slurm cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesAndSlurm(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            is_slurm = nodeid.startswith("tests/slurm/")
+            return "tests/slurm" if is_slurm else super()._split_scope(nodeid)
+
+    return FilesAndSlurm(config, log) if config.getvalue("dist") == "loadfile" else None

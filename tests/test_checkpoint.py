@@ -106,6 +106,12 @@ def test_a_failed_write_is_reported_and_leaves_the_older_file(tmp_path):
     assert len(reports) == 1
     assert "step-00000002.pth could not be written" in reports[0]
     assert names(tmp_path) == [checkpoint_name(1)]
+    # The first one that is written again says what was missed: the log may have lost the reports.
+    for step in (3, 4):
+        writer.save(contents(step), step)
+        writer.wait()
+    assert len(reports) == 2
+    assert "step-00000003.pth is written; 1 before it could not be" in reports[1]
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):

@@ -63,26 +63,65 @@ def test_close_gives_the_signals_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def settings_of(processes: int) -> list[str]:
+    """Loader workers are running too. About forty steps."""
+    return ["num_workers=1", f"batch_size={64 // processes}", "epochs=2"]
+
+
+COMMANDS = {
+    "launcher": LAUNCHER,
+    "launcher, two": [*LAUNCHER, "env.ngpu=2"],
+    "torchrun": torchrun(2),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Final states by number of processes."""
+    states = {}
+
+    def final(processes: int) -> dict:
+        if processes not in states:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            command = LAUNCHER if processes == 1 else torchrun(2)
+            succeed(command, *settings_of(processes), f"output_dir={folder}")
+            states[processes] = final_state(folder / "demo")
+        return states[processes]
+
+    return final
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, processes, number):
-    """To the whole process group, as a terminal does. Loader workers are running."""
-    settings = [f"env.ngpu={processes}", "num_workers=1", f"batch_size={64 // processes}"]
-    process = start(LAUNCHER, *settings, f"output_dir={tmp_path / 'broken'}")
-    job = tmp_path / "broken" / "demo"
+@pytest.mark.parametrize(
+    "name, number",
+    [
+        ("launcher", signal.SIGINT),
+        ("launcher", signal.SIGTERM),
+        ("launcher, two", signal.SIGINT),
+        ("torchrun", signal.SIGINT),
+        ("torchrun", signal.SIGTERM),
+    ],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, undisturbed, name, number):
+    """To the whole process group, as a terminal does."""
+    processes = 1 if name == "launcher" else 2
+    settings = [*settings_of(processes), f"output_dir={tmp_path}"]
+    process = start(COMMANDS[name], *settings)
+    job = tmp_path / "demo"
     wait_until(lambda: any(record["step"] >= 5 for record in records(job)), process)
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
+    output, _ = process.communicate(timeout=25)
     assert "everything is saved; the same command with resume=True goes on from here" in output
-    assert "Traceback" not in output
+    if name == "torchrun":  # which has its own way of saying that it was told to stop
+        assert process.returncode != 0
+    else:
+        assert process.returncode == 128 + number, output
+        assert "Traceback" not in output
     stopped_at = final_state(job)["step"]
-    assert 5 <= stopped_at < 60
-    resumed = succeed(LAUNCHER, *settings, f"output_dir={tmp_path / 'broken'}")
+    assert 5 <= stopped_at < 40
+    resumed = succeed(COMMANDS[name], *settings)
     assert f"from step {stopped_at}" in resumed
-    succeed(LAUNCHER, *settings, f"output_dir={tmp_path / 'whole'}")
-    assert_same_state(final_state(job), final_state(tmp_path / "whole" / "demo"))
+    assert_same_state(final_state(job), undisturbed(processes))
 
 
 @pytest.mark.slow

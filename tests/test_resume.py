@@ -2,12 +2,16 @@
 was never disturbed."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 
 from tests.runs import (
     LAUNCHER,
+    ROOT,
     assert_same_state,
+    environment,
     final_state,
     kill_at_step,
     records,
@@ -61,21 +65,16 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, undisturbed, processes,
     assert steps == list(range(1, 31)), "the log has lost or doubled a step"
 
 
-def test_four_processes_resume_exactly(tmp_path):
-    """With more than two the order of summation matters (settle_gradient_buckets)."""
-    arguments = ["batch_size=32", "epochs=2"]
-    succeed(torchrun(4), *arguments, f"output_dir={tmp_path / 'whole'}")
-    broken = [*arguments, f"output_dir={tmp_path / 'broken'}", OFTEN]
-    process = start(torchrun(4), *broken)
-    kill_at_step(process, tmp_path / "broken" / "demo", 7)
-    assert "from step" in succeed(torchrun(4), *broken)
-    whole, resumed = (final_state(tmp_path / name / "demo") for name in ("whole", "broken"))
-    assert_same_state(resumed, whole)
-
-
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     arguments = ("epochs=1", "warmup_epochs=0", f"output_dir={tmp_path}")
     succeed(LAUNCHER, *arguments)
     before = final_state(tmp_path / "demo")
     succeed(LAUNCHER, *arguments)
     assert_same_state(final_state(tmp_path / "demo"), before)
+
+
+def test_twenty_kills_while_checkpoints_are_written(tmp_path):
+    command = [sys.executable, "-m", "tests.kills", str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "20 kills" in ran.stdout

@@ -96,6 +96,7 @@ class CheckpointWriter:
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
         self.seconds_waited = 0.0  # time that training spent on checkpoints
+        self.failures = 0  # since the last one that was written
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.writing"):  # of a process that was killed
             leftover.unlink()
@@ -128,7 +129,11 @@ class CheckpointWriter:
             self.report(f"checkpoint {path} could not be written ({reason}); training goes on")
             with suppress(OSError):
                 unfinished.unlink()
+            self.failures += 1
             return
+        if self.failures:  # once more: a log on the same full disk has lost the reports
+            self.report(f"checkpoint {path} is written; {self.failures} before it could not be")
+            self.failures = 0
         self.remove_old()
 
     def remove_old(self) -> None:

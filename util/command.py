@@ -1,5 +1,6 @@
 """How a command ends: errors that a user can mend become one sentence and an exit code."""
 
+import gc
 import importlib
 import os
 import signal
@@ -7,33 +8,59 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, compose_config, job_directory, parse_command_line
 from util.validate import check_config
 
-GRACE_SECONDS = 5
+GRACE_SECONDS = 15
 
 
-def run_worker(main: Callable[[DictConfig], None], description: str) -> None:
+def run_worker(
+    main: Callable[[DictConfig], None], description: str, config_name: str = "lmim"
+) -> NoReturn:
     """The command line of a worker that was started by hand or by torchrun."""
-    command = parse_command_line(sys.argv[1:], description)
+    leave(run_command_line(main, description, config_name))
+
+
+def run_command_line(main: Callable[[DictConfig], None], description: str, config_name: str) -> int:
+    """-> exit code"""
+    command = parse_command_line(sys.argv[1:], description, config_name)
     try:
         cfg = compose_config(command.config_name, command.overrides, command.config_dir)
         if command.show_config:
             print(OmegaConf.to_yaml(cfg), end="")
-            return
+            return 0
         check_config(cfg)
     except ConfigError as error:
-        stop(error)
-    sys.exit(call(main, cfg))
+        say_error(error)
+        return 2
+    return call(main, cfg)
 
 
 def run_configured_worker(config: dict) -> int:
     """The worker that a resolved config names, in this process. -> exit code"""
     cfg = OmegaConf.create(config)
-    return call(importlib.import_module(cfg.worker).main, cfg)
+    # What is imported stays: the garbage collector need not look through all of it again and
+    # again, neither now nor while training.
+    gc.disable()
+    worker = importlib.import_module(cfg.worker)
+    gc.freeze()
+    gc.enable()
+    try:
+        return call(worker.main, cfg)
+    finally:
+        gc.unfreeze()
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process, at the very end of it: everything is written and closed. Python's own way
+    out would take another second to free, one by one, what the system frees at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
@@ -50,6 +77,8 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     except TrainingStopped as error:
         say_error(error)
         return 3
+    except SystemExit as stopped:  # by a signal. Caught, so that its frames let go of the workers
+        return stopped.code
     except Exception:
         say_crash(cfg)
         return 1
@@ -97,8 +126,3 @@ def wait_for_first_process() -> None:
     left. One that is still there after this has a problem of its own to tell."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(GRACE_SECONDS)
-
-
-def stop(error: Exception) -> None:
-    say_error(error)
-    sys.exit(2)

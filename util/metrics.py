@@ -79,7 +79,7 @@ class RunLog:
     JSON object per line, TensorBoard. Only the first process writes; for the others this is silent.
 
     A resumed run first drops what the interrupted one had logged beyond its checkpoint, so that no
-    step is there twice.
+    step is there twice. A full disk stops nothing: what it refuses is written when there is room.
     """
 
     def __init__(self, job: Path, is_main: bool, total_steps: int, resumed_step: int = 0):
@@ -87,41 +87,41 @@ class RunLog:
         self.bar = ProgressBar(total_steps) if is_main and sys.stderr.isatty() else None
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed by one process
-
-        path = job / "log.txt"
-        keep_until_step(path, resumed_step)
-        self.file = open(path, "a")  # noqa: SIM115 (open for the whole run)
-        folder = job / "tensorboard"
+        keep_until_step(job / "log.txt", resumed_step)
         if resumed_step == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.tensorboard = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+            shutil.rmtree(job / "tensorboard", ignore_errors=True)
+        # Here, because the training step is used where there is no TensorBoard too (bench/).
+        from util.log_files import JsonLines, TensorBoardFile
+
+        self.lines = JsonLines(job / "log.txt")
+        self.scalars = TensorBoardFile(job / "tensorboard", resumed_step + 1)
 
     def say(self, text: str) -> None:
         """A line on the console."""
         if self.is_main:
             if self.bar is not None:
                 self.bar.clear()
-            print(text, flush=True)
+            with suppress(OSError):  # a log on a full disk: there is nowhere left to say so
+                print(text, flush=True)
 
     def record(self, values: dict[str, float], step: int, summary: str) -> None:
         """Numbers of one step: to log.txt and TensorBoard, and as a line or beside the bar."""
         if not self.is_main:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
-        self.tensorboard.flush()  # so that a kill -9 loses nothing that a checkpoint already has
+        for file in (self.lines, self.scalars):
+            try:
+                file.add(values, step)
+            except OSError as error:
+                self.say(f"{file.path} cannot be written ({error.strerror}); training goes on")
         if self.bar is not None:
             self.bar.summary = summary
             self.bar.draw(step)
         else:
-            print(summary, flush=True)
+            self.say(summary)
 
     def values_of(self, name: str) -> dict[int, float]:
         """What log.txt has of one number, by step. For the first process."""
-        records = map(json.loads, (self.job / "log.txt").read_text().splitlines())
+        records = map(json.loads, self.lines.path.read_text().splitlines())
         return {record["step"]: record[name] for record in records if name in record}
 
     def progress(self, step: int) -> None:
@@ -132,8 +132,8 @@ class RunLog:
         if self.is_main:
             if self.bar is not None:
                 self.bar.clear()
-            self.file.close()
-            self.tensorboard.close()
+            self.lines.close()
+            self.scalars.close()
 
 
 def keep_until_step(path: Path, last_step: int) -> None:

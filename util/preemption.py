@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
@@ -125,3 +127,15 @@ class Question:
         else:
             self.work.wait()
         return int(self.value)
+
+
+@contextmanager
+def stoppable(ranks: Ranks) -> Iterator[StopFlag]:
+    """A training that leaves when it is told to. Afterwards signals mean what they did before."""
+    flag = StopFlag(ranks)
+    try:
+        yield flag
+    except Interrupted as interruption:
+        sys.exit(flag.leave(interruption.number))
+    finally:
+        flag.close()

@@ -40,3 +40,13 @@ def half_cosine(progress: float) -> float:
 def peak_learning_rate(blr: float, batch_size: int, accum_iter: int, world_size: int) -> float:
     """Base learning rates are per 256 images of the effective batch."""
     return blr * batch_size * accum_iter * world_size / 256
+
+
+def warmup_cosine(epoch: float, floor_share: float, warmup_epochs: float, epochs: float) -> float:
+    """The learning rate as a share of its peak, as MAE's evaluations have it: linear from zero over
+    warmup_epochs, then half a cosine to floor_share."""
+    if epoch < warmup_epochs:
+        return epoch / warmup_epochs
+    length = epochs - warmup_epochs
+    height = half_cosine((epoch - warmup_epochs) / length) if length > 0 else 1.0
+    return floor_share + (1 - floor_share) * height

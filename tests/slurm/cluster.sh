@@ -72,7 +72,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort=$PORT
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$DIR/munge.socket,cred_expire=10
+AuthInfo=socket=$DIR/munge.socket,cred_expire=5
 FirstJobId=$(($(date +%s) % 60000000))
 KillWait=5
 MinJobAge=3600

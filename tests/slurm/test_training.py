@@ -1,10 +1,11 @@
 """Training on a real Slurm: whatever interrupts a job, what finishes is bit for bit the run that
-was
-never disturbed."""
+was never disturbed."""
 
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ from util.job import list_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 
-# Long enough to be interrupted: about half a minute. Checkpoints every few seconds.
-LONG = ["epochs=120", "batch_size=32", "print_freq=5", "save_minutes=0.05", "save_freq=1000"]
+# Long enough to be interrupted: about ten seconds. Checkpoints every second.
+LONG = ["epochs=20", "batch_size=32", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
 ON_SLURM = ["env.slurm=True", "env.ngpu=0", "env.workers=1", "env.timeout=60"]
 
 
@@ -94,11 +95,18 @@ def test_the_demo_runs_where_the_readme_says(tmp_path):
 
 
 def test_time_limit_in_the_middle_of_training(tmp_path, undisturbed_pair):
+    """The training is held until Slurm's signal is there: the shortest limit is a minute, and Slurm
+    looks at limits twice in that time."""
     limits = ["env.timeout=1", "env.signal_delay=30", "env.tasks_per_node=2"]
     job_id = submit(*LONG, *limits, f"output_dir={tmp_path}")
     job = tmp_path / "demo"
-    wait_for(lambda: int(job_info(job_id)["Restarts"]) >= 1, 90, "the requeue")
+    wait_for_step(job, 50)
+    ranks = processes_of(job_id)
+    assert len(ranks) == 2
+    with held(ranks):
+        wait_for(lambda: any(map(is_signalled, ranks)), 90, "the signal before the limit")
     assert_undisturbed(job, job_id, undisturbed_pair)
+    assert int(job_info(job_id)["Restarts"]) >= 1
 
 
 def test_scontrol_requeue(tmp_path, undisturbed_pair):
@@ -139,9 +147,31 @@ def processes_of(job_id: str) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+@contextmanager
+def held(pids: list[int]) -> Iterator[None]:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def is_signalled(pid: int) -> bool:
+    """USR2 waits until the process may run again; Slurm may see to that itself."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+    pending = int(status.split("ShdPnd:")[1].split()[0], 16)
+    return "(stopped)" not in status or bool(pending & 1 << (signal.SIGUSR2 - 1))
+
+
 def test_one_of_four_processes_on_two_nodes_is_killed(tmp_path):
     shape = ["env.world_size=2", "env.tasks_per_node=2"]
-    shorter = ["epochs=60", "batch_size=16", "print_freq=5", "save_minutes=0.05", "save_freq=1000"]
+    shorter = ["epochs=12", "batch_size=16", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
     succeed(torchrun(4), *shorter, f"output_dir={tmp_path / 'whole'}")
     job_id = submit(*shorter, *shape, f"output_dir={tmp_path / 'broken'}")
     job = tmp_path / "broken" / "demo"
@@ -183,7 +213,7 @@ def test_edits_after_submission_do_not_reach_the_job(tmp_path):
         subprocess.run(["cp", "-r", f"{ROOT / name}/.", str(project / name)], check=True)
     for name in ("launcher.py", "main_lmim.py", "engine_pretrain.py"):
         (project / name).write_bytes((ROOT / name).read_bytes())
-    settings = [*ON_SLURM, *LONG, f"output_dir={tmp_path}"]
+    settings = [*ON_SLURM, *LONG, "epochs=10", f"output_dir={tmp_path}"]
     run = subprocess.run(
         [*LAUNCHER, *TINY, *settings],
         cwd=project,

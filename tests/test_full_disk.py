@@ -1,0 +1,120 @@
+"""A disk that fills up: training goes on, says so at each save, and nothing that was there is lost.
+On a real file system of 4 MB, made for the test (which needs root)."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.runs import (
+    LAUNCHER,
+    assert_same_state,
+    final_state,
+    records,
+    run,
+    start,
+    succeed,
+    wait_until,
+)
+from util.checkpoint import list_checkpoints, load_file
+from util.log_files import JsonLines, TensorBoardFile
+
+SETTINGS = ["epochs=6", "save_minutes=0.0005"]  # a checkpoint about every second step
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all the room that is left. -> the file that takes it"""
+    filler = disk / "filler"
+    with open(filler, "ab", buffering=0) as file:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+    return filler
+
+
+def scalars(folder: Path) -> list[tuple[int, float]]:
+    """What TensorBoard shows of the loss."""
+    shown = EventAccumulator(str(folder))
+    shown.Reload()
+    return [(event.step, event.value) for event in shown.Scalars("loss")]
+
+
+def test_what_a_full_disk_refuses_is_written_later(small_disk):
+    lines = JsonLines(small_disk / "log.txt")
+    tensorboard = TensorBoardFile(small_disk / "tensorboard", 1)
+    for file in (lines, tensorboard):
+        file.add({"loss": 1.0}, 1)
+    filler = fill(small_disk)
+    refused = 0
+    for step in range(2, 400):  # more than what is left of the last block
+        for file in (lines, tensorboard):
+            try:
+                file.add({"loss": float(step)}, step)
+            except OSError:
+                refused += 1
+    assert refused > 300
+    filler.unlink()
+    for file in (lines, tensorboard):
+        file.add({"loss": 400.0}, 400)
+        file.close()
+    expected = [(step, float(step)) for step in range(1, 401)]
+    assert [(r["step"], r["loss"]) for r in records(small_disk)] == expected
+    assert scalars(small_disk / "tensorboard") == expected
+
+
+@pytest.mark.slow
+def test_training_goes_on_and_all_is_there_when_there_is_room_again(tmp_path, small_disk):
+    succeed(LAUNCHER, *SETTINGS, f"output_dir={tmp_path}")
+    process = start(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
+    job = small_disk / "demo"
+    wait_until(lambda: len(list_checkpoints(job / "checkpoints")) == 2, process)
+    filler = fill(small_disk)
+    said = ""
+    while said.count("could not be written") < 3:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    assert "No space left on device); training goes on" in said
+    assert load_file(list_checkpoints(job / "checkpoints")[0])["step"] > 0
+    filler.unlink()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_same_state(final_state(job), final_state(tmp_path / "demo"))
+    assert [record["step"] for record in records(job)] == list(range(1, 61))
+    assert [step for step, _ in scalars(job / "tensorboard")] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_run_without_its_last_checkpoint_is_not_finished(tmp_path, small_disk):
+    succeed(LAUNCHER, *SETTINGS, f"output_dir={tmp_path}")
+    process = start(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
+    job = small_disk / "demo"
+    wait_until(lambda: len(list_checkpoints(job / "checkpoints")) == 2, process)
+    filler = fill(small_disk)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 3, output
+    assert "its last checkpoint" in output
+    assert "Traceback" not in output
+    filler.unlink()
+    code, output = run(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
+    assert code == 0, output
+    assert "from step" in output
+    assert_same_state(final_state(job), final_state(tmp_path / "demo"))
+    assert [record["step"] for record in records(job)] == list(range(1, 61))
