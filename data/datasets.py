@@ -10,6 +10,7 @@ from data.base import UNREADABLE, ArrayDataset, DataError, ImageDataset
 from data.digits import build_digits
 from data.files import build_folder, build_imagefolder, existing_folder
 from data.imagenet import build_imagenet, build_imagenet100
+from data.masks import build_masks, build_voc
 from data.shapes import build_shapes
 
 __all__ = ["DATASETS", "UNREADABLE", "DataError", "ImageDataset", "build_dataset"]
@@ -70,6 +71,8 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "cifar10": build_cifar10,
     "cifar100": build_cifar100,
     "stl10": build_stl10,
+    "masks": build_masks,
+    "voc": build_voc,
 }
 
 

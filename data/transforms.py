@@ -81,12 +81,15 @@ class EvalTransform:
         self.shorter = round(side / crop_ratio)
 
     def __call__(self, image: Image.Image) -> Tensor:
+        return to_tensor(self.place(image, Image.Resampling.BICUBIC))
+
+    def place(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
         scale = min(image.size)
         # Rounding down the longer side, like torchvision, gives the very same pixels.
         width, height = (int(self.shorter * length / scale) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), resampling)
         left, top = round((width - self.side) / 2), round((height - self.side) / 2)
-        return to_tensor(image.crop((left, top, left + self.side, top + self.side)))
+        return image.crop((left, top, left + self.side, top + self.side))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

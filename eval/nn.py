@@ -2,19 +2,131 @@
 
 protocol=paper: leave-one-out inside the evaluation split, top-1. The published 50.1 is this; it is
 not comparable to a k-NN whose bank is the training split.
+protocol=knn: the bank is the training split; the k nearest vote with exp(cosine / temperature).
+
+python launcher.py --config-name=nn pretrained=checkpoints/lmim-vit_base data_path=/path/to/imagenet
 """
 
 from collections.abc import Callable
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from data.loader import EvalLoader
-from eval.features import pooled_features
+from eval.backbone import Backbone
+from eval.features import Features, extract, pooled_features
+from eval.run import EvalRun, build_eval_data, require_labels, run_evaluation, share_of
+from eval.search import Neighbours, nearest
 from models.vit import Encoder
+from util.command import run_worker
+from util.config import ConfigError
 from util.distributed import Ranks, all_reduce, gather_objects, gather_rows
 
-CHUNK = 2048  # queries at a time: bounds the memory of the similarity matrix
+QUERIES = 1024  # at a time, the same pieces however many processes share them
+
+
+def main(cfg: DictConfig) -> None:
+    run_evaluation(cfg, "nn", evaluate)
+
+
+def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
+    splits = ("eval", "train") if cfg.protocol == "knn" else ("eval",)
+    sets = {split: build_eval_data(cfg, split) for split in splits}
+    for dataset in sets.values():
+        require_labels(cfg, dataset, "nearest neighbours")
+
+    def labelled(split: str) -> Features:
+        pooling = cfg.pooling
+        found = extract(cfg, ranks, backbone, split, pooling, run=run, dataset=sets[split])
+        return found.labelled()
+
+    queries = labelled("eval")
+    if cfg.protocol == "paper":
+        check_bank(1, len(queries.labels) - 1, "evaluation images besides each query")
+        results = leave_one_out(queries, ranks, run)
+        protocol = "nearest neighbour, leave-one-out inside the evaluation images"
+        run.finish(results, protocol=f"{protocol}, {describe(cfg)}", images=len(queries.labels))
+        return
+    bank = labelled("train")
+    check_bank(max(cfg.neighbours), len(bank.labels), "labelled training images")
+    results = knn(bank, queries, list(cfg.neighbours), cfg.temperature, ranks, run)
+    run.finish(
+        results,
+        protocol=f"k-NN, bank of {len(bank.labels)} training images, votes of "
+        f"exp(cosine / {cfg.temperature}), {describe(cfg)}",
+        images=len(queries.labels),
+        extra={"bank": len(bank.labels)},
+    )
+
+
+def describe(cfg: DictConfig) -> str:
+    return f"pooling {cfg.pooling}, {'with' if cfg.final_norm else 'without'} final norm, percent"
+
+
+def check_bank(wanted: int, present: int, what: str) -> None:
+    if wanted > present:
+        raise ConfigError(
+            f"neighbours: {wanted} nearest neighbours are asked for, but there are {present} "
+            f"{what}; valid is 1 to {present}"
+        )
+
+
+def leave_one_out(images: Features, ranks: Ranks, run: EvalRun | None = None) -> dict[str, float]:
+    hits = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    for rows, found in search_shared(images.features, images.features, 1, ranks, run, True):
+        hits += int((images.labels[found.indices[:, 0]] == images.labels[rows]).sum())
+    return {"top1": 100 * all_reduce(hits).item() / len(images.labels)}
+
+
+def knn(
+    bank: Features,
+    queries: Features,
+    neighbours: list[int],
+    temperature: float,
+    ranks: Ranks,
+    run: EvalRun | None = None,
+) -> dict[str, float]:
+    """Percent of the queries whose class is the first, and among the first five, of the vote."""
+    classes = int(torch.cat([bank.labels, queries.labels]).max()) + 1
+    hits = torch.zeros(len(neighbours), 2, dtype=torch.int64)
+    for rows, found in search_shared(bank.features, queries.features, max(neighbours), ranks, run):
+        for row, k in enumerate(neighbours):
+            ranking = vote(found, bank.labels, k, temperature, classes)[:, :5]
+            is_hit = ranking == queries.labels[rows, None]
+            hits[row, 0] += int(is_hit[:, 0].sum())
+            hits[row, 1] += int(is_hit.sum())
+    shares = 100 * all_reduce(hits.to(ranks.device)).cpu().double() / len(queries.labels)
+    names = [
+        (f"k{k}_top{top}", row, column)
+        for row, k in enumerate(neighbours)
+        for column, top in enumerate((1, 5))
+    ]
+    return {name: shares[row, column].item() for name, row, column in names}
+
+
+def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes: int) -> Tensor:
+    """Classes by their votes, most first; of equal votes the lower class; -1 for those that no
+    neighbour has. -> [Q, classes]"""
+    weights = (found.similarities[:, :k] / temperature).exp()
+    votes = torch.zeros(len(weights), classes, dtype=torch.float64)
+    votes.scatter_add_(1, labels[found.indices[:, :k]], weights)
+    votes, ranking = votes.sort(dim=1, descending=True, stable=True)
+    return ranking.where(votes > 0, -1)
+
+
+def search_shared(bank: Tensor, queries: Tensor, k: int, ranks: Ranks, run=None, own=False):
+    """This process's part of the queries: yields (rows, Neighbours)."""
+    pieces = range(0, len(queries), QUERIES)
+    first, last = share_of(len(pieces), ranks)
+    for done, start in enumerate(pieces[first:last]):
+        rows = torch.arange(start, min(start + QUERIES, len(queries)))
+        yield rows, nearest(bank, queries[rows], k, ranks.device, leave_out=rows if own else None)
+        if run is not None:
+            run.progress((done + 1) * QUERIES, (last - first) * QUERIES, "queries:")
+
+
+# --- while pre-training -------------------------------------------------------------------------
 
 
 def leave_one_out_accuracy(
@@ -39,9 +151,14 @@ def leave_one_out_hits(features: Tensor, labels: Tensor, first: int, last: int) 
     features [N, D], L2-normalised. Of equally near images the first one counts.
     """
     hits = 0
-    for start in range(first, last, CHUNK):
-        queries = torch.arange(start, min(start + CHUNK, last), device=features.device)
-        similarity = features[queries] @ features.T
-        similarity[torch.arange(len(queries), device=features.device), queries] = -torch.inf
-        hits += int((labels[similarity.argmax(dim=1)] == labels[queries]).sum())
+    labels = labels.cpu()
+    for start in range(first, last, QUERIES):
+        rows = torch.arange(start, min(start + QUERIES, last))
+        queries = features[rows.to(features.device)]
+        found = nearest(features, queries, 1, features.device, leave_out=rows)
+        hits += int((labels[found.indices[:, 0]] == labels[rows]).sum())
     return hits
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="nn")

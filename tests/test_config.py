@@ -19,6 +19,7 @@ from util.config import (
     group_names,
     job_directory,
     parse_command_line,
+    read_yaml,
     shipped_keys,
     yaml_names,
 )
@@ -59,8 +60,16 @@ def test_every_config_composes_and_is_valid(config_name, tmp_path):
     check_config(compose_config(config_name, [f"output_dir={tmp_path}"]))
 
 
-@pytest.mark.parametrize("config_name", ["lmim", "demo"])
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def groups_of(config_name: str) -> set[str]:
+    bases = read_yaml(CONFIG_DIR / f"{config_name}.yaml")["defaults"]
+    return {group for base in bases if isinstance(base, dict) for group in base}
+
+
+@pytest.mark.parametrize(
+    ("config_name", "group", "choice"),
+    [("demo", *pair) for pair in CHOICES if pair[0] in groups_of("lmim")]
+    + [(name, *pair) for name in ("lmim", "nn") for pair in CHOICES if pair[0] in groups_of(name)],
+)
 def test_every_choice_composes(config_name, group, choice):
     config = compose_config(config_name, [f"{group}={choice}"])
     if "name" in config.get(group, {}):
@@ -183,7 +192,7 @@ def test_every_key_that_is_read_exists():
 
 
 def test_every_key_is_checked():
-    assert set(RULES) == {k for k in shipped_keys("main_lmim") if "dataset.options." not in k}
+    assert set(RULES) == {key for key in shipped_keys() if "dataset.options." not in key}
 
 
 # ---- Mistakes. -----------------------------------------------------------------------------------

@@ -30,10 +30,9 @@ def run_here(monkeypatch, capsys, tmp_path):
         arguments = ["launcher.py", *TINY, f"output_dir={tmp_path}", *overrides]
         monkeypatch.setattr(sys, "argv", arguments)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            launcher.main()
+        exit_code = launcher.main()
         printed = capsys.readouterr()
-        return stopped.value.code, printed.out, printed.err.splitlines()
+        return exit_code, printed.out, printed.err.splitlines()
 
     return run
 

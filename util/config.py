@@ -36,13 +36,15 @@ class Command:
     overrides: list[str]
 
 
-def parse_command_line(arguments: list[str], description: str) -> Command:
+def parse_command_line(
+    arguments: list[str], description: str, config_name: str = "lmim"
+) -> Command:
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=describe_configs(),
     )
-    parser.add_argument("--config-name", "-cn", default="lmim", metavar="NAME")
+    parser.add_argument("--config-name", "-cn", default=config_name, metavar="NAME")
     parser.add_argument(
         "--config-dir",
         "-cd",

@@ -71,7 +71,8 @@ def submit_tasks(executor: submitit.AutoExecutor, tasks: list["SlurmTask"]) -> l
 def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
     """False, with a sentence: it is finished, or (in a sweep) it is in the queue. A single job that
     is in the queue is an error: somebody believes that it is not."""
-    finished = last_checkpoint_of_finished_job(cfg)
+    trains = "resume" in cfg  # an evaluation that trains nothing may always run again
+    finished = last_checkpoint_of_finished_job(cfg) if trains else None
     if finished and not cfg.overwrite:
         print(f"{cfg.job_name}: already finished ({finished}); nothing submitted")
         return False
@@ -81,15 +82,20 @@ def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
             raise ConfigError(f"{text}; valid is another job_name, or first scancel {job_id}")
         print(f"{text}; nothing submitted")
         return False
-    refuse_to_start_over(cfg)
+    if trains:
+        refuse_to_start_over(cfg)
     return True
 
 
 def make_paths_absolute(cfg: DictConfig) -> None:
     """The job runs in another folder."""
-    cfg.output_dir = str(Path(cfg.output_dir).absolute())
-    if cfg.data_path is not None:
-        cfg.data_path = str(Path(cfg.data_path).absolute())
+    for key in ("output_dir", "data_path", "pretrained_weights", "cache_dir"):
+        if cfg.get(key) is not None:
+            cfg[key] = str(Path(cfg[key]).absolute())
+    if cfg.get("pretrained") is not None:
+        family, colon, file = cfg.pretrained.rpartition(":")
+        if family != "timm":
+            cfg.pretrained = f"{family}{colon}{Path(file).absolute()}"
 
 
 def submission_folder(configs: list[DictConfig]) -> Path:
@@ -206,7 +212,7 @@ class SlurmTask:
         environment = submitit.helpers.TorchDistributedEnvironment()
         environment.export(set_cuda_visible_devices=False, overwrite=True)
         # After a requeue Slurm starts the pickle of the submission again.
-        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0:
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and "resume" in self.config:
             self.config["resume"] = True
         from util.command import run_configured_worker
 

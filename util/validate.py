@@ -3,6 +3,7 @@ the key, its value, and what would be valid."""
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -52,6 +53,29 @@ def number(least: float, most: float = float("inf")) -> Rule:
     return f"a number {words}", lambda v: is_number(v) and least <= v <= most
 
 
+def whole_list(least: int) -> Rule:
+    return (
+        f"a list of whole numbers of at least {least}, such as [{least},{least + 1}]",
+        lambda v: (
+            isinstance(v, ListConfig)
+            and len(v) > 0
+            and all(is_whole(item) and item >= least for item in v)
+        ),
+    )
+
+
+def is_distinct(values: ListConfig) -> bool:
+    return 0 < len(values) == len(set(map(str, values)))
+
+
+def several_of(*names: str) -> Rule:
+    words = f"a list of different ones of {', '.join(names)}"
+    return (
+        words,
+        lambda v: isinstance(v, ListConfig) and is_distinct(v) and all(name in names for name in v),
+    )
+
+
 def or_null(rule: Rule) -> Rule:
     return f"{rule[0]}, or null", lambda v: v is None or rule[1](v)
 
@@ -82,6 +106,19 @@ RGB: Rule = (
 RGB_POSITIVE: Rule = (
     "a list of three numbers above 0 (red, green, blue)",
     lambda v: RGB[1](v) and min(v) > 0,
+)
+
+TEXT_LIST: Rule = (
+    "a list of texts, such as ['linear_probe.epochs=10']",
+    lambda v: isinstance(v, ListConfig) and all(map(is_text, v)),
+)
+SEVERAL_RATES: Rule = (
+    "a list of different numbers above 0",
+    lambda v: isinstance(v, ListConfig) and is_distinct(v) and all(map(POSITIVE[1], v)),
+)
+RAND_AUGMENT: Rule = (
+    "a RandAugment of timm, such as rand-m9-mstd0.5-inc1",
+    lambda v: is_text(v) and re.fullmatch(r"rand(-(m|mstd|mmax|n|p|inc|t|w)\d+(\.\d+)?)*", v),
 )
 
 RULES: dict[str, Rule] = {
@@ -165,6 +202,61 @@ RULES: dict[str, Rule] = {
     "save_minutes": POSITIVE,
     "eval_freq": whole(0),
     "eval_at_start": YES_OR_NO,
+    # every evaluation
+    "pretrained": or_null(TEXT),
+    "pretrained_weights": or_null(TEXT),
+    "which": one_of("encoder", "target"),
+    "layer": whole(-1),
+    "final_norm": YES_OR_NO,
+    "image_side": or_null(whole(1)),
+    "random_init": YES_OR_NO,
+    "cache_dir": or_null(TEXT),
+    # nn
+    "protocol": one_of("paper", "knn"),
+    "pooling": one_of("cls", "mean", "cls+mean"),
+    "neighbours": whole_list(1),
+    "temperature": POSITIVE,
+    # collapse
+    "split": one_of("eval", "train"),
+    "probe_images": whole(4),
+    # evaluate
+    "evals": several_of("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"),
+    "beside_random_init": YES_OR_NO,
+    "settings": TEXT_LIST,
+    # linear_probe, finetune
+    "poolings": several_of("cls", "mean", "cls+mean", "attentive"),
+    "blrs": SEVERAL_RATES,
+    "cached": YES_OR_NO,
+    "min_lr": number(0),
+    "layer_decay": SHARE,
+    "drop_path": number(0, 0.99),
+    "auto_augment": or_null(RAND_AUGMENT),
+    "mixup": number(0),
+    "cutmix": number(0),
+    "label_smoothing": number(0, 0.99),
+    "erase": number(0, 1),
+    # few_shot
+    "shots": whole_list(1),
+    "draws": whole(1),
+    "regularisers": SEVERAL_RATES,
+    # segmentation
+    "method": one_of("unsupervised", "linear"),
+    "features": one_of("tokens", "pixels"),
+    "segments": whole_list(1),
+    "clustering.metric": one_of("cosine", "euclidean", "manhattan"),
+    "clustering.linkage": one_of("average", "complete", "single", "ward"),
+    "clustering.connected": YES_OR_NO,
+    "patch_head.epochs": whole(1),
+    "patch_head.lr": POSITIVE,
+    "patch_head.weight_decay": number(0),
+    "patch_head.batch_images": whole(1),
+    # video
+    "save_masks": YES_OR_NO,
+    "video_split": FOLDER_NAME,
+    "frame_side": whole(1),
+    "previous_frames": whole(0),
+    "neighbourhood": whole(0),
+    "top_k": whole(1),
 }
 
 
@@ -179,7 +271,11 @@ def check_config(cfg: DictConfig) -> None:
     if "encoder" in cfg:
         check_views(cfg)
         check_networks(cfg)
+    if "warmup_epochs" in cfg:
         check_schedule(cfg)
+    if "clustering" in cfg:
+        check_clustering(cfg)
+    if "job_name" in cfg:
         check_job(cfg)
 
 
@@ -219,6 +315,14 @@ def check_networks(cfg: DictConfig) -> None:
 def check_schedule(cfg: DictConfig) -> None:
     if cfg.warmup_epochs > cfg.epochs:
         raise ConfigError(f"warmup_epochs={cfg.warmup_epochs}: valid is 0 to {cfg.epochs} (epochs)")
+
+
+def check_clustering(cfg: DictConfig) -> None:
+    if cfg.clustering.linkage == "ward" and cfg.clustering.metric != "euclidean":
+        raise ConfigError(
+            f"clustering.metric={cfg.clustering.metric}: valid with clustering.linkage=ward is "
+            f"euclidean"
+        )
 
 
 def check_job(cfg: DictConfig) -> None:

@@ -1,0 +1,84 @@
+"""The augmentation of fine-tuning: random crop, mirror image, RandAugment, random erasing.
+
+timm's transforms, which draw from the generators of the process; here these are set anew for each
+image, so that its augmentation is a pure function of (seed, epoch, index).
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
+from torch import Tensor
+
+# Keeps these random streams apart from others that start from the same seed.
+FINETUNE_STREAM = 4
+
+
+@contextmanager
+def seeded(*counter: int) -> Iterator[None]:
+    """Inside, the CPU generators of python, numpy and torch start from the counter; afterwards they
+    are as before."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    for_python, for_numpy, for_torch = np.random.SeedSequence(counter).generate_state(3).tolist()
+    random.seed(for_python)
+    np.random.seed(for_numpy)
+    # Not torch.manual_seed, which would seed the GPU as well.
+    torch.default_generator.manual_seed(for_torch)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """RandAugment at its strongest keeps 0 bits, a black image, which Pillow now refuses."""
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+class FinetuneTransform:
+    """For TrainLoader. The result is normalised, float32 [3, side, side]: what erasing fills in is
+    noise of the normalised image, which uint8 could not hold."""
+
+    def __init__(
+        self,
+        side: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        flip: bool,
+        min_crop: float,
+        auto_augment: str | None,
+        erase: float,
+        seed: int,
+    ) -> None:
+        self.seed = seed
+        self.augment = create_transform(
+            input_size=side,
+            is_training=True,
+            scale=(min_crop, 1.0),
+            hflip=0.5 if flip else 0.0,
+            color_jitter=None,
+            auto_augment=auto_augment,
+            interpolation="bicubic",
+            mean=tuple(mean),
+            std=tuple(std),
+            re_prob=erase,
+            re_mode="pixel",
+            re_count=1,
+        )
+        for step in self.augment.transforms:
+            if isinstance(step, RandAugment):
+                for operation in step.ops:
+                    if operation.name.startswith("Posterize"):
+                        operation.aug_fn = posterize
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        with seeded(FINETUNE_STREAM, self.seed, epoch, index):
+            return self.augment(image)

@@ -1,0 +1,85 @@
+"""Videos with annotated objects in the folder layout of DAVIS-2017."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data.base import DataError, first_few
+from data.files import existing_folder, list_folder, to_rgb
+from data.masks import opened, read_mask, read_names, require_same_size
+
+LAYOUT = "a folder with JPEGImages/480p/, Annotations/480p/ and ImageSets/2017/"
+VOID = 255  # belongs neither to an object nor to the background
+FEWEST_FRAMES = 3  # the first is given, and the last is not scored
+
+
+@dataclass(frozen=True)
+class Video:
+    name: str
+    frames: list[Path]
+    annotations: list[Path]  # one per frame
+
+    def frame(self, index: int) -> Image.Image:
+        with opened(self.frames[index]) as image:
+            return to_rgb(image)
+
+    def objects(self) -> np.ndarray:
+        """uint8 [T, H, W], of all frames: 0 is background, then numbers of objects."""
+        annotations = [self.annotation(index) for index in range(len(self.frames))]
+        sizes = {annotation.shape[::-1] for annotation in annotations}
+        if len(sizes) > 1:
+            shown = " and ".join(f"{width} x {height}" for width, height in sorted(sizes))
+            raise DataError(f"video {self.name} has frames of {shown} pixels: valid is one size")
+        if not set(np.unique(annotations[0]).tolist()) - {0, VOID}:
+            raise DataError(f"{self.annotations[0]} marks no object: there is nothing to follow")
+        return np.stack(annotations)
+
+    def annotation(self, index: int) -> np.ndarray:
+        objects = read_mask(self.annotations[index])
+        with opened(self.frames[index]) as image:
+            require_same_size(self.frames[index], image, Image.fromarray(objects))
+        return objects
+
+    def palette(self) -> list[int]:
+        """Red, green, blue of each number, as in the first annotation."""
+        with opened(self.annotations[0]) as image:
+            return image.getpalette() or voc_palette()
+
+
+def read_videos(data_path: str | None, split: str) -> list[Video]:
+    """The sequences that ImageSets/2017/SPLIT.txt names, in its order."""
+    root = existing_folder("DAVIS-2017", data_path, LAYOUT)
+    names = read_names(root / "ImageSets" / "2017" / f"{split}.txt")
+    return [read_video(root, name) for name in names]
+
+
+def read_video(root: Path, name: str) -> Video:
+    folder, annotated = (root / part / "480p" / name for part in ("JPEGImages", "Annotations"))
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist; data_path needs {LAYOUT}")
+    frames = [folder / image for image in list_folder(folder)[1]]
+    if len(frames) < FEWEST_FRAMES:
+        raise DataError(f"{folder} holds {len(frames)} frames: valid are {FEWEST_FRAMES} or more")
+    annotations = [annotated / f"{frame.stem}.png" for frame in frames]
+    if not annotations[0].is_file():
+        raise DataError(
+            f"{annotations[0]} does not exist: the annotation of a video's first frame says what "
+            f"to follow"
+        )
+    missing = [str(path) for path in annotations if not path.is_file()]
+    if missing:
+        raise DataError(f"these annotations are missing: {first_few(missing)}")
+    return Video(name, frames, annotations)
+
+
+def voc_palette() -> list[int]:
+    """Colours that PASCAL VOC and DAVIS give to numbers: bits 0, 3, 6 of a number are the highest
+    bits of red, bits 1, 4, 7 those of green, bits 2, 5 those of blue."""
+    colours = []
+    for number in range(256):
+        for channel in range(3):
+            bits = [number >> (3 * place + channel) & 1 for place in range(3)]
+            colours.append(sum(bit << (7 - place) for place, bit in enumerate(bits)))
+    return colours

@@ -1,0 +1,168 @@
+"""Data sets with a mask for each image: `masks` (folders of images and of masks) and `voc`.
+
+A mask is a PNG whose values are class numbers: palette colours are for the eye only. 255 marks
+pixels without a class.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.base import UNREADABLE, DataError, ImageDataset, first_few
+from data.files import (
+    EVAL_FOLDERS,
+    EXTENSIONS,
+    FileDataset,
+    PathList,
+    existing_folder,
+    find_images,
+)
+from data.transforms import EvalTransform
+
+IGNORE = 255
+MASKS_LAYOUT = "a folder with images/ and masks/, each with train/ and val/ or without either"
+SPLIT_FILES = {"train": "train", "eval": "val"}  # of VOC
+VOC_LAYOUT = "a folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
+
+
+class MaskedFiles(FileDataset):
+    """Image files, and for each the file of its mask."""
+
+    def __init__(self, paths: Sequence[str], mask_paths: Sequence[str]) -> None:
+        super().__init__(paths)
+        self.mask_paths = PathList(mask_paths)
+
+    def mask(self, index: int) -> np.ndarray:
+        """uint8 [H, W]: classes, or IGNORE."""
+        return read_mask(self.mask_paths[index])
+
+
+def read_mask(path: str | os.PathLike) -> np.ndarray:
+    """uint8 [H, W]: the values as they are stored."""
+    with opened(path) as image:
+        if image.mode not in ("P", "L", "1"):
+            raise DataError(
+                f"the mask {path} is stored as {image.mode}: valid are palette or 8-bit grey "
+                f"images whose values are class numbers"
+            )
+        return np.array(image).astype(np.uint8)
+
+
+@contextmanager
+def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image file; one that cannot be read is named."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except DataError:
+        raise
+    except UNREADABLE as error:
+        raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+
+
+def build_masks(split: str, data_path: str | None) -> MaskedFiles:
+    """images/a.jpg with masks/a.png, below train/ and val/ or, for both splits, below neither."""
+    root = existing_folder("masks", data_path, MASKS_LAYOUT)
+    for name in ("images", "masks"):
+        if not (root / name).is_dir():
+            raise DataError(f"data_path={root} has no {name}/; dataset masks needs {MASKS_LAYOUT}")
+    folder = split_folder(root / "images", split)
+    images = find_images(root / "images" / folder)
+    if not images:
+        raise DataError(
+            f"{root / 'images' / folder} contains no images; expected files ending in "
+            f"{' '.join(EXTENSIONS)}"
+        )
+    places = [Path(image).relative_to(root / "images").with_suffix(".png") for image in images]
+    return with_masks_there(images, [root / "masks" / place for place in places])
+
+
+def split_folder(images: Path, split: str) -> str:
+    """The subfolder of a split; '.' where there are none."""
+    names = [name for name in ("train", *EVAL_FOLDERS) if (images / name).is_dir()]
+    if not names:
+        return "."
+    wanted = [name for name in names if (name == "train") == (split == "train")]
+    if not wanted:
+        expected = "train" if split == "train" else " or ".join(EVAL_FOLDERS)
+        raise DataError(f"{images} has {first_few(names)} but no folder named {expected}")
+    return wanted[0]
+
+
+def build_voc(split: str, data_path: str | None) -> MaskedFiles:
+    """The images that ImageSets/Segmentation/train.txt or val.txt names."""
+    root = existing_folder("voc", data_path, VOC_LAYOUT)
+    names = read_names(root / "ImageSets" / "Segmentation" / f"{SPLIT_FILES[split]}.txt")
+    images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
+    missing = [str(path) for path in images if not path.is_file()]
+    if missing:
+        raise DataError(f"dataset voc: these images are missing: {first_few(missing)}")
+    masks = [root / "SegmentationClass" / f"{name}.png" for name in names]
+    return with_masks_there([str(path) for path in images], masks)
+
+
+def read_names(path: Path) -> list[str]:
+    """One name per line; there must be some."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: it names what belongs to the split, one per line")
+    names = path.read_text().split()
+    if not names:
+        raise DataError(f"{path} is empty: it names what belongs to the split, one per line")
+    return names
+
+
+def with_masks_there(images: list[str], masks: list[Path]) -> MaskedFiles:
+    missing = [str(path) for path in masks if not path.is_file()]
+    if missing:
+        raise DataError(f"these masks are missing: {first_few(missing)}")
+    return MaskedFiles(images, [str(path) for path in masks])
+
+
+# ---- An image and its mask travel together, so that workers decode both. -------------------------
+
+
+class WithMasks(ImageDataset):
+    """Loads (image, mask), both as Pillow images of one size."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def describe(self, index: int) -> str:
+        return self.dataset.describe(index)
+
+    def load(self, index: int) -> tuple[Image.Image, Image.Image]:
+        image, mask = self.dataset.load(index), Image.fromarray(self.dataset.mask(index))
+        require_same_size(self.describe(index), image, mask)
+        return image, mask
+
+
+def require_same_size(name: object, image: Image.Image, mask: Image.Image) -> None:
+    if image.size != mask.size:
+        (width, height), (mask_width, mask_height) = image.size, mask.size
+        raise DataError(
+            f"the mask of {name} has {mask_width} x {mask_height} pixels: valid is the size of the "
+            f"image, {width} x {height}"
+        )
+
+
+class MaskTransform:
+    """The central crop of an image and the same of its mask, as a fourth channel."""
+
+    def __init__(self, side: int, crop_ratio: float) -> None:
+        self.crop = EvalTransform(side, crop_ratio)
+
+    def __call__(self, pair: tuple[Image.Image, Image.Image]) -> Tensor:
+        """-> uint8 [4, side, side]"""
+        image, mask = pair
+        # Classes are not numbers to take means of.
+        mask = self.crop.place(mask, Image.Resampling.NEAREST)
+        return torch.cat([self.crop(image), torch.from_numpy(np.array(mask))[None]])

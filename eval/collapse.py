@@ -1,0 +1,173 @@
+"""Is there anything in the features? Numbers that need no labels.
+
+rankme            exp of the entropy of the normalised singular values of the pooled features: how
+                  many directions they use; at most their width
+mean_cosine       between the pooled features of two different images; 1: all images look alike
+channel_std       of the pooled features of length 1, times the square root of their width, averaged
+                  over channels: 1 at most, 0 where all images look alike
+token_similarity  s of the training log: cosine of two patch tokens of an image, each with itself
+                  included
+position_probe    percent of the patch tokens whose place a linear map reads off them, on images
+                  that it was not fitted to; beside position_chance. A network may satisfy the loss
+                  by writing positions into its tokens, and nothing else
+
+python launcher.py --config-name=collapse pretrained=checkpoints/lmim-vit_base \\
+    data_path=/path/to/imagenet
+"""
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+
+from data.base import DataError, ImageDataset
+from eval.backbone import Backbone
+from eval.features import ROWS, autocast, extract
+from eval.run import EvalRun, build_eval_data, eval_batches, normalised, run_evaluation
+from models.losses import average_similarity
+from util.command import run_worker
+from util.distributed import Ranks, all_reduce
+from util.precision import choose_precision
+
+RIDGE = 1e-4  # of the mean variance of a channel
+
+
+def main(cfg: DictConfig) -> None:
+    run_evaluation(cfg, "collapse", evaluate)
+
+
+def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
+    dataset = build_eval_data(cfg, cfg.split)
+    if len(dataset) < 4:
+        raise DataError(
+            f"dataset={cfg.dataset.name}: its {cfg.split} split has {len(dataset)} images; valid "
+            f"are at least 4, two to fit the position probe and two to test it"
+        )
+    found = extract(cfg, ranks, backbone, cfg.split, cfg.pooling, False, run, dataset)
+    probe = TokenProbe(cfg, ranks, backbone, dataset, run)
+    results = {
+        "rankme": rank_me(found.features),
+        "mean_cosine": mean_cosine(found.features),
+        "channel_std": channel_std(found.features),
+        "token_similarity": probe.similarity,
+        "position_probe": probe.accuracy,
+        "position_chance": 100 / probe.places,
+    }
+    run.finish(
+        results,
+        protocol=f"{cfg.split} split, pooling {cfg.pooling}, tokens of {probe.images} images",
+        images=len(dataset),
+    )
+
+
+# --- pooled features [N, D] ---------------------------------------------------------------------
+
+
+def rank_me(features: Tensor) -> float:
+    """Singular values from the D x D products, so that any number of images fits."""
+    products = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for start in range(0, len(features), ROWS):
+        part = features[start : start + ROWS].double()
+        products += part.T @ part
+    singular = torch.linalg.eigvalsh(products).clamp_min(0).sqrt()
+    share = singular / singular.sum()
+    return torch.special.entr(share).sum().exp().item()
+
+
+def mean_cosine(features: Tensor) -> float:
+    """All pairs at once: their sum is the squared length of the sum, less each with itself."""
+    count = len(features)
+    total = torch.zeros(features.shape[1], dtype=torch.float64)
+    for start in range(0, count, ROWS):
+        total += F.normalize(features[start : start + ROWS].double(), dim=1).sum(dim=0)
+    return ((total.square().sum() - count) / (count * (count - 1))).item()
+
+
+def channel_std(features: Tensor) -> float:
+    count, width = features.shape
+    sums = torch.zeros(2, width, dtype=torch.float64)
+    for start in range(0, count, ROWS):
+        part = F.normalize(features[start : start + ROWS].double(), dim=1)
+        sums += torch.stack([part.sum(dim=0), part.square().sum(dim=0)])
+    mean, square = sums / count
+    return ((square - mean**2).clamp_min(0).sqrt().mean() * width**0.5).item()
+
+
+# --- patch tokens -------------------------------------------------------------------------------
+
+
+class TokenProbe:
+    """A linear map from token to place, fitted in closed form on half of a sample of images and
+    tested on the other half."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        ranks: Ranks,
+        backbone: Backbone,
+        dataset: ImageDataset,
+        run: EvalRun,
+    ):
+        self.cfg, self.ranks, self.backbone, self.dataset = cfg, ranks, backbone, dataset
+        self.run = run
+        generator = torch.Generator().manual_seed(cfg.seed)
+        chosen = torch.randperm(len(dataset), generator=generator)[: cfg.probe_images].tolist()
+        half = len(chosen) // 2
+        self.images = len(chosen)
+        self.similarity_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self.places = (backbone.image_side // backbone.patch_size) ** 2
+        weight, bias = self.fit(chosen[:half])
+        self.accuracy = 100 * self.test(chosen[half:], weight, bias)
+        self.similarity = all_reduce(self.similarity_sum).item() / len(chosen)
+
+    @torch.inference_mode()
+    def tokens(self, indices: list[int]):
+        """Yields float32 [B, L, D] for this process's part of the images."""
+        precision = choose_precision(self.cfg.precision, self.ranks.device)
+        side = self.backbone.image_side
+        done = 0
+        for batch in eval_batches(self.cfg, self.ranks, self.dataset, side, indices):
+            with autocast(self.ranks.device, precision):
+                tokens = self.backbone(normalised(self.cfg, self.backbone, batch.images)).patches
+            tokens = tokens.float()
+            self.similarity_sum += average_similarity(tokens).double() * len(tokens)
+            yield tokens
+            done += len(tokens)
+            self.run.progress(done, len(indices) // self.ranks.world_size, "images probed:")
+
+    def fit(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Ridge regression of the one-hot place -> weight [D, L], bias [L]
+
+        Each place occurs once per image, so that the sum of tokens over images, place by place, is
+        the product of tokens and one-hot places.
+        """
+        width = self.backbone.embed_dim
+        device = self.ranks.device
+        products = torch.zeros(width, width, dtype=torch.float64, device=device)
+        by_place = torch.zeros(self.places, width, dtype=torch.float64, device=device)
+        for tokens in self.tokens(indices):
+            by_place += tokens.double().sum(dim=0)
+            flat = tokens.flatten(0, 1).double()
+            products += flat.T @ flat
+        all_reduce(products)
+        all_reduce(by_place)
+        count = len(indices) * self.places
+        mean = by_place.sum(dim=0) / count
+        covariance = products / count - mean[:, None] * mean
+        # The mean of a one-hot place is 1 / L.
+        cross = by_place.T / count - mean[:, None] / self.places
+        ridge = RIDGE * covariance.trace() / width + torch.finfo(torch.float64).tiny
+        covariance.diagonal().add_(ridge)
+        weight = torch.linalg.lstsq(covariance, cross).solution
+        return weight, 1 / self.places - mean @ weight
+
+    def test(self, indices: list[int], weight: Tensor, bias: Tensor) -> float:
+        hits = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
+        place = torch.arange(self.places, device=self.ranks.device)
+        for tokens in self.tokens(indices):
+            hits += ((tokens.double() @ weight + bias).argmax(dim=2) == place).sum()
+        return all_reduce(hits).item() / (len(indices) * self.places)
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="collapse")

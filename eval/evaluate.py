@@ -1,0 +1,160 @@
+"""Several evaluations of one backbone, and one table of their results.
+
+python launcher.py --config-name=evaluate pretrained=checkpoints/lmim-vit_base \\
+    'evals=[nn,linear_probe,few_shot,collapse]' data_path=/path/to/imagenet
+
+Each of them runs with its own config; `settings` changes keys of these. The results of each are in
+output_dir/job_name/NAME/results, the table in output_dir/job_name/results/evaluate.{md,json}.
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from eval.run import EvalRun, joined_processes, load_for_all, write_json
+from util.command import run_worker
+from util.config import ConfigError, compose_config
+from util.distributed import barrier
+from util.validate import check_config
+
+# One name can be two protocols of one worker.
+PROTOCOLS = {
+    "nn": ("nn", ["protocol=paper"]),
+    "knn": ("nn", ["protocol=knn", "final_norm=True"]),
+}
+# What an evaluation takes over from this config, where it has the key.
+SHARED = (
+    "pretrained pretrained_weights which layer image_side precision seed batch_size num_workers "
+    "cache_dir data_path dataset env"
+).split()
+# Those that fine-tune or augment choose their own batch size and precision.
+OWN = {"linear_probe": {"batch_size", "precision"}, "finetune": {"batch_size", "precision"}}
+
+# ViT-B/16 on ImageNet-1K, as published; not measured here.
+REFERENCES = {
+    "Latent MIM, 800 epochs": {"nn": "50.1", "linear_probe": "72.0", "finetune": "83.0"},
+    "MAE, 1600 epochs": {"linear_probe": "68.0", "finetune": "83.6"},
+    "I-JEPA, 600 epochs": {"linear_probe": "72.9"},
+    "DINO": {"knn": "76.1", "linear_probe": "78.2", "finetune": "82.8"},
+    "iBOT": {"knn": "77.3", "linear_probe": "79.8", "finetune": "84.1"},
+}
+
+
+def main(cfg: DictConfig) -> None:
+    with joined_processes() as ranks:
+        backbone = load_for_all(cfg, ranks)  # a mistake shows before hours of work
+        check_settings(cfg)
+        variants = [("trained", False), ("random init", True)]
+        variants = (
+            variants if cfg.beside_random_init else [v for v in variants if v[1] == cfg.random_init]
+        )
+        # Composed before the first one runs, so that a wrong key in `settings` ends it at once.
+        plan = [
+            (name, label, compose(cfg, name, label, random_init))
+            for name in cfg.evals
+            for label, random_init in variants
+        ]
+        run = EvalRun(cfg, ranks, "evaluate")
+        run.backbone = backbone
+        run.say(f"evaluate: {backbone.summary()}")
+        del backbone
+        found: dict[str, dict[str, dict]] = {}
+        for name, label, own_cfg in plan:
+            importlib.import_module(own_cfg.worker).main(own_cfg)
+            barrier()  # the first process has written
+            found.setdefault(name, {})[label] = read_results(own_cfg)
+        if ranks.is_main:
+            write_table(cfg, run, found)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    for setting in cfg.settings:
+        name = setting.partition(".")[0]
+        if name not in cfg.evals:
+            raise ConfigError(
+                f"settings: {setting}: valid is NAME.key=value with NAME one of "
+                f"{', '.join(cfg.evals)}"
+            )
+
+
+def compose(cfg: DictConfig, name: str, label: str, random_init: bool) -> DictConfig:
+    """The evaluation's own config, with what all of them share and what `settings` says."""
+    config_name, overrides = PROTOCOLS.get(name, (name, []))
+    mine = [s.partition(".")[2] for s in cfg.settings if s.startswith(f"{name}.")]
+    own = compose_config(config_name, [*overrides, *mine])
+    changed = {setting.partition("=")[0] for setting in mine}
+    for key in SHARED:
+        if key in own and key not in OWN.get(name, set()) | changed:
+            own[key] = cfg[key]
+    own.random_init = random_init
+    own.output_dir = str(Path(cfg.output_dir) / cfg.job_name)
+    own.job_name = name if label == "trained" else f"{name}-random-init"
+    if "overwrite" in own and not own.resume:
+        own.overwrite = True
+    check_config(own)
+    return own
+
+
+def read_results(own: DictConfig) -> dict:
+    folder = Path(own.output_dir) / own.job_name / "results"
+    return json.loads((folder / f"{own.worker.rpartition('.')[2]}.json").read_text())
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def write_table(cfg: DictConfig, run: EvalRun, found: dict[str, dict[str, dict]]) -> None:
+    table = markdown(found, with_references=cfg.dataset.name == "imagenet")
+    path = run.job / "results" / "evaluate.md"
+    path.write_text(table + "\n")
+    contents = {
+        "backbone": run.backbone.describe() if run.backbone is not None else None,
+        "dataset": cfg.dataset.name,
+        "evaluations": found,
+        "references": REFERENCES if cfg.dataset.name == "imagenet" else {},
+    }
+    write_json(run.job / "results" / "evaluate.json", contents)
+    run.say(f"\n{table}\n\ntable  {path}")
+
+
+def markdown(found: dict[str, dict[str, dict]], with_references: bool) -> str:
+    labels = list(next(iter(found.values())))
+    header = ["evaluation", "metric", *labels]
+    rows = []
+    for name, variants in found.items():
+        for metric in variants[labels[0]]["results"]:
+            values = [
+                f"{variants[label]['results'].get(metric, float('nan')):.4g}" for label in labels
+            ]
+            rows.append([name, metric, *values])
+    lines = [header, ["---", "---", *["---:" for _ in labels]], *rows]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    protocols = "\n".join(
+        f"- {name}: {variants[labels[0]]['protocol']}" for name, variants in found.items()
+    )
+    text = f"{text}\n\n{protocols}"
+    return f"{text}\n\n{reference_table(list(found))}" if with_references else text
+
+
+def reference_table(names: list[str]) -> str:
+    """The field's numbers. A nearest neighbour found inside the evaluation images stands in a
+    column of its own: it is not comparable to a k-NN with a bank of training images."""
+    columns = [n for n in ("nn", "knn", "linear_probe", "finetune") if n in names]
+    if not columns:
+        return ""
+    titles = {"nn": "nn (leave-one-out)", "knn": "knn (training bank)"}
+    lines = [
+        ["published, ViT-B/16", *[titles.get(name, name) for name in columns]],
+        ["---", *["---:" for _ in columns]],
+        *[
+            [method, *[numbers.get(name, "-") for name in columns]]
+            for method, numbers in REFERENCES.items()
+        ],
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="evaluate")

@@ -1,0 +1,171 @@
+"""The encoder for others, below output_dir/job_name.
+
+NAME.safetensors  what timm.create_model("vit_base_patch16_224", checkpoint_path=FILE) loads as it
+                  is, with a classifier of zeros, because timm expects one
+NAME/             in the style of Hugging Face: config.json, model.safetensors (no classifier) and a
+                  README.md that says how to extract features
+
+timm's ViT cuts patches with a convolution, so that the patch embedding is permuted; its position
+table has a row for the class token, as ours does (zeros where positions are frozen).
+
+python launcher.py --config-name=export pretrained=checkpoints/lmim-vit_base
+"""
+
+import json
+import os
+from pathlib import Path
+
+import timm
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from eval.backbone import BackboneError
+from eval.networks import OwnBackbone
+from eval.run import EvalRun, joined_processes, load_for_all
+from models.vit import Encoder
+from util.command import run_worker
+
+# Beside the file of weights: what timm.create_model needs to build the rest.
+TIMM_NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+TIMM_CLASSES = 1000
+TOLERANCE = 1e-5
+README = """# {name}
+
+The encoder of a Latent MIM model: `{timm_name}`, {pixels} x {pixels} pixels.
+
+```python
+import json, torch, timm
+args = json.load(open("config.json"))["model_args"]
+model = timm.create_model("{timm_name}", checkpoint_path="model.safetensors", **args)
+images = torch.zeros(1, 3, {pixels}, {pixels})  # normalised with config.json's mean and std
+features = model.eval().forward_features(images)[:, 1:].mean(1)  # [1, {width}], mean of the patches
+```
+"""
+
+
+def main(cfg: DictConfig) -> None:
+    with joined_processes() as ranks:
+        backbone = load_for_all(cfg, ranks)
+        run = EvalRun(cfg, ranks, "export")
+        run.backbone = backbone
+        if not isinstance(backbone, OwnBackbone):
+            raise BackboneError(
+                f"pretrained={cfg.pretrained}: valid for an export is a checkpoint of this project"
+            )
+        if ranks.is_main:
+            export(cfg, backbone, run)
+
+
+def export(cfg: DictConfig, backbone: OwnBackbone, run: EvalRun) -> None:
+    if not backbone.final_norm:
+        raise BackboneError(
+            "final_norm=False: valid for an export is True, timm's ViT has the norm"
+        )
+    folder = run.job / backbone.name
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = timm_weights(backbone.encoder)
+    config = describe(
+        backbone.encoder, {"mean": list(cfg.dataset.mean), "std": list(cfg.dataset.std)}
+    )
+    write_safetensors(folder / "model.safetensors", weights)
+    head = {
+        "head.weight": torch.zeros(TIMM_CLASSES, backbone.embed_dim),
+        "head.bias": torch.zeros(TIMM_CLASSES),
+    }
+    with_head = run.job / f"{backbone.name}.safetensors"
+    write_safetensors(with_head, weights | head)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "README.md").write_text(
+        README.format(
+            name=backbone.name,
+            timm_name=config["architecture"],
+            pixels=backbone.image_side,
+            width=backbone.embed_dim,
+        )
+    )
+    arguments = config["model_args"]
+    difference = max(
+        largest_difference(backbone, config["architecture"], file, arguments | classes)
+        for file, classes in (
+            (folder / "model.safetensors", {}),
+            (with_head, {"num_classes": TIMM_CLASSES}),
+        )
+    )
+    if difference > TOLERANCE:
+        raise AssertionError(f"timm's features differ from ours by {difference}")
+    run.say(f"export: {backbone.summary()}")
+    run.say(f"export: {with_head} and {folder}/; timm's tokens differ by {difference:.1e} at most")
+
+
+def write_safetensors(path: Path, weights: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    unfinished = path.with_name(f"{path.name}.writing")
+    save_file(weights, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, path)
+
+
+def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """state_dict of timm's VisionTransformer without classifier."""
+    weights = encoder.state_dict()
+    size = encoder.patch_size
+    # [D, row, column, channel] -> [D, channel, row, column]
+    kernel = weights.pop("embed.proj.weight").reshape(encoder.embed_dim, size, size, -1)
+    weights["patch_embed.proj.weight"] = kernel.permute(0, 3, 1, 2)
+    weights["patch_embed.proj.bias"] = weights.pop("embed.proj.bias")
+    weights["pos_embed"] = weights.pop("pos_embed.pos_embeds")[None]
+    return {key: value.detach().contiguous() for key, value in weights.items()}
+
+
+def describe(encoder: Encoder, colours: dict[str, list[float]]) -> dict:
+    """config.json, in the form of timm's own on Hugging Face."""
+    side = encoder.grid_size * encoder.patch_size
+    architecture = "vit_base_patch16_224"
+    if encoder.patch_size in (8, 16, 32):
+        size = TIMM_NAMES.get(encoder.embed_dim, "base")
+        candidate = f"vit_{size}_patch{encoder.patch_size}_224"
+        architecture = candidate if timm.is_model(candidate) else architecture
+    arguments = {
+        "img_size": side,
+        "patch_size": encoder.patch_size,
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": encoder.blocks[0].attn.num_heads,
+        "num_classes": 0,
+    }
+    pretrained = {
+        "architecture": architecture,
+        "input_size": [3, side, side],
+        "interpolation": "bicubic",
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **colours,
+    }
+    return {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": encoder.embed_dim,
+        "global_pool": "token",
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+    }
+
+
+@torch.inference_mode()
+def largest_difference(
+    backbone: OwnBackbone, architecture: str, file: Path, arguments: dict
+) -> float:
+    """Between our tokens and those of timm's model that loads the file."""
+    model = timm.create_model(architecture, checkpoint_path=str(file), **arguments)
+    side = backbone.image_side
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    ours = backbone(images)
+    theirs = model.eval().forward_features(images)
+    return (torch.cat([ours.cls[:, None], ours.patches], dim=1) - theirs).abs().max().item()
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="export")

@@ -1,0 +1,184 @@
+"""Few-shot classification: ridge regression on k labelled images per class, in closed form.
+
+Features have length 1 and are centred on the k shots; targets are one-hot, centred as well, so that
+the intercept is not regularised. One eigendecomposition serves all strengths of the regulariser and
+the leave-one-out predictions among the shots, which choose the strength without a look at the
+evaluation images.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+
+from data.base import DataError
+from eval.features import Features, extract
+from eval.networks import Backbone
+from eval.run import EvalRun, run_evaluation
+from eval.training import count_classes, labelled_images
+from util.command import run_worker
+from util.distributed import Ranks, gather_objects
+
+SHOTS_STREAM = 8  # keeps these random numbers apart from others that start from the same seed
+QUERIES = 8192  # evaluation images at a time: bounds the memory
+
+
+def main(cfg: DictConfig) -> None:
+    run_evaluation(cfg, "few_shot", evaluate)
+
+
+def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
+    check_shots(labelled_images(cfg, "train", "few_shot").labels, max(cfg.shots))
+    labelled_images(cfg, "eval", "few_shot")  # complain before the work, not after it
+    train = extract(cfg, ranks, backbone, "train", cfg.pooling, True, run).labelled()
+    evaluation = extract(cfg, ranks, backbone, "eval", cfg.pooling, True, run).labelled()
+    classes = count_classes(train.labels, evaluation.labels)
+
+    # Each process takes some of the draws; every draw is computed by one process as by any other.
+    tasks = [(shots, draw) for shots in cfg.shots for draw in range(cfg.draws)]
+    own = {}
+    for number, (shots, draw) in enumerate(tasks[ranks.rank :: ranks.world_size]):
+        chosen = choose_shots(train.labels, shots, cfg.seed, draw)
+        support = Features(train.features[chosen], train.labels[chosen])
+        own[shots, draw] = ridge_accuracies(support, evaluation, classes, list(cfg.regularisers))
+        run.progress((number + 1) * ranks.world_size, len(tasks), "draws:")
+    found = {task: value for part in gather_objects(own, ranks) for task, value in part.items()}
+    report(cfg, run, found, len(evaluation.labels))
+
+
+# --- the shots ----------------------------------------------------------------------------------
+
+
+def check_shots(labels: np.ndarray, shots: int) -> None:
+    present, counts = np.unique(labels, return_counts=True)
+    if counts.min() < shots:
+        small = int(present[counts.argmin()])
+        raise DataError(
+            f"shots={shots}: valid is at most {counts.min()}, because class {small} has only "
+            f"{counts.min()} training images"
+        )
+
+
+def choose_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
+    """Positions of so many images of each class. Those of fewer shots are among those of more."""
+    order = np.random.default_rng([SHOTS_STREAM, seed, draw]).permutation(len(labels))
+    shuffled = labels.numpy()[order]
+    by_class = np.argsort(shuffled, kind="stable")
+    first = np.searchsorted(shuffled[by_class], np.unique(shuffled))
+    return torch.from_numpy(order[by_class[first[:, None] + np.arange(shots)]].flatten())
+
+
+# --- ridge regression ---------------------------------------------------------------------------
+
+
+class Ridge:
+    """Solutions for any strength: W = V (S + strength)^-1 V^T X^T Y, where X^T X = V S V^T.
+
+    strength is given relative to the mean eigenvalue per image, tr(X^T X) / images, so that it
+    means the same for any backbone and number of shots. All in float64.
+    """
+
+    def __init__(self, features: Tensor, targets: Tensor):
+        """features [N, D], targets [N, classes]"""
+        self.centre, self.offset = features.double().mean(dim=0), targets.double().mean(dim=0)
+        self.features = features.double() - self.centre
+        self.targets = targets.double() - self.offset
+        self.unit = self.features.square().sum() / len(features)
+        # Of the two products the smaller one; both have the same eigenvalues besides zeros.
+        if len(features) < features.shape[1]:
+            values, vectors = torch.linalg.eigh(self.features @ self.features.T)
+            kept = values > values[-1] * 1e-12
+            self.values, self.left = values[kept], vectors[:, kept]
+            self.right = self.features.T @ self.left / self.values.sqrt()
+        else:
+            values, vectors = torch.linalg.eigh(self.features.T @ self.features)
+            kept = values > values[-1] * 1e-12
+            self.values, self.right = values[kept], vectors[:, kept]
+            self.left = self.features @ self.right / self.values.sqrt()
+        self.projected = self.left.T @ self.targets  # [rank, classes]
+
+    def weights(self, strength: float) -> Tensor:
+        """[D, classes]"""
+        factors = self.values.sqrt() / (self.values + strength * self.unit)
+        return self.right @ (factors[:, None] * self.projected)
+
+    def predict(self, features: Tensor, strength: float) -> Tensor:
+        return (features.double() - self.centre) @ self.weights(strength) + self.offset
+
+    def leave_one_out(self, strength: float) -> Tensor:
+        """What each image of the fit would be predicted by a fit without it. [N, classes]"""
+        shrink = self.values / (self.values + strength * self.unit)
+        fitted = self.left @ (shrink[:, None] * self.projected)
+        own_share = 1 / len(self.left) + self.left.square() @ shrink
+        residual = (self.targets - fitted) / (1 - own_share).clamp_min(1e-9)[:, None]
+        return self.targets - residual + self.offset
+
+
+def ridge_accuracies(
+    support: Features, evaluation: Features, classes: int, regularisers: list[float]
+) -> dict[str, object]:
+    """Percent of the evaluation images, for each regulariser and for the one that is chosen."""
+    targets = F.one_hot(support.labels, classes)
+    ridge = Ridge(support.features, targets)
+    hits = torch.zeros(len(regularisers))
+    for start in range(0, len(evaluation.labels), QUERIES):
+        features = evaluation.features[start : start + QUERIES]
+        labels = evaluation.labels[start : start + QUERIES]
+        for position, strength in enumerate(regularisers):
+            hits[position] += (ridge.predict(features, strength).argmax(dim=1) == labels).sum()
+    percent = (100 * hits.double() / len(evaluation.labels)).tolist()
+    chosen = choose_regulariser(ridge, targets, regularisers)
+    return {"top1": percent[chosen], "chosen": regularisers[chosen], "all": percent}
+
+
+def choose_regulariser(ridge: Ridge, targets: Tensor, regularisers: list[float]) -> int:
+    """By the error of the leave-one-out predictions. Where each class has one image, its class is
+    gone when it is left out, and the middle one of the list is taken."""
+    if len(targets) == targets.sum(dim=0).count_nonzero():
+        return regularisers.index(sorted(regularisers)[len(regularisers) // 2])
+    errors = [
+        (ridge.leave_one_out(strength) - targets).square().mean() for strength in regularisers
+    ]
+    return int(torch.stack(errors).argmin())
+
+
+# --- what is left behind ------------------------------------------------------------------------
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """The standard deviation over draws, of one of them."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    spread = tensor.std().item() if len(values) > 1 else 0.0
+    return tensor.mean().item(), spread
+
+
+def report(cfg: DictConfig, run: EvalRun, found: dict[tuple[int, int], dict], images: int) -> None:
+    results, details = {}, {}
+    for shots in cfg.shots:
+        draws = [found[shots, draw] for draw in range(cfg.draws)]
+        mean, spread = mean_and_spread([draw["top1"] for draw in draws])
+        results[f"top1/{shots}-shot"], results[f"spread/{shots}-shot"] = mean, spread
+        by_strength = zip(*(draw["all"] for draw in draws), strict=True)
+        details[f"{shots}-shot"] = {
+            "draws": [draw["top1"] for draw in draws],
+            "chosen": [draw["chosen"] for draw in draws],
+            "by_regulariser": {
+                f"{strength:g}": dict(
+                    zip(("mean", "spread"), mean_and_spread(list(v)), strict=True)
+                )
+                for strength, v in zip(cfg.regularisers, by_strength, strict=True)
+            },
+        }
+    run.finish(
+        results,
+        protocol=f"ridge regression on k images per class, mean and standard deviation over "
+        f"{cfg.draws} draws; the regulariser is chosen by leave-one-out among the shots (one "
+        f"shot: the middle one of {list(cfg.regularisers)})",
+        images=images,
+        extra={"few_shot": details},
+    )
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="few_shot")

@@ -1,0 +1,88 @@
+"""The measures of DAVIS: region similarity J and boundary accuracy F of one object in one frame,
+and their means over frames, objects and sequences."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+BOUNDARY_SHARE = 0.008  # boundaries match within this part of the image's diagonal
+
+
+def region_similarity(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """J: intersection over union of two bool masks [H, W]; 1 where both are empty."""
+    union = int((truth | predicted).sum())
+    return int((truth & predicted).sum()) / union if union else 1.0
+
+
+def boundary_accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """F: harmonic mean of precision and recall of the boundary pixels of two bool masks [H, W].
+
+    A boundary pixel is a hit if the other boundary passes within a disk of ceil(0.008 diagonals).
+    """
+    radius = math.ceil(BOUNDARY_SHARE * math.hypot(*truth.shape))
+    true_boundary, predicted_boundary = boundary(truth), boundary(predicted)
+    if not true_boundary.any() or not predicted_boundary.any():
+        # Where one has no boundary, either its precision or its recall is 0.
+        return float(not true_boundary.any() and not predicted_boundary.any())
+    precision = share_within(predicted_boundary, true_boundary, radius)
+    recall = share_within(true_boundary, predicted_boundary, radius)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """bool [H, W]: pixels that differ from the one to the right, below, or below and right of them;
+    at the last row and column from those of these that exist."""
+    extended = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    right, below, diagonal = extended[:-1, 1:], extended[1:, :-1], extended[1:, 1:]
+    return (mask != right) | (mask != below) | (mask != diagonal)
+
+
+def share_within(pixels: np.ndarray, others: np.ndarray, radius: int) -> float:
+    """The share of the pixels that lie within a disk around one of the others."""
+    # Only the surroundings of both matter.
+    rows, columns = np.nonzero(pixels | others)
+    window = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    distance = distance_transform_edt(~others[window])
+    return int((distance[pixels[window]] <= radius).sum()) / int(pixels.sum())
+
+
+def score_object(truth: np.ndarray, predicted: np.ndarray, void: np.ndarray) -> dict[str, float]:
+    """Means over frames. All bool [T, H, W]; pixels of `void` count for neither mask.
+
+    The caller leaves out the first frame, which is given, and the last, as the benchmark does.
+    """
+    truth, predicted = truth & ~void, predicted & ~void
+    frames = list(zip(truth, predicted, strict=True))
+    regions = [region_similarity(*frame) for frame in frames]
+    boundaries = [boundary_accuracy(*frame) for frame in frames]
+    return {
+        "J": mean(regions),
+        "J_recall": mean([value > 0.5 for value in regions]),
+        "F": mean(boundaries),
+        "F_recall": mean([value > 0.5 for value in boundaries]),
+    }
+
+
+def score_sequence(truth: np.ndarray, predicted: np.ndarray, void: int) -> dict[int, dict]:
+    """uint8 [T, H, W], all frames -> the scores of each object of the first annotation."""
+    objects = [number for number in np.unique(truth[0]).tolist() if number not in (0, void)]
+    truth, predicted = truth[1:-1], predicted[1:-1]
+    is_void = truth == void
+    return {
+        number: score_object(truth == number, predicted == number, is_void) for number in objects
+    }
+
+
+def summarise(sequences: dict[str, dict[int, dict]]) -> dict[str, float]:
+    """The benchmark's numbers: means over all objects of all sequences; J&F is the mean of two."""
+    objects = [scores for sequence in sequences.values() for scores in sequence.values()]
+    names = ("J", "J_recall", "F", "F_recall")
+    summary = {name: mean([scores[name] for scores in objects]) for name in names}
+    return {"J&F": (summary["J"] + summary["F"]) / 2} | summary
+
+
+def mean(values: Sequence[float]) -> float:
+    """Rounded once, so that the order of the values changes nothing."""
+    return math.fsum(values) / len(values)

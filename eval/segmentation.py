@@ -1,0 +1,211 @@
+"""Do patch tokens tell the parts of an image apart? On data sets with masks.
+
+method=unsupervised: the patches of each image are clustered into n segments; mIoU after the best
+assignment of segments to the labels of the mask, and ARI, both averaged over images.
+method=linear: a linear classifier of single patches, trained on the frozen tokens; mIoU over the
+data set.
+
+python launcher.py --config-name=segmentation pretrained=checkpoints/demo dataset=shapes
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+
+from data.base import DataError, ImageDataset
+from data.masks import IGNORE, MaskTransform, WithMasks
+from eval.backbone import Backbone, Tokens
+from eval.features import autocast
+from eval.metrics_segmentation import (
+    CLASSES,
+    adjusted_rand_index,
+    class_ious,
+    confusion_matrix,
+    contingency,
+    matched_miou,
+)
+from eval.metrics_video import mean
+from eval.networks import cut_patches
+from eval.patch_head import PatchHead, train_patch_head
+from eval.run import EvalRun, build_eval_data, eval_batches, normalised, run_evaluation
+from util.command import run_worker
+from util.config import ConfigError
+from util.distributed import Ranks, all_reduce, gather_objects
+from util.precision import choose_precision
+
+
+def main(cfg: DictConfig) -> None:
+    run_evaluation(cfg, "segmentation", evaluate)
+
+
+def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
+    method = {"unsupervised": cluster_images, "linear": linear_head}[cfg.method]
+    method(cfg, ranks, backbone, run, masked_data(cfg, "eval"))
+
+
+def masked_data(cfg: DictConfig, split: str) -> ImageDataset:
+    dataset = build_eval_data(cfg, split)
+    if not hasattr(dataset, "mask"):
+        raise DataError(
+            f"dataset={cfg.dataset.name} has no masks, and segmentation needs them; valid is one "
+            f"of shapes, masks, voc"
+        )
+    return dataset
+
+
+@torch.inference_mode()
+def token_batches(
+    cfg: DictConfig, ranks: Ranks, backbone: Backbone, dataset: ImageDataset
+) -> Iterator[tuple[Tokens, np.ndarray]]:
+    """This process's part, in order: tokens on the device, and masks uint8 [B, H, W]."""
+    side = backbone.image_side
+    precision = choose_precision(cfg.precision, ranks.device)
+    transform = MaskTransform(side, cfg.dataset.crop_ratio)
+    for batch in eval_batches(cfg, ranks, WithMasks(dataset), side, transform=transform):
+        images, masks = batch.images[:, :3], batch.images[:, 3].cpu().numpy()
+        images = normalised(cfg, backbone, images)
+        if cfg.features == "pixels":
+            patches = cut_patches(images, backbone.patch_size)
+            yield Tokens(None, patches, backbone.grid_of(images)), masks
+        else:
+            with autocast(ranks.device, precision):
+                tokens = backbone(images)
+            yield tokens._replace(patches=tokens.patches.float()), masks
+
+
+def what_is_seen(cfg: DictConfig) -> str:
+    return "raw pixels of patches" if cfg.features == "pixels" else "patch tokens"
+
+
+# --- unsupervised: the patches of one image at a time -------------------------------------------
+
+
+def cluster_images(
+    cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun, dataset: ImageDataset
+) -> None:
+    scores = []  # of each image: [number of labels in its mask, mIoU, ARI, mIoU, ARI, ...]
+    for tokens, masks in token_batches(cfg, ranks, backbone, dataset):
+        patches = F.normalize(tokens.patches, dim=-1).cpu().numpy()
+        for vectors, mask in zip(patches, masks, strict=True):
+            scores.append(score_image(cfg, vectors, tokens.grid, mask))
+            run.progress(len(scores), len(dataset) // ranks.world_size, "images clustered:")
+    scores = [score for part in gather_objects(scores, ranks) for score in part]
+    scored = [score for score in scores if score[0] > 0]
+    if not any(score[0] > 1 for score in scored):
+        raise DataError(
+            f"none of the {len(scores)} masks holds two classes, so that there is nothing to tell "
+            f"apart; valid are masks whose values are class numbers, such as 0 and 1 ({IGNORE} "
+            f"marks pixels without a class)"
+        )
+    results = {}
+    for column, count in enumerate(cfg.segments):
+        for offset, name in enumerate(("miou", "ari"), start=1):
+            results[f"{name}_{count}"] = 100 * mean(
+                [score[2 * column + offset] for score in scored]
+            )
+    run.finish(results, protocol=describe_clustering(cfg), images=len(scored))
+
+
+def score_image(
+    cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], mask: np.ndarray
+) -> list[float]:
+    """vectors [L, D], mask [H, W]"""
+    scores = []
+    for count in cfg.segments:
+        segments = cluster(cfg, vectors, grid, count)
+        counts = contingency(mask, to_pixels(segments.reshape(grid), mask.shape))
+        if len(counts) == 0:  # a mask without any class
+            return [0]
+        scores += [matched_miou(counts), adjusted_rand_index(counts)]
+    return [len(counts), *scores]
+
+
+def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
+    """vectors [L, D] of length 1 -> the segment of each, int64 [L]"""
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.feature_extraction.image import grid_to_graph
+
+    if count > len(vectors):
+        raise ConfigError(f"segments: {count} of {len(vectors)} patches; valid is 1 to that number")
+    # Blank patches of raw pixels may be all zero, which has no direction: they get a common one.
+    blank = ~vectors.any(axis=1)
+    vectors = np.where(blank[:, None], vectors.shape[1] ** -0.5, vectors)
+    clustering = AgglomerativeClustering(
+        n_clusters=count,
+        metric=cfg.clustering.metric,
+        linkage=cfg.clustering.linkage,
+        connectivity=grid_to_graph(*grid) if cfg.clustering.connected else None,
+    )
+    return clustering.fit_predict(vectors)
+
+
+def to_pixels(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[rows, columns] -> [H, W]: each pixel takes the value of its patch."""
+    rows = np.arange(size[0]) * values.shape[0] // size[0]
+    columns = np.arange(size[1]) * values.shape[1] // size[1]
+    return values[rows[:, None], columns]
+
+
+def describe_clustering(cfg: DictConfig) -> str:
+    settings = cfg.clustering
+    where = "neighbouring" if settings.connected else "any"
+    return (
+        f"unsupervised, {what_is_seen(cfg)}, agglomerative clustering of {where} patches of one "
+        f"image ({settings.linkage} linkage, {settings.metric} distance), n segments in miou_n and "
+        f"ari_n, means over images, percent"
+    )
+
+
+# --- linear: a head for single patches ----------------------------------------------------------
+
+
+def linear_head(
+    cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun, dataset: ImageDataset
+) -> None:
+    train_set = masked_data(cfg, "train")
+    if train_set.describe(0) == dataset.describe(0):
+        raise DataError(
+            f"dataset={cfg.dataset.name}: both splits are the same images, and method=linear "
+            f"trains on one of them; valid are images/train/ and images/val/"
+        )
+    parts = list(token_batches(cfg, ranks, backbone, train_set))
+    run.say(f"segmentation: the patches of {len(train_set)} training images are encoded")
+    head = train_patch_head(cfg, ranks, run, parts)
+    confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
+    done = 0
+    for tokens, masks in token_batches(cfg, ranks, backbone, dataset):
+        for vectors, mask in zip(tokens.patches, masks, strict=True):
+            predicted = predict_pixels(head, vectors, tokens.grid, mask.shape)
+            confusion += torch.from_numpy(confusion_matrix(mask, predicted))
+        done += len(masks)
+        run.progress(done, len(dataset) // ranks.world_size, "images classified:")
+    confusion = all_reduce(confusion.to(ranks.device)).cpu().numpy()
+    if not confusion.any():
+        raise DataError(f"dataset={cfg.dataset.name}: no pixel of the evaluation masks has a class")
+    ious = class_ious(confusion)
+    accuracy = np.trace(confusion) / confusion.sum()
+    run.finish(
+        {"miou": 100 * mean(list(ious.values())), "pixel_accuracy": 100 * float(accuracy)},
+        protocol=f"frozen linear head on {what_is_seen(cfg)}, {cfg.patch_head.epochs} epochs, "
+        f"{len(train_set)} training images; mIoU over the classes of the evaluation masks, percent",
+        images=len(dataset),
+        extra={"iou_of_class": {str(number): 100 * iou for number, iou in ious.items()}},
+    )
+
+
+@torch.inference_mode()
+def predict_pixels(
+    head: PatchHead, vectors: Tensor, grid: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """vectors [L, D] -> classes [H, W]: the logits of the patches, interpolated."""
+    logits = head(vectors).T.unflatten(1, grid)[None]
+    logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return logits[0].argmax(dim=0).cpu().numpy()
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="segmentation")

@@ -1,0 +1,201 @@
+"""Label propagation through videos: DAVIS-2017, semi-supervised, without any training.
+
+The objects of the first frame are given. Each patch of a later frame takes the labels of the
+patches most similar to it in the first and in the last few frames.
+
+python launcher.py --config-name=video pretrained=checkpoints/lmim-vit_base data_path=/path/to/DAVIS
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+
+from data.davis import VOID, Video, read_videos
+from data.transforms import to_tensor
+from eval.backbone import Backbone
+from eval.features import autocast
+from eval.metrics_video import mean, score_sequence, summarise
+from eval.run import EvalRun, normalised, run_evaluation
+from util.command import run_worker
+from util.distributed import Ranks, gather_objects
+from util.precision import choose_precision
+
+Grid = tuple[int, int]  # rows, columns
+
+
+def main(cfg: DictConfig) -> None:
+    run_evaluation(cfg, "video", evaluate)
+
+
+def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
+    videos = read_videos(cfg.data_path, cfg.video_split)
+    mine = videos[ranks.rank :: ranks.world_size]
+    scores = {}
+    for index, video in enumerate(mine):
+        run.progress(index, len(mine), "videos:")
+        scores[video.name] = evaluate_video(cfg, ranks, backbone, run, video)
+    gathered = {
+        name: score for part in gather_objects(scores, ranks) for name, score in part.items()
+    }
+    scores = {video.name: gathered[video.name] for video in videos}
+    run.finish(
+        {name: 100 * value for name, value in summarise(scores).items()},
+        protocol=describe(cfg),
+        images=sum(len(video.frames) for video in videos),
+        extra={
+            "dataset": f"DAVIS-2017 {cfg.video_split}",
+            "sequences": {name: sequence_means(score) for name, score in scores.items()},
+            "objects": scores,
+        },
+    )
+
+
+def describe(cfg: DictConfig) -> str:
+    return (
+        f"label propagation, shorter side {cfg.frame_side}, first and {cfg.previous_frames} "
+        f"previous frames, neighbourhood {cfg.neighbourhood}, top {cfg.top_k}, temperature "
+        f"{cfg.temperature}; means over objects, percent"
+    )
+
+
+def sequence_means(score: dict[int, dict]) -> dict[str, float]:
+    means = {name: mean([values[name] for values in score.values()]) for name in ("J", "F")}
+    return {"J&F": (means["J"] + means["F"]) / 2} | means
+
+
+def evaluate_video(
+    cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun, video: Video
+) -> dict[int, dict]:
+    """-> scores of each object"""
+    # All annotations first: what is wrong with them is said before the long work.
+    truth = video.objects()
+    predicted = [truth[0]]
+    for index, objects in enumerate(propagate(cfg, ranks, backbone, video, truth[0]), start=1):
+        predicted.append(objects)
+        run.progress(index, len(video.frames), f"{video.name}:")
+    if cfg.save_masks:
+        save_masks(run.job / "results" / "masks" / video.name, video, predicted)
+    return score_sequence(truth, np.stack(predicted), VOID)
+
+
+def save_masks(folder: Path, video: Video, predicted: list[np.ndarray]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for annotation, objects in zip(video.annotations, predicted, strict=True):
+        image = Image.fromarray(objects)
+        image.putpalette(video.palette())
+        image.save(folder / annotation.name)
+
+
+# --- from frame to frame ------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def propagate(
+    cfg: DictConfig, ranks: Ranks, backbone: Backbone, video: Video, given: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The objects of the first frame, uint8 [H, W] -> those of each later frame."""
+    numbers = [0, *sorted(set(np.unique(given).tolist()) - {0, VOID})]
+    frames = frame_tokens(cfg, ranks, backbone, video)
+    first_tokens = next(frames)
+    first = (first_tokens, labels_of_patches(given, numbers, first_tokens.shape[:2], ranks.device))
+    previous = deque(maxlen=cfg.previous_frames)
+    for tokens in frames:
+        context_tokens, context_labels = map(torch.stack, zip(first, *previous, strict=True))
+        labels = propagate_labels(
+            tokens,
+            context_tokens,
+            context_labels,
+            neighbourhood=cfg.neighbourhood,
+            top_k=cfg.top_k,
+            temperature=cfg.temperature,
+        )
+        previous.append((tokens, labels))
+        yield pixel_objects(labels, numbers, backbone.patch_size, given.shape)
+
+
+def frame_tokens(
+    cfg: DictConfig, ranks: Ranks, backbone: Backbone, video: Video
+) -> Iterator[Tensor]:
+    """Of one frame after the other: [rows, columns, D], of length 1 each, on the device."""
+    precision = choose_precision(cfg.precision, ranks.device)
+    for start in range(0, len(video.frames), cfg.batch_size):
+        indices = range(start, min(start + cfg.batch_size, len(video.frames)))
+        images = [video.frame(index) for index in indices]
+        size = frame_size(images[0].size, cfg.frame_side, backbone.patch_size)
+        images = [to_tensor(image.resize(size, Image.Resampling.BICUBIC)) for image in images]
+        batch = torch.stack(images).to(ranks.device)
+        with autocast(ranks.device, precision):
+            tokens = backbone(normalised(cfg, backbone, batch))
+        yield from F.normalize(tokens.patches.float(), dim=-1).unflatten(1, tokens.grid)
+
+
+def frame_size(size: tuple[int, int], shorter: int, patch_size: int) -> tuple[int, int]:
+    """The shorter side becomes `shorter`; then each the nearest multiple of the patch size."""
+    scale = shorter / min(size)
+    return tuple(max(1, round(side * scale / patch_size)) * patch_size for side in size)
+
+
+def labels_of_patches(
+    objects: np.ndarray, numbers: list[int], grid: Grid, device: torch.device
+) -> Tensor:
+    """uint8 [H, W] -> [rows, columns, C]: the object at the middle of each patch, one-hot."""
+    image = Image.fromarray(np.where(objects == VOID, 0, objects).astype(np.uint8))
+    small = np.array(image.resize(grid[::-1], Image.Resampling.NEAREST))
+    return torch.from_numpy(small[..., None] == np.array(numbers)).float().to(device)
+
+
+def propagate_labels(
+    tokens: Tensor,
+    context_tokens: Tensor,
+    context_labels: Tensor,
+    *,
+    neighbourhood: int,
+    top_k: int,
+    temperature: float,
+) -> Tensor:
+    """tokens [R, S, D] of a frame, context [n, R, S, D] with labels [n, R, S, C] -> [R, S, C].
+
+    Each patch looks at the patches of all context frames at most `neighbourhood` rows and columns
+    away; the top_k most similar ones (with all that equal the last of them) are averaged with
+    weights exp(cosine / temperature).
+    """
+    rows, columns = tokens.shape[:2]
+    channels = context_labels.shape[-1]
+    place = torch.arange(columns, device=tokens.device)
+    too_far = (place[:, None] - place).abs() > neighbourhood  # [S, S]
+    result = torch.empty(rows, columns, channels, device=tokens.device)
+    for row in range(rows):  # bounds the memory, and most rows are out of reach anyway
+        reach = slice(max(0, row - neighbourhood), row + neighbourhood + 1)
+        keys = context_tokens[:, reach]  # [n, r, S, D]
+        cosine = torch.einsum("sd,nrtd->snrt", tokens[row], keys)
+        cosine = cosine.masked_fill(too_far[:, None, None, :], -torch.inf).flatten(1)
+        last = cosine.topk(min(top_k, cosine.shape[1]), dim=1).values[:, -1:]
+        weights = torch.where(cosine >= last, (cosine / temperature).exp(), 0)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        result[row] = weights @ context_labels[:, reach].reshape(-1, channels)
+    return result
+
+
+def pixel_objects(
+    labels: Tensor, numbers: list[int], patch_size: int, size: tuple[int, int]
+) -> np.ndarray:
+    """[R, S, C] -> uint8 [H, W]: the object of each pixel of the original frame."""
+    maps = F.interpolate(
+        labels.permute(2, 0, 1)[None], scale_factor=patch_size, mode="bilinear", align_corners=False
+    )[0]
+    # As the published numbers do: each object's map is stretched to 0..1 before they compete.
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    maps = torch.where(high > low, (maps - low) / (high - low), maps)
+    winners = np.array(numbers, dtype=np.uint8)[maps.argmax(dim=0).cpu().numpy()]
+    return np.array(Image.fromarray(winners).resize(size[::-1], Image.Resampling.NEAREST))
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="video")

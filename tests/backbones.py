@@ -1,0 +1,59 @@
+"""Checkpoints for the tests of evaluations: small, made on the spot, never trained."""
+
+import importlib
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from main_lmim import build_model
+from util.checkpoint import FORMAT
+from util.command import call, say_error
+from util.config import ConfigError, compose_config
+from util.validate import check_config
+
+TINY = [
+    "encoder.grid_size=6",
+    "encoder.patch_size=4",
+    "num_vis=9",
+    "encoder.embed_dim=24",
+    "encoder.depth=3",
+    "proj.mlp_dim=32",
+    "decoder_embed_dim=24",
+    "decoder_depth=1",
+]
+
+
+def digits_checkpoint(folder: Path, *overrides: str, seed: int = 0) -> Path:
+    """What a pre-training run on the digits leaves behind."""
+    cfg = compose_config("demo", [*TINY, *overrides])
+    torch.manual_seed(seed)
+    model = build_model(cfg)
+    with torch.no_grad():  # the target differs from the online encoder once training has begun
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    path = folder / "digits.pth"
+    contents = {
+        "state_dict": model.state_dict(),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "epoch": 1,
+        "step": 10,
+        "format": FORMAT,
+    }
+    torch.save(contents, path)
+    return path
+
+
+def run_command(config_name: str, *overrides: str) -> int:
+    """What the command line does, in this process. -> exit code"""
+    try:
+        cfg = compose_config(config_name, ["dataset=digits", "num_workers=0", *overrides])
+        check_config(cfg)
+    except ConfigError as error:
+        say_error(error)
+        return 2
+    threads = torch.get_num_threads()
+    try:
+        return call(importlib.import_module(cfg.worker).main, cfg)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,341 @@
+"""Every backbone gives the tokens that an independent forward gives, and a wrong file one sentence.
+
+The files of other methods are made here, with the official key names.
+"""
+
+import math
+import pickle
+import re
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+
+from eval.backbone import BackboneError, load_backbone
+from eval.features import patch_tokens, pool
+from main_lmim import build_model
+from models.lmim import LatentMIM
+from models.vit import sine_cosine_positions
+from tests.backbones import digits_checkpoint
+from util.checkpoint import CheckpointError, load_file
+
+WIDTH, HEADS, PATCH, GRID, DEPTH = 192, 3, 4, 3, 2
+
+
+def images(side: int = PATCH * GRID, columns: int | None = None):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, side, columns or side, generator=generator)
+
+
+@torch.no_grad()
+def tokens_of(pretrained, pixels, **options):
+    return load_backbone(str(pretrained), **options)(pixels)
+
+
+# ---- Official files. -----------------------------------------------------------------------------
+
+
+def official(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The encoder's keys and shapes as the family's files have them."""
+    hidden = 4 * WIDTH
+    shapes = {
+        "patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": (WIDTH,),
+        "pos_embed": (1, GRID**2 + (family != "ijepa"), WIDTH),
+        "norm.weight": (WIDTH,),
+        "norm.bias": (WIDTH,),
+    }
+    if family != "ijepa":
+        shapes["cls_token"] = (1, 1, WIDTH)
+    for block in range(DEPTH):
+        layers = {"attn.qkv": (3 * WIDTH, WIDTH), "attn.proj": (WIDTH, WIDTH)}
+        if family == "dinov2-giant":
+            layers |= {"mlp.w12": (hidden, WIDTH), "mlp.w3": (WIDTH, hidden // 2)}
+        else:
+            layers |= {"mlp.fc1": (hidden, WIDTH), "mlp.fc2": (WIDTH, hidden)}
+        layers |= {"norm1": (WIDTH,), "norm2": (WIDTH,)}
+        for name, shape in layers.items():
+            shapes[f"blocks.{block}.{name}.weight"] = shape
+            shapes[f"blocks.{block}.{name}.bias"] = shape[:1]
+        if family.startswith("dinov2"):
+            shapes |= {f"blocks.{block}.ls{i}.gamma": (WIDTH,) for i in (1, 2)}
+    if family.startswith("dinov2"):
+        shapes["mask_token"] = (1, WIDTH)
+    if family == "dinov2-registers":
+        shapes["register_tokens"] = (1, 4, WIDTH)
+    generator = torch.Generator().manual_seed(seed)
+    return {k: 0.2 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+
+
+def plain_vit(weights: dict, pixels: torch.Tensor) -> torch.Tensor:
+    """The encoder written out. -> [B, class token and registers and patches, D]"""
+    x = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2)
+    x = x @ weights["patch_embed.proj.weight"].flatten(1).T + weights["patch_embed.proj.bias"]
+    table = weights["pos_embed"]
+    if "cls_token" in weights:
+        x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], 1)
+    x = x + table
+    if "register_tokens" in weights:
+        registers = weights["register_tokens"].expand(len(x), -1, -1)
+        x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)
+    for block in range(DEPTH):
+        w = {k.split(".", 2)[2]: v for k, v in weights.items() if k.startswith(f"blocks.{block}.")}
+
+        def linear(y, name, w=w):
+            return y @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+        def norm(y, name, w=w):
+            return F.layer_norm(y, (WIDTH,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+
+        qkv = linear(norm(x, "norm1"), "attn.qkv").unflatten(2, (3, HEADS, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attention = (q @ k.mT / math.sqrt(WIDTH // HEADS)).softmax(-1)
+        y = linear((attention @ v).transpose(1, 2).flatten(2), "attn.proj")
+        x = x + y * w.get("ls1.gamma", 1)
+        y = norm(x, "norm2")
+        if "mlp.w12.weight" in w:
+            gate, value = linear(y, "mlp.w12").chunk(2, -1)
+            y = linear(F.silu(gate) * value, "mlp.w3")
+        else:
+            y = linear(F.gelu(linear(y, "mlp.fc1")), "mlp.fc2")
+        x = x + y * w.get("ls2.gamma", 1)
+    return F.layer_norm(x, (WIDTH,), weights["norm.weight"], weights["norm.bias"], 1e-6)
+
+
+def prefixed(weights: dict, prefix: str) -> dict:
+    return {prefix + key: value for key, value in weights.items()}
+
+
+EXTRA = torch.zeros(3)
+FILES = {
+    "mae": lambda w: {"model": w},
+    "mae with decoder": lambda w: {
+        "model": w
+        | {"mask_token": EXTRA, "decoder_embed.weight": EXTRA, "decoder_norm.bias": EXTRA}
+    },
+    "ijepa": lambda w: {"encoder": prefixed(w, "module."), "target_encoder": {}, "epoch": 300},
+    "ijepa target": lambda w: {"encoder": {}, "target_encoder": prefixed(w, "module.")},
+    "dino": lambda w: w,
+    "dino teacher": lambda w: {
+        "student": prefixed(official("dino", 1), "module.backbone."),
+        "teacher": prefixed(w, "backbone.") | {"head.mlp.0.weight": EXTRA},
+    },
+    "ibot": lambda w: {"state_dict": w | {"masked_embed": EXTRA}},
+    "dinov2": lambda w: w,
+    "dinov2-registers": lambda w: w,
+    "dinov2-giant": lambda w: w,
+    "dinov2 chunks": lambda w: {re.sub(r"^blocks\.", "blocks.0.", k): v for k, v in w.items()},
+    "dinov2 teacher": lambda w: {
+        "teacher": prefixed(w, "backbone.") | {"dino_head.last_layer.weight_v": EXTRA}
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_official_files_give_the_tokens_of_an_independent_forward(tmp_path, kind):
+    family = kind.split(" ")[0]
+    weights = official(family)
+    path = tmp_path / "official.pth"
+    torch.save(FILES[kind](weights), path)
+    which = "target" if kind.endswith(("target", "teacher")) else "encoder"
+    name = family.split("-")[0]
+    backbone = load_backbone(f"{name}:{path}", which=which)
+    with torch.no_grad():
+        found = backbone(images())
+        expected = plain_vit(weights, images())
+    count = len(expected[0]) - GRID**2
+    torch.testing.assert_close(found.patches, expected[:, count:], atol=1e-4, rtol=1e-4)
+    assert (found.cls is None) == (family == "ijepa") and found.grid == (GRID, GRID)
+    if found.cls is not None:
+        torch.testing.assert_close(found.cls, expected[:, 0], atol=1e-4, rtol=1e-4)
+    assert backbone.image_side == (224 if name == "dinov2" else GRID * PATCH)
+    assert len(backbone.fingerprint) == 64 and "sha256" in backbone.summary()
+
+
+def test_a_file_with_a_key_too_few_or_too_many_is_refused(tmp_path):
+    weights = official("mae")
+    del weights["norm.bias"]
+    torch.save({"model": weights | {"blocks.0.ls1.gamma_": EXTRA}}, tmp_path / "a.pth")
+    with pytest.raises(BackboneError, match="norm.bias is missing; blocks.0.ls1.gamma_ is unexp"):
+        load_backbone(f"mae:{tmp_path / 'a.pth'}")
+
+
+# ---- timm. ---------------------------------------------------------------------------------------
+
+
+def test_a_local_file_of_timm_gives_timms_features(tmp_path):
+    torch.manual_seed(3)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    torch.save(model.state_dict(), tmp_path / "tiny.pth")
+    weights = str(tmp_path / "tiny.pth")
+    found = tokens_of("timm:vit_tiny_patch16_224", images(224), pretrained_weights=weights)
+    with torch.no_grad():
+        expected = model.forward_features(images(224))
+        layers = model.forward_intermediates(
+            images(224), indices=[4], output_fmt="NLC", intermediates_only=True
+        )
+    torch.testing.assert_close(found.cls, expected[:, 0])
+    torch.testing.assert_close(found.patches, expected[:, 1:])
+    backbone = load_backbone(
+        "timm:vit_tiny_patch16_224", pretrained_weights=weights, layer=4, final_norm=False
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images(224)).patches, layers[0])
+        assert backbone(images(64, 96)).grid == (4, 6)
+    assert backbone.depth == 5 and backbone.mean == (0.5, 0.5, 0.5)
+
+
+def test_a_network_without_blocks_gives_its_last_feature_map():
+    backbone = load_backbone("timm:resnet10t", random_init=True)
+    with torch.no_grad():
+        found = backbone(images(64, 96))
+        expected = backbone.model.forward_features(images(64, 96))
+    assert found.cls is None and found.grid == (2, 3)
+    torch.testing.assert_close(found.patches[:, 4], expected[:, :, 1, 1])
+    with pytest.raises(BackboneError, match="only for ViTs"):
+        backbone.set_drop_path(0.1)
+
+
+# ---- This project's. -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["encoder", "target"])
+def test_own_tokens_are_those_of_the_model_that_was_saved(tmp_path, which):
+    path = digits_checkpoint(tmp_path)
+    contents = load_file(path)
+    backbone = load_backbone(str(path), which=which, final_norm=False)
+    prefix = {"encoder": "encoder.", "target": "target_encoder."}[which]
+    model = build_model(OmegaConf.create(contents["config"]))
+    model.load_state_dict(contents["state_dict"])
+    encoder = model.get_submodule(prefix[:-1])
+    pixels = images(24)
+    with torch.no_grad():
+        assert torch.equal(backbone(pixels).patches, patch_tokens(encoder, pixels))
+        full = load_backbone(str(path), which=which)(pixels)
+        torch.testing.assert_close(full.patches, encoder.norm(patch_tokens(encoder, pixels)))
+        first = load_backbone(str(path), which=which, layer=0, final_norm=False)(pixels)
+    ids = torch.arange(36).expand(2, -1)
+    patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(2, 36, 48)
+    with torch.no_grad():
+        expected = encoder.forward_features(patches, ids, depth=1)
+    torch.testing.assert_close(first.cls, expected[:, 0])
+    assert {n.split(".")[1] for n, _ in backbone.named_parameters()} == {
+        "blocks",
+        "cls_token",
+        "embed",
+    }
+
+
+def published(path, **changes):
+    """The layout of the published file: module., no config."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 192, "depth": 2, "num_heads": 3, "grid_size": 4, "patch_size": 8}
+    model = LatentMIM(
+        **sizes, mlp_dim=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
+    )
+    state = prefixed(model.state_dict(), "module.") | changes
+    torch.save({"state_dict": state, "optimizer": {}, "loss_scaler": {}, "epoch": 800}, path)
+    return model
+
+
+def test_the_published_layout_loads(tmp_path):
+    model = published(tmp_path / "published.pth").eval()
+    backbone = load_backbone(str(tmp_path / "published.pth"), final_norm=False)
+    assert (backbone.image_side, backbone.depth, backbone.patch_size) == (32, 2, 8)
+    with torch.no_grad():
+        found = backbone(images(32))
+        assert torch.equal(found.patches, patch_tokens(model.encoder, images(32)))
+
+
+def test_other_sizes_resample_the_positions(tmp_path):
+    path = digits_checkpoint(tmp_path)
+    backbone = load_backbone(str(path), image_side=48)
+    assert backbone.image_side == 48
+    assert backbone(images(48)).grid == (12, 12) and backbone(images(12, 36)).grid == (3, 9)
+    # A table that is linear in the place is found again in between.
+    table = backbone.encoder.pos_embed.pos_embeds
+    assert torch.equal(table, sine_cosine_positions(24, 6))
+    table[1:] = torch.arange(6.0).repeat_interleave(6)[:, None]
+    rows = backbone.positions((12, 6))[0, 1:].view(12, 6, 24)
+    torch.testing.assert_close(rows[3:9, 2, 0], (torch.arange(3.0, 9) + 0.5) / 2 - 0.5)
+    with pytest.raises(
+        BackboneError, match="images of 25 x 24 pixels: valid are multiples of .* 4"
+    ):
+        backbone(images(25, 24))
+
+
+def test_random_init_follows_from_the_seed(tmp_path):
+    path = str(digits_checkpoint(tmp_path))
+    state = torch.get_rng_state()
+    first, again, other = (load_backbone(path, random_init=True, seed=s) for s in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert first.fingerprint != load_backbone(path).fingerprint
+
+
+def test_layers_and_stochastic_depth(tmp_path):
+    backbone = load_backbone(str(digits_checkpoint(tmp_path)))
+    layers = {name: backbone.layer_of(name) for name, _ in backbone.named_parameters()}
+    assert layers["encoder.cls_token"] == layers["encoder.embed.proj.weight"] == 0
+    assert layers["encoder.blocks.0.norm1.bias"] == 1
+    assert layers["encoder.blocks.2.mlp.fc2.weight"] == 3 and layers["encoder.norm.weight"] == 4
+    backbone.set_drop_path(0.2)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in backbone.blocks()]
+    assert rates == pytest.approx([0, 0.1, 0.2])
+
+
+def test_pooling(tmp_path):
+    tokens = load_backbone(str(digits_checkpoint(tmp_path)))(images(24))
+    both = pool(tokens, "cls+mean")
+    assert torch.equal(both, torch.cat([pool(tokens, "cls"), pool(tokens, "mean")], dim=1))
+    with pytest.raises(BackboneError, match="pooling=cls: this backbone has no class token"):
+        pool(tokens._replace(cls=None), "cls")
+
+
+# ---- Mistakes. -----------------------------------------------------------------------------------
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_a_pickle_with_code_is_refused_by_name(tmp_path, capsys):
+    torch.save({"state_dict": {}, "args": Harmful()}, tmp_path / "harm.pth")
+    with pytest.raises(
+        BackboneError, match=r"refused.*it wants builtins.print; valid is a file of"
+    ):
+        load_backbone(str(tmp_path / "harm.pth"))
+    with open(tmp_path / "plain.pth", "wb") as file:
+        pickle.dump(Harmful(), file)
+    with pytest.raises(BackboneError, match="cannot be read"):
+        load_backbone(f"mae:{tmp_path / 'plain.pth'}")
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+    path = digits_checkpoint(tmp_path)
+    truncated = tmp_path / "truncated.pth"
+    truncated.write_bytes(path.read_bytes()[:5000])
+    joint = digits_checkpoint(tmp_path / "..", "target=joint")
+    published(tmp_path / "short.pth", **{"module.encoder.norm.bias": torch.zeros(7)})
+    (tmp_path / "empty").mkdir()
+    for pretrained, options, expected in [
+        (None, {}, "pretrained=null: valid is a checkpoint or job folder, timm:NAME"),
+        (tmp_path / "none.pth", {}, "there is no file"),
+        (truncated, {}, "cannot be read"),
+        (tmp_path / "empty", {}, "holds no checkpoint"),
+        (f"mae:{path}", {}, "digits.pth holds no weights where they are expected; it"),
+        (joint, {"which": "target"}, "holds no target encoder .target=joint.; valid is encoder"),
+        (tmp_path / "short.pth", {}, r"norm.bias is \[7\] there and \[192\] here"),
+        (path, {"layer": 3}, "layer=3: valid is -1 .the last. or 0 to 2"),
+        (path, {"image_side": 30}, "image_side=30: valid is a multiple of the patch size 4"),
+        (path, {"pretrained_weights": "x"}, "pretrained_weights=x: valid with pretrained=timm"),
+        ("moco:x.pth", {}, "no such family; valid: timm, mae, ijepa"),
+        ("timm:vit_tinny_patch16_224", {}, "timm has no such model; did you mean vit_tiny_patch16"),
+    ]:
+        with pytest.raises((BackboneError, CheckpointError), match=expected) as caught:
+            load_backbone(None if pretrained is None else str(pretrained), **options)
+        assert "\n" not in str(caught.value)

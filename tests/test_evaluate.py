@@ -1,0 +1,50 @@
+"""Several evaluations, one table."""
+
+import json
+
+from eval.evaluate import markdown
+from tests.backbones import digits_checkpoint, run_command
+
+
+def test_one_table_of_several_evaluations(tmp_path, capfd):
+    common = [f"output_dir={tmp_path}", f"pretrained={digits_checkpoint(tmp_path)}"]
+    overrides = ["evals=[nn,knn,collapse]", "beside_random_init=True", "batch_size=512"]
+    settings = "settings=['knn.neighbours=[5,10]','collapse.probe_images=8']"
+    assert run_command("evaluate", *common, *overrides, settings) == 0
+    output = capfd.readouterr().out
+    results = json.loads((tmp_path / "evaluate" / "results" / "evaluate.json").read_text())
+    found = results["evaluations"]
+    assert list(found) == ["nn", "knn", "collapse"]
+    assert all(list(variants) == ["trained", "random init"] for variants in found.values())
+    assert list(found["knn"]["trained"]["results"])[::2] == ["k5_top1", "k10_top1"]
+    table = (tmp_path / "evaluate" / "results" / "evaluate.md").read_text()
+    assert table.strip() in output and "published" not in table
+    row = next(line for line in table.splitlines() if line.startswith("| nn | top1"))
+    values = [found["nn"][label]["results"]["top1"] for label in ("trained", "random init")]
+    assert row == "| nn | top1 | " + " | ".join(f"{value:.4g}" for value in values) + " |"
+    # Each number is that of the evaluation alone.
+    assert run_command("nn", *common, "batch_size=512") == 0
+    alone = json.loads((tmp_path / "nn" / "results" / "nn.json").read_text())
+    assert alone["results"] == found["nn"]["trained"]["results"]
+    # Features were computed once per backbone, norm and split: nn and collapse share theirs.
+    assert len(list((tmp_path / "feature-cache").iterdir())) == 2 * 3
+
+
+def test_published_numbers_stand_beside_imagenet():
+    variants = {"trained": {"results": {"top1": 50.0}, "protocol": "p"}}
+    table = markdown({"nn": variants, "knn": variants}, with_references=True)
+    assert "| published, ViT-B/16 | nn (leave-one-out) | knn (training bank) |" in table
+    assert "| Latent MIM, 800 epochs | 50.1 | - |" in table and "| DINO | - | 76.1 |" in table
+
+
+def test_a_wrong_setting_ends_it_before_anything_runs(tmp_path, capfd):
+    common = [f"output_dir={tmp_path}", f"pretrained={digits_checkpoint(tmp_path)}", "evals=[nn]"]
+    for settings, expected in [
+        ("settings=['knn.neighbours=3']", "valid is NAME.key=value with NAME one of nn"),
+        ("settings=['nn.neighbors=3']", "neighbors: unknown key; did you mean neighbours"),
+        ("settings=['nn.temperature=0']", "temperature=0: valid is a number above 0"),
+        ("evals=[nm]", "evals=['nm']: valid is a list of different ones of nn, knn"),
+    ]:
+        assert run_command("evaluate", *common, settings) == 2
+        output = capfd.readouterr()
+        assert expected in output.err and "top1" not in output.out

@@ -1,0 +1,142 @@
+"""Few-shot: the closed form against scikit-learn, leave-one-out against real refits, the draws."""
+
+import pytest
+import torch
+from sklearn.linear_model import Ridge as SklearnRidge
+
+from data.base import DataError
+from eval.features import Features
+from eval.few_shot import (
+    Ridge,
+    check_shots,
+    choose_shots,
+    main,
+    mean_and_spread,
+    ridge_accuracies,
+)
+from tests.backbones import digits_checkpoint
+from tests.evaluations import assert_bad_input, config, launch, results, unlabelled_folder
+from tests.test_distributed import spawn
+
+STRENGTHS = (1e-4, 0.1, 3.0)
+
+
+def problem(images: int, dim: int, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(images)
+    features = torch.randn(images, dim, generator=generator) + 0.5
+    labels = torch.randint(classes, (images,), generator=generator)
+    return features, torch.nn.functional.one_hot(labels, classes)
+
+
+@pytest.mark.parametrize(("images", "dim"), [(12, 30), (60, 20)])
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_equals_scikit_learn(images, dim, strength):
+    features, targets = problem(images, dim)
+    ours = Ridge(features, targets)
+    theirs = SklearnRidge(alpha=strength * float(ours.unit)).fit(
+        features.double().numpy(), targets.numpy()
+    )
+    queries = torch.randn(9, dim)
+    expected = torch.from_numpy(theirs.predict(queries.double().numpy()))
+    torch.testing.assert_close(ours.predict(queries, strength), expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize(("images", "dim"), [(12, 30), (60, 20)])
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_leave_one_out_equals_fits_without_each_image(images, dim, strength):
+    features, targets = problem(images, dim)
+    ours = Ridge(features, targets)
+    predicted = ours.leave_one_out(strength)
+    for image in range(images):
+        others = torch.arange(images) != image
+        refit = Ridge(features[others], targets[others])
+        # The same absolute strength: the unit of the refit is another one.
+        same = strength * float(ours.unit / refit.unit)
+        expected = refit.predict(features[image : image + 1], same)[0]
+        torch.testing.assert_close(predicted[image], expected, atol=1e-8, rtol=0)
+
+
+def test_shots_are_of_each_class_nested_and_a_function_of_the_seed():
+    labels = torch.tensor([2, 0, 0, 5, 2, 5, 0, 2, 5, 0, 2, 5, 5])
+    few, more = choose_shots(labels, 2, 3, 1), choose_shots(labels, 4, 3, 1)
+    assert labels[few].tolist() == [0, 0, 2, 2, 5, 5]
+    assert labels[more].bincount().tolist() == [4, 0, 4, 0, 0, 4]
+    assert len(set(more.tolist())) == 12 and set(few.tolist()) <= set(more.tolist())
+    assert torch.equal(few, choose_shots(labels, 2, 3, 1))
+    assert not torch.equal(more, choose_shots(labels, 4, 3, 2))
+    assert not torch.equal(more, choose_shots(labels, 4, 4, 1))
+
+
+def test_separable_classes_are_told_apart():
+    labels = torch.arange(3).repeat(5)
+    centres = torch.eye(3, 8)
+    found = ridge_accuracies(
+        Features(centres[labels], labels), Features(centres, torch.arange(3)), 3, [0.01, 1.0]
+    )
+    assert found == {"top1": 100.0, "chosen": 0.01, "all": [100.0, 100.0]}
+
+
+def test_one_shot_takes_the_middle_regulariser():
+    support = Features(torch.eye(3), torch.arange(3))
+    assert ridge_accuracies(support, support, 3, [10, 0.1, 1])["chosen"] == 1
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert mean_and_spread([4.0]) == (4.0, 0.0)
+
+
+def test_a_class_with_fewer_images_is_named():
+    with pytest.raises(DataError, match="shots=3: valid is at most 2, because class 1 has only 2"):
+        check_shots(torch.tensor([0, 0, 0, 1, 1]).numpy(), 3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return digits_checkpoint(tmp_path_factory.mktemp("pretrained"))
+
+
+SMALL = ["shots=[1,5]", "draws=3"]
+
+
+def test_the_results_file(checkpoint, tmp_path, capsys):
+    main(config("few_shot", checkpoint, tmp_path, *SMALL))
+    assert "few_shot: top1/1-shot" in capsys.readouterr().out
+    found = results(tmp_path, "few_shot")
+    assert list(found["results"]) == [
+        f"{kind}/{shots}-shot" for shots in (1, 5) for kind in ("top1", "spread")
+    ]
+    assert found["images"] == 397 and found["seed"] == 0
+    details = found["few_shot"]["5-shot"]
+    assert len(details["draws"]) == 3 and len(details["by_regulariser"]) == 7
+    assert sum(details["draws"]) / 3 == pytest.approx(found["results"]["top1/5-shot"])
+    assert 10 < found["results"]["top1/5-shot"] < 100
+
+
+def run_main(ranks, checkpoint, folder) -> None:
+    main(config("few_shot", checkpoint, folder, *SMALL))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_very_same_numbers(checkpoint, tmp_path):
+    main(config("few_shot", checkpoint, tmp_path / "one", *SMALL))
+    spawn(run_main, 2, tmp_path, checkpoint, tmp_path / "two")
+    one, two = (results(tmp_path / name, "few_shot") for name in ("one", "two"))
+    assert two["processes"] == 2
+    assert one["results"] == two["results"] and one["few_shot"] == two["few_shot"]
+
+
+def test_too_many_shots_are_refused(checkpoint, tmp_path):
+    cfg = config("few_shot", checkpoint, tmp_path, "shots=[1,500]")
+    assert_bad_input(main, cfg, DataError, "shots=500: valid is at most")
+
+
+def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):
+    cfg = config("few_shot", checkpoint, tmp_path, *unlabelled_folder(tmp_path / "images"))
+    assert_bad_input(main, cfg, DataError, "dataset=folder has no labels")
+
+
+@pytest.mark.slow
+def test_bad_input_ends_with_exit_code_2(checkpoint, tmp_path):
+    code, output = launch("few_shot", checkpoint, tmp_path, "shots=[500]")
+    assert code == 2 and "error: shots=500" in output and "Traceback" not in output

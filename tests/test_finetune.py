@@ -1,0 +1,299 @@
+"""Fine-tuning: layer decay by name, mixing as timm does it, augmentation, resume, bad input."""
+
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from data.augmentation import FinetuneTransform, posterize, seeded
+from data.base import DataError
+from data.digits import build_digits
+from eval.backbone import load_backbone
+from eval.finetune import Classifier, build_mixup, freeze_what_is_not_used, main
+from tests.backbones import digits_checkpoint
+from tests.evaluations import (
+    arguments,
+    assert_bad_input,
+    config,
+    launch,
+    results,
+    start,
+    unlabelled_folder,
+)
+from tests.runs import LAUNCHER, assert_same_state, final_state, kill_at_step, records
+from tests.test_distributed import spawn
+from util.config import ConfigError
+from util.optim import layer_decay_groups
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return digits_checkpoint(tmp_path_factory.mktemp("pretrained"))
+
+
+# ---- The network and its optimiser. --------------------------------------------------------------
+
+
+def groups_by_name(model: Classifier, layer_decay: float = 0.5) -> dict[str, tuple[float, float]]:
+    """name -> (share of the learning rate, weight decay)"""
+    backbone = model.backbone
+    groups = layer_decay_groups(model, backbone.layer_of, backbone.depth + 1, 0.05, layer_decay)
+    return {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for name in group["names"]
+    }
+
+
+def test_layer_decay_by_name_in_this_projects_encoder(checkpoint):
+    """Three blocks: 0.5^4 for the embeddings, 1 for the head."""
+    model = Classifier(load_backbone(str(checkpoint), final_norm=False), "mean", 10, 0)
+    found = groups_by_name(model)
+    assert len(found) == len(list(model.parameters()))
+    expected = {
+        "backbone.encoder.cls_token": (0.0625, 0.0),
+        "backbone.encoder.embed.proj.weight": (0.0625, 0.05),
+        "backbone.encoder.embed.proj.bias": (0.0625, 0.0),
+        "backbone.encoder.blocks.0.attn.qkv.weight": (0.125, 0.05),
+        "backbone.encoder.blocks.0.norm1.weight": (0.125, 0.0),
+        "backbone.encoder.blocks.2.mlp.fc2.weight": (0.5, 0.05),
+        "norm.weight": (1.0, 0.0),
+        "head.weight": (1.0, 0.05),
+        "head.bias": (1.0, 0.0),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_layer_decay_equals_timms():
+    """On timm's own ViT, which has a class token and learned positions."""
+    backbone = load_backbone("timm:vit_tiny_patch16_224", random_init=True, final_norm=False)
+    found = groups_by_name(Classifier(backbone, "mean", 10, 0), 0.65)
+    reference = timm.create_model(
+        "vit_tiny_patch16_224", global_pool="avg", num_classes=10, pretrained=False
+    )
+    names = {id(parameter): name for name, parameter in reference.named_parameters()}
+    groups = param_groups_layer_decay(
+        reference,
+        weight_decay=0.05,
+        no_weight_decay_list=reference.no_weight_decay(),
+        layer_decay=0.65,
+    )
+    expected = {
+        names[id(parameter)].replace("fc_norm", "norm"): (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }
+    ours = {name.removeprefix("backbone.model."): value for name, value in found.items()}
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert ours[name] == pytest.approx(value), name
+
+
+def test_the_head_starts_almost_at_zero_and_from_the_seed(checkpoint):
+    backbone = load_backbone(str(checkpoint), final_norm=False)
+    one, same, other = (Classifier(backbone, "mean", 1000, seed) for seed in (1, 1, 2))
+    assert one.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
+    assert not one.head.bias.any()
+    assert torch.equal(one.head.weight, same.head.weight)
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+def test_the_classifier_pools_norms_and_projects(checkpoint):
+    model = Classifier(load_backbone(str(checkpoint), final_norm=False), "mean", 10, 0).eval()
+    images = torch.randn(2, 3, 24, 24)
+    mean = model.backbone(images).patches.mean(dim=1)
+    normed = F.layer_norm(mean, mean.shape[-1:], eps=1e-6)
+    torch.testing.assert_close(model(images), normed @ model.head.weight.T)
+
+
+def test_what_the_loss_does_not_reach_is_frozen(checkpoint):
+    model = Classifier(load_backbone(str(checkpoint), final_norm=False), "mean", 10, 0)
+    model.unused = nn.Linear(2, 2)
+    freeze_what_is_not_used(model)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["unused.weight", "unused.bias"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---- Mixing, smoothing, augmentation. ------------------------------------------------------------
+
+
+def test_the_recipe(checkpoint, tmp_path):
+    cfg = config("finetune", checkpoint, tmp_path)
+    mixup = build_mixup(cfg, 10)
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (mixup.mix_prob, mixup.switch_prob, mixup.mode) == (1.0, 0.5, "batch")
+    assert build_mixup(config("finetune", checkpoint, tmp_path, "mixup=0", "cutmix=0"), 10) is None
+    names = ("epochs", "warmup_epochs", "blr", "layer_decay", "weight_decay", "drop_path", "erase")
+    assert [cfg[name] for name in names] == [100, 5, 5e-4, 0.65, 0.05, 0.1, 0.25]
+
+
+def test_the_losses_are_timms():
+    logits, labels = torch.randn(6, 10), torch.arange(6)
+    soft = torch.rand(6, 10).softmax(dim=1)
+    torch.testing.assert_close(
+        F.cross_entropy(logits, soft), SoftTargetCrossEntropy()(logits, soft)
+    )
+    torch.testing.assert_close(
+        F.cross_entropy(logits, labels, label_smoothing=0.1),
+        LabelSmoothingCrossEntropy(smoothing=0.1)(logits, labels),
+    )
+
+
+def transform(seed: int = 0, **changes) -> FinetuneTransform:
+    settings = {"flip": True, "min_crop": 0.08, "auto_augment": "rand-m9-mstd0.5-inc1"}
+    settings |= {"erase": 0.25, "seed": seed} | changes
+    return FinetuneTransform(24, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), **settings)
+
+
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index():
+    first = transform()(picture(), 3, 7)
+    assert first.shape == (3, 24, 24) and first.dtype == torch.float32
+    random.random(), np.random.rand(), torch.rand(1)
+    assert torch.equal(transform()(picture(), 3, 7), first)
+    for other in (transform(seed=1)(picture(), 3, 7), transform()(picture(), 4, 7)):
+        assert not torch.equal(other, first)
+    assert not torch.equal(transform()(picture(), 3, 8), first)
+
+
+def test_other_random_numbers_go_on_as_if_nothing_had_been_drawn():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    with seeded(1):
+        expected = [draw(), draw()]
+    with seeded(1):
+        found = [draw()]
+        transform()(picture(), 0, 0)
+        found.append(draw())
+    assert found == expected
+
+
+def test_augmentation_takes_every_strength():
+    """Among them posterising to 0 bits, which Pillow refuses."""
+    black = posterize(picture(), 0)
+    assert black.size == (50, 40) and not np.array(black).any()
+    augment = transform()
+    for epoch in range(500):
+        augment(picture(), epoch, 0)
+
+
+def test_erasing_leaves_the_rest_as_it_is():
+    plain, erased = (transform(auto_augment=None, erase=e)(picture(), 0, 0) for e in (0.0, 1.0))
+    changed = (plain != erased).any(dim=0)
+    rows, columns = changed.any(dim=1), changed.any(dim=0)
+    assert 0 < changed.sum() < changed.numel()
+    assert torch.equal(changed, rows[:, None] & columns)  # a rectangle
+
+
+# ---- Runs. ---------------------------------------------------------------------------------------
+
+SHORT = ["epochs=2", "warmup_epochs=1", "batch_size=100", "print_freq=1", "blr=1e-3", "eval_freq=1"]
+
+
+def finetune(checkpoint, folder, *overrides: str) -> dict:
+    main(config("finetune", checkpoint, folder, *SHORT, *overrides))
+    return final_state(folder / "finetune")
+
+
+def run_main(ranks, checkpoint, folder, overrides) -> None:
+    main(config("finetune", checkpoint, folder, *SHORT, *overrides))
+
+
+@pytest.mark.slow
+def test_the_split_into_processes_and_micro_steps_changes_nothing(checkpoint, tmp_path):
+    """Mixing, dropped paths and augmentation included."""
+    spread = ["batch_size=50", "epochs=1"]
+    one = finetune(checkpoint, tmp_path / "one", *spread, "accum_iter=2")["state_dict"]
+    spawn(run_main, 2, tmp_path, checkpoint, tmp_path / "two", spread)
+    two = final_state(tmp_path / "two" / "finetune")["state_dict"]
+    for key, value in one.items():
+        # Adam turns the rounding of near-zero gradients into full steps.
+        assert (two[key] - value).norm() <= 1e-2 * value.norm() + 1e-4, key
+    losses = [
+        [r["loss"] for r in records(tmp_path / name / "finetune") if "loss" in r]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_undisturbed(checkpoint, tmp_path):
+    common = [*SHORT, "num_workers=1", "resume=True"]
+    finetune(checkpoint, tmp_path / "whole", *common)
+    often = arguments("finetune", checkpoint, tmp_path / "broken", *common, "save_minutes=0.0001")
+    job = tmp_path / "broken" / "finetune"
+    chance = random.Random(2)
+    for lowest in (3, 16):  # in the first epoch of 14 steps, then in the second
+        process = start([*LAUNCHER, *often])
+        kill_at_step(process, job, lowest + chance.randrange(6))
+    process = start([*LAUNCHER, *often])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "from step" in output, output
+    assert_same_state(final_state(job), final_state(tmp_path / "whole" / "finetune"))
+    steps = [record["step"] for record in records(job) if "loss" in record]
+    assert steps == list(range(1, 29)), "the log has lost or doubled a step"
+    whole, resumed = (results(tmp_path / n, "finetune")["results"] for n in ("whole", "broken"))
+    assert whole == resumed
+
+
+@pytest.mark.slow
+def test_the_results_file_and_a_second_start(checkpoint, tmp_path, capsys):
+    quick = ["epochs=1", "mixup=0", "cutmix=0", "auto_augment=null", "erase=0", "pooling=cls"]
+    finetune(checkpoint, tmp_path, *quick)
+    found = results(tmp_path, "finetune")
+    assert found["images"] == len(build_digits("eval", None)) == 397
+    assert 0 < found["results"]["top1"] <= found["results"]["top5"] <= 100
+    finetune(checkpoint, tmp_path, *quick, "resume=True")
+    assert results(tmp_path, "finetune")["results"] == found["results"]
+    assert "from step 14" in capsys.readouterr().out
+
+
+# ---- Bad input. ----------------------------------------------------------------------------------
+
+
+def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):
+    cfg = config("finetune", checkpoint, tmp_path, *unlabelled_folder(tmp_path / "images"))
+    assert_bad_input(main, cfg, DataError, "dataset=folder has no labels, and finetune needs them")
+
+
+def test_mixing_needs_pairs(checkpoint, tmp_path):
+    cfg = config("finetune", checkpoint, tmp_path, "batch_size=33")
+    assert_bad_input(main, cfg, ConfigError, "batch_size=33: valid is an even number")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("auto_augment=strong", "auto_augment=strong: valid is a RandAugment of timm"),
+        ("auto_augment=rand-x9", "auto_augment=rand-x9: valid is a RandAugment of timm"),
+        ("drop_path=1", "drop_path=1: valid is a number from 0 to 0.99"),
+        ("layer_decay=0", "layer_decay=0: valid is a number above 0"),
+        ("label_smoothing=1", "label_smoothing=1: valid is a number from 0 to 0.99"),
+        ("erase=2", "erase=2: valid is a number from 0 to 1"),
+        ("warmup_epochs=101", "warmup_epochs=101: valid is 0 to 100"),
+    ],
+)
+def test_invalid_values_are_refused(checkpoint, tmp_path, override, words):
+    with pytest.raises(ConfigError, match=words):
+        config("finetune", checkpoint, tmp_path, override)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(checkpoint, tmp_path):
+    """Exit code 3: again would be the same."""
+    code, output = launch("finetune", checkpoint, tmp_path, *SHORT, "blr=1e30", "mixup=0")
+    assert code == 3 and "error: the loss or gradient is not finite" in output
+    assert "last good checkpoint" in output and "Traceback" not in output

@@ -1,0 +1,343 @@
+"""Linear probe: LARS, batch norm over processes, heads together and alone, resume, bad input."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.base import DataError
+from eval.heads import AttentivePool, GlobalBatchNorm, ProbeHead, probe_features
+from eval.linear_probe import (
+    Window,
+    build_heads,
+    build_optimizer,
+    main,
+    set_learning_rates,
+    train_step,
+)
+from eval.networks import Tokens
+from eval.training import LabelledImages, check_same_backbone, count_classes, count_hits
+from tests.backbones import digits_checkpoint
+from tests.evaluations import (
+    arguments,
+    assert_bad_input,
+    config,
+    launch,
+    results,
+    start,
+    unlabelled_folder,
+)
+from tests.runs import LAUNCHER, assert_same_state, final_state, kill_at_step, records
+from tests.test_distributed import spawn
+from util.checkpoint import CheckpointError
+from util.config import ConfigError
+from util.distributed import Ranks
+from util.lars import LARS
+from util.schedules import warmup_cosine
+
+# ---- Parts. --------------------------------------------------------------------------------------
+
+
+def lars_by_hand(weight, gradients, lr, weight_decay):
+    """In numpy, from the definition. Vectors: momentum only."""
+    weight, velocity = weight.copy(), np.zeros_like(weight)
+    for gradient in gradients:
+        direction = gradient.copy()
+        if weight.ndim > 1:
+            direction += weight_decay * weight
+            sizes = np.linalg.norm(weight), np.linalg.norm(direction)
+            direction *= 0.001 * sizes[0] / sizes[1] if min(sizes) > 0 else 1.0
+        velocity = 0.9 * velocity + direction
+        weight -= lr * velocity
+    return weight
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (5,), (2, 3, 4)])
+@pytest.mark.parametrize("kind", ["random", "zero weight", "zero gradient"])
+def test_lars_equals_the_definition(shape, kind):
+    rng = np.random.default_rng(1)
+    start = rng.normal(size=shape) * (kind != "zero weight")
+    gradients = [rng.normal(size=shape) * (kind != "zero gradient") for _ in range(3)]
+    parameter = nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer = LARS([parameter], lr=0.7, weight_decay=0.03)
+    for gradient in gradients:
+        parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+    expected = lars_by_hand(start, gradients, 0.7, 0.03)
+    np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_learning_rate_rises_from_zero_and_ends_at_the_floor():
+    shares = [warmup_cosine(epoch, 0.1, 10, 90) for epoch in (0, 5, 10, 50, 90)]
+    assert shares == pytest.approx([0, 0.5, 1, 0.55, 0.1])
+    assert warmup_cosine(3, 0.0, 3, 3) == 1.0
+
+
+def test_batch_norm_equals_torch():
+    ours, theirs = GlobalBatchNorm(6, 1), nn.BatchNorm1d(6, eps=1e-6, affine=False)
+    for seed in range(3):
+        features = 3 * torch.randn(16, 6, generator=torch.Generator().manual_seed(seed)) + 1
+        torch.testing.assert_close(ours(features), theirs(features), rtol=1e-5, atol=1e-5)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(features), theirs(features), rtol=1e-5, atol=1e-5)
+
+
+def test_attentive_pooling_equals_multi_head_attention():
+    """torch's, with its projections set to what absorbs ours: keys are the tokens themselves."""
+    dim, tokens = 128, torch.randn(3, 7, 128)
+    pooling = AttentivePool(dim, torch.Generator().manual_seed(0))
+    assert pooling.queries == 2
+    attention = nn.MultiheadAttention(dim, 2, bias=False, batch_first=True)
+    with torch.no_grad():
+        for head in range(2):
+            rows = slice(64 * head, 64 * (head + 1))
+            # Query e of a head, times a key projection: any (q, W) with q W / 8 = our query.
+            key = torch.randn(64, dim)
+            query = torch.linalg.lstsq(key.T, pooling.query[head][:, None]).solution[:, 0]
+            pooling.query[head] = query @ key
+            attention.in_proj_weight[rows] = torch.outer(8 * query, torch.eye(dim)[0])
+            attention.in_proj_weight[dim:][rows] = key
+            attention.in_proj_weight[2 * dim :][rows] = pooling.value[rows]
+        attention.out_proj.weight.copy_(torch.eye(dim))
+        asked = torch.eye(dim)[0].expand(3, 1, dim)
+        expected = attention(asked, tokens, tokens)[0][:, 0]
+    torch.testing.assert_close(pooling(tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_start_alike_and_as_in_the_recipe():
+    one, other = (ProbeHead("mean", 500, 40, 1, seed=3) for _ in range(2))
+    assert torch.equal(one.linear.weight, other.linear.weight)
+    assert one.linear.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not one.linear.bias.any()
+    assert [name for name, _ in one.named_parameters()] == ["linear.weight", "linear.bias"]
+
+
+def norm_a_share(ranks, folder) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(8, 5, requires_grad=True)
+    norm = GlobalBatchNorm(5, ranks.world_size)
+    own = features.view(ranks.world_size, -1, 5)[ranks.rank]
+    normed = norm(own)
+    weights = torch.arange(40.0).view(ranks.world_size, -1, 5)[ranks.rank]
+    (normed * weights).sum().backward()
+    torch.save((normed, features.grad, norm.running_var), folder / f"share{ranks.rank}")
+
+
+@pytest.mark.slow
+def test_batch_norm_of_two_processes_is_that_of_one(tmp_path):
+    spawn(norm_a_share, 2, tmp_path, tmp_path)
+    (normed0, grad0, var0), (normed1, grad1, _) = (
+        torch.load(tmp_path / f"share{rank}") for rank in range(2)
+    )
+    torch.manual_seed(0)
+    features = torch.randn(8, 5, requires_grad=True)
+    norm = nn.BatchNorm1d(5, eps=1e-6, affine=False)
+    normed = norm(features)
+    (normed * torch.arange(40.0).view(8, 5)).sum().backward()
+    torch.testing.assert_close(torch.cat([normed0, normed1]), normed, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad0 + grad1, features.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(var0.float(), norm.running_var)
+
+
+def test_hits_are_counted_and_what_is_not_finite_is_none():
+    logits = torch.tensor([[3.0, 2, 1, 0, 0, -1], [0, 1, 2, 3, 4, 5], [torch.nan, 9, 0, 0, 0, 0]])
+    assert count_hits(logits, torch.tensor([0, 0, 1])).tolist() == [1, 1]
+    assert count_hits(logits[:, :2], torch.tensor([1, 1, 0])).tolist() == [1, 2]
+
+
+def test_classes_are_counted_and_must_be_trained():
+    assert count_classes(torch.tensor([0, 3, 1]), torch.tensor([3])) == 4
+    with pytest.raises(DataError, match="1 classes .* the first is number 2"):
+        count_classes(torch.tensor([0, 3]), torch.tensor([0, 2]))
+
+
+def test_images_without_label_are_left_out():
+    from data.digits import build_digits
+
+    digits = build_digits("eval", None)
+    digits.labels[::2] = -1
+    labelled = LabelledImages(digits)
+    assert len(labelled) == len(digits) // 2
+    assert labelled.describe(1) == "digits/eval[3]" and labelled.labels[1] == digits.labels[3]
+
+
+def test_another_backbone_is_not_resumed():
+    with pytest.raises(CheckpointError, match="belongs to another backbone"):
+        check_same_backbone({"fingerprint": "a" * 64}, "b" * 64)
+
+
+# ---- Runs. ---------------------------------------------------------------------------------------
+
+SHORT = ["epochs=3", "warmup_epochs=1", "batch_size=200", "print_freq=1", "eval_freq=2"]
+MANY = [*SHORT, "blrs=[0.1,20]"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return digits_checkpoint(tmp_path_factory.mktemp("pretrained"))
+
+
+def probe(checkpoint, folder, *overrides: str) -> dict:
+    main(config("linear_probe", checkpoint, folder, *overrides))
+    return final_state(folder / "linear_probe")["state_dict"]
+
+
+ALL = "poolings=[cls,mean,cls+mean,attentive]"
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def train_heads(cfg, steps: int = 12) -> dict[str, torch.Tensor]:
+    """Heads on random features; which features depends on the step alone."""
+    backbone = SimpleNamespace(embed_dim=24)
+    heads = build_heads(cfg, ALONE, backbone, 5)
+    optimizer = build_optimizer(cfg, ALONE, heads)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(steps):
+        labels = torch.randint(5, (64,), generator=generator)
+        tokens = torch.randn(64, 9, 24, generator=generator) + F.one_hot(labels, 24)[:, None]
+        drawn = Tokens(tokens[:, 0], tokens[:, 1:], (2, 4))
+        features = {pooling: probe_features(drawn, pooling) for pooling in cfg.poolings}
+        set_learning_rates(cfg, optimizer, 90 * step / steps)
+        losses.append(train_step(heads, optimizer, Window(features, labels), ALONE))
+    assert (losses[-1] != losses[0]).all()
+    return heads.state_dict()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean", "attentive"])
+@pytest.mark.parametrize("blr", [1, 30])
+def test_heads_trained_together_equal_each_alone(tmp_path, pooling, blr):
+    """To the last bit."""
+    together = train_heads(config("linear_probe", None, tmp_path, ALL, "blrs=[1,30]"))
+    one = [f"poolings=[{pooling}]", f"blrs=[{blr}]"]
+    alone = train_heads(config("linear_probe", None, tmp_path, *one))
+    own = {key for key in together if key.startswith(f"{pooling}/{blr}.")}
+    assert alone.keys() == own != set()
+    for key, value in alone.items():
+        assert torch.equal(value, together[key]), key
+
+
+@pytest.mark.slow
+def test_heads_of_a_run_equal_that_of_a_run_of_its_own(checkpoint, tmp_path):
+    short = [*MANY, "epochs=1", "warmup_epochs=0"]
+    together = probe(checkpoint, tmp_path / "all", *short, "poolings=[mean,attentive]")
+    alone = probe(checkpoint, tmp_path / "one", *short, "poolings=[attentive]", "blrs=[20]")
+    for key, value in alone.items():
+        assert torch.equal(value, together[key]), key
+
+
+@pytest.mark.slow
+def test_the_results_file(checkpoint, tmp_path):
+    learning = ["epochs=20", "poolings=[mean,cls+mean]", "blrs=[0.1,20]"]
+    probe(checkpoint, tmp_path, *SHORT, *learning, "cached=True", "eval_freq=0")
+    found = results(tmp_path, "linear_probe")
+    heads = [f"{pooling}/{blr}" for pooling in ("mean", "cls+mean") for blr in ("0.1", "20")]
+    assert list(found["results"]) == ["top1", "top5", *(f"top1/{head}" for head in heads)]
+    assert found["results"]["top1"] == found["results"][f"top1/{found['best_head']}"]
+    assert found["results"]["top1"] > 50  # chance: 10
+    assert found["images"] == 397 and list(found["top5_by_head"]) == heads
+
+
+def run_main(ranks, checkpoint, folder, overrides) -> None:
+    main(config("linear_probe", checkpoint, folder, *overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_split_into_processes_and_batches_changes_nothing(checkpoint, tmp_path, cached):
+    """Weights to 1e-4 of their size, accuracies to one image."""
+    poolings = "poolings=[cls,mean]" if cached else "poolings=[mean,attentive]"
+    common = [*MANY, "epochs=2", poolings, f"cached={cached}"]
+    one = probe(checkpoint, tmp_path / "one", *common)
+    split = probe(checkpoint, tmp_path / "split", *common, "batch_size=50", "accum_iter=4")
+    spread = [*common, "batch_size=50", "accum_iter=2"]
+    spawn(run_main, 2, tmp_path, checkpoint, tmp_path / "two", spread)
+    two = final_state(tmp_path / "two" / "linear_probe")["state_dict"]
+    for key, value in one.items():
+        for other in (split, two):
+            assert (other[key] - value).norm() <= 1e-4 * value.norm() + 1e-9, key
+    first, *others = (
+        results(tmp_path / name, "linear_probe")["results"] for name in ("one", "split", "two")
+    )
+    for other in others:
+        assert other == pytest.approx(first, abs=100 / 397 + 1e-9)
+
+
+OFTEN = "save_minutes=0.0001"
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_undisturbed(checkpoint, tmp_path):
+    common = [*MANY, "epochs=4", "poolings=[mean,attentive]", "resume=True"]
+    probe(checkpoint, tmp_path / "whole", *common)
+    broken = arguments("linear_probe", checkpoint, tmp_path / "broken", *common, OFTEN)
+    job = tmp_path / "broken" / "linear_probe"
+    chance = random.Random(1)
+    for lowest in (2, 11):  # in the first epoch of 7 steps, then in the second
+        process = start([*LAUNCHER, *broken])
+        kill_at_step(process, job, lowest + chance.randrange(4))
+    process = start([*LAUNCHER, *broken])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "from step" in output, output
+    assert_same_state(final_state(job), final_state(tmp_path / "whole" / "linear_probe"))
+    steps = [record["step"] for record in records(job) if "images_per_second" in record]
+    assert steps == list(range(1, 29)), "the log has lost or doubled a step"
+    whole, resumed = (
+        results(tmp_path / name, "linear_probe")["results"] for name in ("whole", "broken")
+    )
+    assert whole == resumed
+
+
+# ---- Bad input. ----------------------------------------------------------------------------------
+
+
+def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):
+    cfg = config("linear_probe", checkpoint, tmp_path, *unlabelled_folder(tmp_path / "images"))
+    assert_bad_input(main, cfg, DataError, "dataset=folder has no labels, and linear_probe needs")
+
+
+def test_attentive_needs_the_tokens(checkpoint, tmp_path):
+    cfg = config("linear_probe", checkpoint, tmp_path, "cached=True", "poolings=[attentive]")
+    assert_bad_input(main, cfg, ConfigError, "cached=True: valid poolings are")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_step_larger_than_the_dataset_is_refused(checkpoint, tmp_path, cached):
+    cfg = config("linear_probe", checkpoint, tmp_path, f"cached={cached}", "batch_size=1401")
+    assert_bad_input(main, cfg, DataError, "has 1400 images, but one step needs 1401")
+
+
+def test_an_earlier_run_is_not_lost_by_accident(checkpoint, tmp_path):
+    folder = tmp_path / "linear_probe" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step-00000003.pth").write_text("")
+    cfg = config("linear_probe", checkpoint, tmp_path)
+    assert_bad_input(main, cfg, ConfigError, "choose resume=True")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("blrs=[]", "a list of different numbers above 0"),
+        ("blrs=[0.1,0.1]", "a list of different numbers above 0"),
+        ("blrs=[0]", "a list of different numbers above 0"),
+        ("blrs=0.1", "a list of different numbers above 0"),
+        ("poolings=[max]", "a list of different ones of cls, mean"),
+        ("poolings=[cls,cls]", "a list of different ones of cls, mean"),
+        ("warmup_epochs=91", "valid is 0 to 90"),
+    ],
+)
+def test_invalid_values_are_refused(checkpoint, tmp_path, override, words):
+    with pytest.raises(ConfigError, match=words):
+        config("linear_probe", checkpoint, tmp_path, override)
+
+
+@pytest.mark.slow
+def test_bad_input_ends_with_exit_code_2(checkpoint, tmp_path):
+    code, output = launch("linear_probe", checkpoint, tmp_path, "batch_size=5000")
+    assert code == 2 and "error: the dataset has 1400 images" in output
+    assert "Traceback" not in output

@@ -1,0 +1,176 @@
+"""Nearest neighbours against brute force and scikit-learn, with ties, in one process and in two."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn.functional import normalize
+
+from data.digits import build_digits
+from eval import search
+from eval.features import Features
+from eval.nn import knn, leave_one_out, leave_one_out_hits
+from eval.search import nearest
+from tests.backbones import digits_checkpoint, run_command
+from tests.runs import ROOT, environment
+from util.distributed import Ranks
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
+
+
+def random_features(count: int, seed: int, dim: int = 24, classes: int = 7) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    features = normalize(torch.randn(count, dim, generator=generator), dim=1)
+    return Features(features, torch.randint(classes, (count,), generator=generator))
+
+
+def digit_features() -> tuple[Features, Features]:
+    """Raw pixels of the digits: bank and queries."""
+    sets = [build_digits(split, None) for split in ("train", "eval")]
+    return tuple(
+        Features(
+            normalize(torch.from_numpy(s.images[..., 0].reshape(len(s), -1)).float(), dim=1),
+            torch.from_numpy(s.labels),
+        )
+        for s in sets
+    )
+
+
+def brute_force(bank: np.ndarray, queries: np.ndarray, k: int, own: bool = False):
+    """numpy, float64, pair by pair; of equal similarities the lower index."""
+    similarity = np.array([[np.dot(q, b) for b in bank] for q in queries])
+    if own:
+        np.fill_diagonal(similarity, -np.inf)
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(similarity, order, axis=1), order
+
+
+@pytest.mark.parametrize("bank_rows", [7, 64, 65536])
+@pytest.mark.parametrize("k", [1, 20, 150])
+def test_search_equals_brute_force(monkeypatch, bank_rows, k):
+    monkeypatch.setattr(search, "BANK_ROWS", bank_rows)
+    bank, queries = random_features(300, 0), random_features(40, 1)
+    found = nearest(bank.features, queries.features, k, CPU)
+    values, order = brute_force(
+        bank.features.double().numpy(), queries.features.double().numpy(), k
+    )
+    assert np.array_equal(found.indices.numpy(), order)
+    assert np.allclose(found.similarities.numpy(), values, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("copies", [2, 30, 200])  # more than there are spare candidates
+def test_of_equal_similarities_the_lower_index_comes_first(monkeypatch, copies):
+    monkeypatch.setattr(search, "BANK_ROWS", 100)
+    unique = random_features(5, 2).features
+    bank = unique.repeat(copies, 1)  # row i and row i + 5, i + 10, ... are the same
+    found = nearest(bank, unique, copies, CPU)
+    assert torch.equal(found.indices, torch.arange(5)[:, None] + 5 * torch.arange(copies))
+    first = nearest(bank, unique, 1, CPU, leave_out=torch.arange(5))
+    assert torch.equal(first.indices[:, 0], torch.arange(5) + 5)
+
+
+def test_nearly_equal_features_are_told_apart():
+    """What float32 products cannot: the features of a collapsed network."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.ones(400, 16) + 1e-4 * torch.randn(400, 16, generator=generator)
+    features = normalize(features, dim=1)
+    found = nearest(features, features[:30], 10, CPU)
+    _, order = brute_force(features.double().numpy(), features[:30].double().numpy(), 10)
+    assert np.array_equal(found.indices.numpy(), order)
+
+
+def test_leave_one_out_equals_brute_force_and_the_check_while_training():
+    _, images = digit_features()
+    features = images.features.double().numpy()
+    _, order = brute_force(features, features, 1, own=True)
+    expected = 100 * np.mean(images.labels.numpy()[order[:, 0]] == images.labels.numpy())
+    assert leave_one_out(images, ALONE) == {"top1": pytest.approx(expected, abs=1e-12)}
+    hits = leave_one_out_hits(images.features, images.labels, 0, len(images.labels))
+    assert 100 * hits / len(images.labels) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("source", ["random", "digits"])
+def test_knn_equals_scikit_learn(source):
+    bank, queries = digit_features()
+    if source == "random":
+        bank, queries = random_features(500, 3), random_features(200, 4)
+    ours = knn(bank, queries, [1, 10, 20], 0.07, ALONE)
+    for k in (1, 10, 20):
+        # Cosine distance is 1 - similarity.
+        theirs = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+        ).fit(bank.features.double().numpy(), bank.labels.numpy())
+        shares = theirs.predict_proba(queries.features.double().numpy())
+        labels = queries.labels.numpy()
+        top1 = 100 * np.mean(shares.argmax(1) == labels)
+        five = np.argsort(-shares, axis=1, kind="stable")[:, :5]
+        voted = np.take_along_axis(shares, five, 1) > 0
+        top5 = 100 * np.mean(((five == labels[:, None]) & voted).any(1))
+        assert ours[f"k{k}_top1"] == pytest.approx(top1, abs=1e-9)
+        assert ours[f"k{k}_top5"] == pytest.approx(top5, abs=1e-9)
+
+
+# ---- The command. --------------------------------------------------------------------------------
+
+
+def results(tmp_path) -> dict[str, float]:
+    return json.loads((tmp_path / "nn" / "results" / "nn.json").read_text())["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["paper", "knn"])
+def test_two_processes_give_the_same_number(tmp_path, protocol):
+    overrides = [
+        f"output_dir={tmp_path}",
+        f"pretrained={digits_checkpoint(tmp_path)}",
+        f"protocol={protocol}",
+        "neighbours=[5,10]",
+        f"cache_dir={tmp_path / 'cache'}",
+        "batch_size=100",
+    ]
+    assert run_command("nn", *overrides) == 0
+    alone = results(tmp_path)
+    for file in (tmp_path / "cache").iterdir():
+        file.unlink()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", "-m", "eval.nn", "--config-name=nn"]
+    for _ in range(2 if protocol == "knn" else 1):  # the second time from the cache
+        run = subprocess.run(
+            [*command, "dataset=digits", "num_workers=0", *overrides],
+            cwd=ROOT,
+            env=environment(CUDA_VISIBLE_DEVICES=""),
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert results(tmp_path) == alone
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["protocol=knn", "neighbours=[10,1401]"], "1401 nearest neighbours are asked for, but"),
+        (["dataset=folder", "data_path={images}"], "dataset=folder has no labels, and nearest"),
+        (["dataset=folder", "data_path={empty}"], "{empty}"),
+        (["protocol=loo"], "protocol=loo: valid is one of paper, knn"),
+        (["neighbours=[]"], "neighbours=[]: valid is a list of whole numbers"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capfd, overrides, expected):
+    folders = {name: tmp_path / name for name in ("images", "empty")}
+    for folder in folders.values():
+        folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folders["images"] / "a.png")
+    pretrained = f"pretrained={digits_checkpoint(tmp_path)}"
+    overrides = [text.format(**folders) for text in overrides]
+    assert run_command("nn", f"output_dir={tmp_path}", pretrained, *overrides) == 2
+    message = capfd.readouterr().err
+    assert message.startswith("error: ") and expected.format(**folders) in message
+    assert message.count("\n") == 1

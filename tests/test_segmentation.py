@@ -1,0 +1,318 @@
+"""Segmentation: the measures against slow independent ones, masks of every layout, both methods on
+images whose answer is known, and one process against two."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import adjusted_rand_score
+
+from data.base import DataError
+from data.masks import IGNORE
+from eval import segmentation
+from eval.metrics_segmentation import (
+    adjusted_rand_index,
+    class_ious,
+    confusion_matrix,
+    contingency,
+    matched_miou,
+)
+from eval.patch_head import class_counts, start, train_epoch
+from eval.segmentation import to_pixels
+from tests.backbones import digits_checkpoint
+from tests.runs import LAUNCHER, ROOT, environment
+from tests.test_masks import blocks, save, write_blocks
+from util.config import ConfigError, compose_config
+from util.distributed import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+# ---- The measures. -------------------------------------------------------------------------------
+
+
+def random_maps(seed: int, labels: int, segments: int, size: tuple[int, int] = (7, 6)):
+    """A mask with unlabelled pixels, and segments that agree with it in part."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, labels, size).astype(np.uint8)
+    found = np.where(rng.random(size) < 0.5, truth, rng.integers(0, segments, size)) % segments
+    truth[rng.random(size) < 0.15] = IGNORE
+    return truth, found
+
+
+def iou_of(first: set, second: set) -> float:
+    return len(first & second) / len(first | second)
+
+
+def pixels_where(values: np.ndarray, value: int, truth: np.ndarray) -> set:
+    rows, columns = range(values.shape[0]), range(values.shape[1])
+    places = itertools.product(rows, columns)
+    return {p for p in places if values[p] == value and truth[p] != IGNORE}
+
+
+def slow_matched_miou(truth: np.ndarray, found: np.ndarray) -> float:
+    """The best of all ways to give each label its own segment, or none."""
+    labels = [pixels_where(truth, v, truth) for v in set(truth.ravel().tolist()) - {IGNORE}]
+    parts = [pixels_where(found, v, truth) for v in set(found.ravel().tolist())]
+    parts += [set() for _ in labels]  # no segment
+    ways = itertools.permutations(parts, len(labels))
+    return max(np.mean([iou_of(a, b) for a, b in zip(labels, way, strict=True)]) for way in ways)
+
+
+@pytest.mark.parametrize("seed, labels, segments", [(0, 2, 2), (1, 3, 5), (2, 4, 2), (3, 1, 3)])
+def test_matched_miou_is_the_best_of_all_assignments(seed, labels, segments):
+    truth, found = random_maps(seed, labels, segments)
+    ours = matched_miou(contingency(truth, found))
+    assert ours == pytest.approx(slow_matched_miou(truth, found), abs=1e-12)
+
+
+def test_matched_miou_by_hand():
+    truth = np.array([[0, 0, 0, 1], [0, 0, 0, 1], [IGNORE, 2, 2, 1]], np.uint8)
+    found = np.array([[5, 5, 5, 5], [5, 5, 5, 3], [3, 5, 5, 3]])
+    # 0 gets 5: 6 / 9 pixels. 1 gets 3: 2 / 3. 2 gets nothing.
+    assert matched_miou(contingency(truth, found)) == pytest.approx((6 / 9 + 2 / 3 + 0) / 3)
+
+
+def slow_rand_index(truth: np.ndarray, found: np.ndarray) -> float:
+    """Every pair of pixels; chance by its definition as a hypergeometric expectation."""
+    pixels = [(t, f) for t, f in zip(truth.flat, found.flat, strict=True) if t != IGNORE]
+    pairs = list(itertools.combinations(pixels, 2))
+    same_truth = sum(a[0] == b[0] for a, b in pairs)
+    same_found = sum(a[1] == b[1] for a, b in pairs)
+    both = sum(a[0] == b[0] and a[1] == b[1] for a, b in pairs)
+    expected = same_truth * same_found / len(pairs)
+    return (both - expected) / ((same_truth + same_found) / 2 - expected)
+
+
+@pytest.mark.parametrize("seed, labels, segments", [(0, 2, 2), (1, 3, 5), (2, 4, 2), (3, 1, 3)])
+def test_rand_index_counts_pairs_of_pixels(seed, labels, segments):
+    truth, found = random_maps(seed, labels, segments)
+    ours = adjusted_rand_index(contingency(truth, found))
+    assert ours == pytest.approx(slow_rand_index(truth, found), abs=1e-12)
+    labelled = truth != IGNORE
+    sklearns = adjusted_rand_score(truth[labelled], found[labelled])
+    assert ours == pytest.approx(sklearns, abs=1e-12)
+
+
+def test_measures_of_equal_partitions_are_one_whatever_the_numbers():
+    truth, _ = random_maps(0, 4, 4)
+    counts = contingency(truth, (truth.astype(int) * 7 + 3) % 11)
+    assert (matched_miou(counts), adjusted_rand_index(counts)) == (1.0, 1.0)
+    one_piece = contingency(np.zeros((3, 3), np.uint8), np.zeros((3, 3)))
+    assert (matched_miou(one_piece), adjusted_rand_index(one_piece)) == (1.0, 1.0)
+
+
+def test_class_ious_are_those_of_all_images_together():
+    maps = [random_maps(seed, 4, 6) for seed in range(3)]
+    ours = class_ious(sum(confusion_matrix(*pair) for pair in maps))
+    slow = {}
+    for number in range(4):
+        true, taken = set(), set()
+        for image, (truth, found) in enumerate(maps):
+            true |= {(image, *p) for p in pixels_where(truth, number, truth)}
+            taken |= {(image, *p) for p in pixels_where(found, number, truth)}
+        slow[number] = iou_of(true, taken)
+    assert ours == pytest.approx(slow, abs=1e-12)
+
+
+def test_patches_cover_their_pixels():
+    patches = np.array([[0, 1, 2], [3, 4, 5]])
+    assert np.array_equal(to_pixels(patches, (4, 9)), patches.repeat(2, axis=0).repeat(3, axis=1))
+
+
+def test_class_counts_of_patches():
+    rng = np.random.default_rng(0)
+    masks = rng.integers(0, 3, (2, 4, 6)).astype(np.uint8)
+    masks[rng.random(masks.shape) < 0.2] = IGNORE
+    counts = class_counts(torch.from_numpy(masks), (2, 3), 3)
+    for image, row, column, number in itertools.product(range(2), range(2), range(3), range(3)):
+        cell = masks[image, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert counts[image, 3 * row + column, number] == (cell == number).sum()
+
+
+# ---- Whole evaluations. --------------------------------------------------------------------------
+
+PIXELS = ["dataset=masks", "features=pixels", "segments=[2]"]
+
+
+def evaluate(tmp_path: Path, *overrides: str, name: str = "s") -> dict:
+    """In this process. -> what results/segmentation.json says"""
+    checkpoint = digits_checkpoint(tmp_path)
+    settings = [f"pretrained={checkpoint}", f"output_dir={tmp_path}", f"job_name={name}"]
+    cfg = compose_config("segmentation", [*settings, "num_workers=0", *overrides])
+    segmentation.main(cfg)
+    return json.loads((tmp_path / name / "results" / "segmentation.json").read_text())
+
+
+@pytest.mark.parametrize("clustering", ["connected=True", "linkage=complete"])
+def test_clusters_of_two_textures_are_the_mask(tmp_path, clustering):
+    write_blocks(tmp_path / "data")
+    data = [*PIXELS, f"data_path={tmp_path / 'data'}", f"clustering.{clustering}"]
+    found = evaluate(tmp_path, *data)
+    assert found["results"] == {"miou_2": 100.0, "ari_2": 100.0}
+    assert found["images"] == 5
+
+
+def test_other_numbers_of_segments_are_worse(tmp_path):
+    write_blocks(tmp_path / "data")
+    found = evaluate(tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}", "segments=[1,2,6]")
+    results = found["results"]
+    # One segment: the background's 27 of 36 patches, and nothing for the object.
+    assert results["miou_1"] == pytest.approx(100 * (27 / 36) / 2) and results["ari_1"] == 0
+    assert results["ari_2"] == 100 > results["ari_6"]
+
+
+def test_a_blank_patch_is_no_error(tmp_path):
+    save(tmp_path / "images" / "a.png", np.full((24, 24, 3), 51))
+    mask = np.zeros((24, 24))
+    mask[:12] = 1
+    save(tmp_path / "masks" / "a.png", mask)
+    blank = [f"dataset.mean={[0.2] * 3}", "segments=[1]"]
+    found = evaluate(tmp_path, *PIXELS, f"data_path={tmp_path}", *blank)
+    assert found["results"] == {"miou_1": 25.0, "ari_1": 0.0}
+
+
+def test_a_linear_head_learns_what_single_patches_tell(tmp_path):
+    write_blocks(tmp_path / "data", "train", 12, classes=3)
+    write_blocks(tmp_path / "data", "val", 6, classes=3)
+    data = ["dataset=masks", "features=pixels", f"data_path={tmp_path / 'data'}", "method=linear"]
+    data += ["patch_head.batch_images=2", "patch_head.lr=1e-2"]
+    first = evaluate(tmp_path, *data)
+    # The objects' corners are lost: interpolated logits round them.
+    assert first["results"]["miou"] > 80 and first["results"]["pixel_accuracy"] > 90
+    assert set(first["iou_of_class"]) == {"0", "1", "2"}
+    again = evaluate(tmp_path, *data, name="again")
+    assert again["results"] == first["results"]
+
+
+def test_the_head_finds_the_optimum_that_scikit_learn_finds():
+    generator = torch.Generator().manual_seed(0)
+    tokens = 3 + torch.randn(40, 4, 5, generator=generator)  # 40 images of 2 x 2 patches
+    scores = (tokens - 3) @ torch.randn(5, 3, generator=generator)
+    labels = torch.multinomial(scores.softmax(dim=-1).flatten(0, 1), 1, generator=generator)
+    masks = labels.view(40, 2, 2).to(torch.uint8)  # patches of one pixel
+    overrides = ["patch_head.epochs=150", "patch_head.lr=0.5", "patch_head.batch_images=40"]
+    cfg = compose_config("segmentation", [*overrides, "patch_head.weight_decay=0"])
+    head, optimizer = start(cfg, ALONE, tokens, classes=3)
+    for epoch in range(150):
+        train_epoch(cfg, ALONE, head, optimizer, tokens, masks, (2, 2), epoch)
+    with torch.no_grad():
+        ours = head(tokens.flatten(0, 1)).softmax(dim=1).numpy()
+    vectors, numbers = tokens.flatten(0, 1).numpy(), labels[:, 0].numpy()
+    reference = LogisticRegression(C=np.inf, max_iter=1000, tol=1e-8).fit(vectors, numbers)
+    assert np.allclose(ours, reference.predict_proba(vectors), atol=1e-2)
+
+
+def test_a_linear_head_needs_images_of_its_own(tmp_path):
+    image, mask = blocks(0)
+    save(tmp_path / "images" / "a.png", image)
+    save(tmp_path / "masks" / "a.png", mask)
+    with pytest.raises(DataError, match="both splits are the same images"):
+        evaluate(tmp_path, "dataset=masks", f"data_path={tmp_path}", "method=linear")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["unsupervised", "linear"])
+def test_two_processes_give_the_same_numbers(tmp_path, method):
+    data = ["dataset=shapes", "dataset.options.image_size=24", "dataset.options.train_images=40"]
+    settings = [*data, "dataset.options.eval_images=50", "batch_size=8", f"method={method}"]
+    settings += ["patch_head.epochs=2"]
+    alone = evaluate(tmp_path, *settings)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    module = ["--nproc-per-node=2", "-m", "eval.segmentation", f"pretrained={tmp_path}/digits.pth"]
+    place = [f"output_dir={tmp_path}", "job_name=two", "num_workers=0"]
+    command = [*torchrun, *module, *place, *settings]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=300)
+    two = json.loads((tmp_path / "two" / "results" / "segmentation.json").read_text())
+    assert two["processes"] == 2 and two["results"] == alone["results"]
+    assert two["images"] == alone["images"] == 50
+
+
+# ---- Bad input. ----------------------------------------------------------------------------------
+
+
+def wrong_size(root: Path) -> None:
+    save(root / "masks" / "val" / "0.png", np.zeros((24, 23)))
+
+
+def colour_mask(root: Path) -> None:
+    save(root / "masks" / "val" / "0.png", np.zeros((24, 24, 3)))
+
+
+def truncated_mask(root: Path) -> None:
+    path = root / "masks" / "val" / "0.png"
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def no_mask(root: Path) -> None:
+    (root / "masks" / "val" / "0.png").unlink()
+
+
+def no_masks_folder(root: Path) -> None:
+    (root / "masks").rename(root / "labels")
+
+
+def empty_split(root: Path) -> None:
+    for path in (root / "images" / "val").iterdir():
+        path.unlink()
+
+
+def other_split(root: Path) -> None:
+    (root / "images" / "val").rename(root / "images" / "train")
+
+
+def white_objects(root: Path) -> None:
+    for path in (root / "masks" / "val").iterdir():
+        save(path, 255 * (blocks(0)[1] > 0), palette=False)
+
+
+DAMAGES = {
+    wrong_size: "the mask of .*val/0.png has 23 x 24 pixels: valid is the size of .*, 24 x 24$",
+    colour_mask: "the mask .*0.png is stored as RGB: valid are palette or 8-bit grey",
+    truncated_mask: "cannot read .*masks/val/0.png",
+    no_mask: "these masks are missing: .*masks/val/0.png$",
+    no_masks_folder: "has no masks/; dataset masks needs a folder with images/ and masks/",
+    empty_split: "images/val contains no images",
+    other_split: "images has train but no folder named val or validation or test",
+    white_objects: "none of the 5 masks holds two classes",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_bad_masks_are_named(tmp_path, damage):
+    damage(write_blocks(tmp_path / "data"))
+    with pytest.raises(DataError, match=DAMAGES[damage]) as caught:
+        evaluate(tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_without_masks_is_named(tmp_path):
+    with pytest.raises(DataError, match="dataset=digits has no masks.*shapes, masks, voc$"):
+        evaluate(tmp_path, "dataset=digits")
+
+
+def test_more_segments_than_patches_is_an_error(tmp_path):
+    write_blocks(tmp_path / "data")
+    with pytest.raises(ConfigError, match="segments: 37 of 36 patches"):
+        evaluate(tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}", "segments=[37]")
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_one_sentence_and_exit_code_2(tmp_path):
+    root = write_blocks(tmp_path / "data")
+    wrong_size(root)
+    checkpoint = digits_checkpoint(tmp_path)
+    settings = [f"pretrained={checkpoint}", f"data_path={root}", f"output_dir={tmp_path}"]
+    command = [*LAUNCHER, "--config-name=segmentation", "dataset=masks", *settings]
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: the mask of ")
+    command = [*command, "clustering.linkage=ward"]
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "valid with clustering.linkage=ward is euclidean" in run.stderr

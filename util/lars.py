@@ -1,0 +1,52 @@
+"""LARS: stochastic gradient descent whose step is proportional to the size of what it changes."""
+
+from collections.abc import Iterable
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """As MAE's linear probe has it: matrices get a layer-wise rate and weight decay, vectors (bias
+    and norm) plain momentum.
+
+    step = lr * v, where v = momentum * v + rate * (gradient + weight_decay * weight) and
+    rate = trust_coefficient * |weight| / |gradient + weight_decay * weight|, or 1 where either norm
+    is 0.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ):
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, group)
+
+    def update(self, parameter: torch.Tensor, group: dict) -> None:
+        change = parameter.grad
+        if parameter.ndim > 1:
+            change = change + group["weight_decay"] * parameter
+            weight_norm, change_norm = parameter.norm(), change.norm()
+            rate = group["trust_coefficient"] * weight_norm / change_norm
+            # On the device: no answer is waited for.
+            change = change * torch.where((weight_norm > 0) & (change_norm > 0), rate, 1.0)
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].mul_(group["momentum"]).add_(change)
+        parameter.sub_(group["lr"] * state["momentum"])
