@@ -15,6 +15,8 @@ from timm.data import create_transform
 from timm.data.auto_augment import RandAugment
 from torch import Tensor
 
+from data.picture import Picture, to_image
+
 # Keeps these random streams apart from others that start from the same seed.
 FINETUNE_STREAM = 4
 
@@ -79,6 +81,6 @@ class FinetuneTransform:
                     if operation.name.startswith("Posterize"):
                         operation.aug_fn = posterize
 
-    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+    def __call__(self, picture: Picture, epoch: int, index: int) -> Tensor:
         with seeded(FINETUNE_STREAM, self.seed, epoch, index):
-            return self.augment(image)
+            return self.augment(to_image(picture))

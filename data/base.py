@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 # What Pillow is known to raise for a damaged file. Anything else is a bug and should show as one.
 UNREADABLE = (
@@ -31,8 +32,9 @@ class ImageDataset:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def load(self, index: int) -> Image.Image:
-        """The image in RGB; raises one of UNREADABLE if it cannot be decoded."""
+    def load(self, index: int) -> Image.Image | Tensor:
+        """The picture in RGB (data/picture.py); raises one of UNREADABLE if it cannot be
+        decoded."""
         raise NotImplementedError
 
     def describe(self, index: int) -> str:

@@ -12,6 +12,7 @@ from data.files import build_folder, build_imagefolder, existing_folder
 from data.imagenet import build_imagenet, build_imagenet100
 from data.masks import build_masks, build_voc
 from data.shapes import build_shapes
+from data.tar import build_tar
 
 __all__ = ["DATASETS", "UNREADABLE", "DataError", "ImageDataset", "build_dataset"]
 
@@ -65,6 +66,7 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": build_digits,
     "shapes": build_shapes,
     "imagefolder": build_imagefolder,
+    "tar": build_tar,
     "folder": build_folder,
     "imagenet": build_imagenet,
     "imagenet100": build_imagenet100,

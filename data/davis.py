@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from data.base import DataError, first_few
-from data.files import existing_folder, list_folder, to_rgb
+from data.files import existing_folder, list_folder
 from data.masks import opened, read_mask, read_names, require_same_size
+from data.picture import to_rgb
 
 LAYOUT = "a folder with JPEGImages/480p/, Annotations/480p/ and ImageSets/2017/"
 VOID = 255  # belongs neither to an object nor to the background

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data.base import DataError, ImageDataset, first_few
+from data.picture import Picture, check_decoder, decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 EVAL_FOLDERS = ("val", "validation", "test")
@@ -44,7 +44,9 @@ class FileDataset(ImageDataset):
         paths: Sequence[str],
         labels: Sequence[int] | None = None,
         classes: list[str] | None = None,
+        decoder: str = "pil",
     ) -> None:
+        self.decoder = check_decoder(decoder)
         self.paths = PathList(paths)
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
@@ -52,24 +54,16 @@ class FileDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def load(self, index: int) -> Image.Image:
-        with Image.open(self.paths[index]) as image:
-            return to_rgb(image)
+    def load(self, index: int) -> Picture:
+        return decode(self.contents(index), self.decoder)
+
+    def contents(self, index: int) -> bytearray:
+        """The file as it is stored."""
+        with open(self.paths[index], "rb") as file:
+            return bytearray(file.read())
 
     def describe(self, index: int) -> str:
         return self.paths[index]
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB. Transparency is dropped, not blended with a colour of our choice."""
-    if image.mode.startswith("I"):
-        # 16-bit grey. Depending on its version, Pillow clips such values to white: scale them here.
-        values = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    elif image.mode == "P":
-        # Pillow warns about palettes with transparency unless they pass through RGBA.
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def existing_folder(name: str, data_path: str | os.PathLike | None, expected: str) -> Path:
@@ -134,7 +128,7 @@ def images_by_class(folder: Path, names: list[str]) -> dict[str, list[str]]:
     return images
 
 
-def labelled_dataset(images: dict[str, list[str]], classes: list[str]) -> FileDataset:
+def labelled_dataset(images: dict[str, list[str]], classes: list[str], decoder: str) -> FileDataset:
     """Label = position in `classes`; images of other classes are left out."""
     paths: list[str] = []
     labels: list[int] = []
@@ -142,7 +136,7 @@ def labelled_dataset(images: dict[str, list[str]], classes: list[str]) -> FileDa
         of_this_class = images.get(name, [])
         paths.extend(of_this_class)
         labels.extend([label] * len(of_this_class))
-    return FileDataset(paths, labels, classes)
+    return FileDataset(paths, labels, classes, decoder)
 
 
 def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]) -> None:
@@ -155,12 +149,12 @@ def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]
         )
 
 
-def build_imagefolder(split: str, data_path: str | None) -> FileDataset:
+def build_imagefolder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
     """train/CLASS/*.jpg and val/CLASS/*.jpg; the classes are the folders of train/."""
     root = existing_folder("imagefolder", data_path, "a folder with train/CLASS/ and val/CLASS/")
     classes = class_folders(root / "train")
     if split == "train":
-        return labelled_dataset(images_by_class(root / "train", classes), classes)
+        return labelled_dataset(images_by_class(root / "train", classes), classes, decoder)
     folder = next((root / name for name in EVAL_FOLDERS if (root / name).is_dir()), None)
     if folder is None:
         raise DataError(
@@ -169,10 +163,10 @@ def build_imagefolder(split: str, data_path: str | None) -> FileDataset:
         )
     names = class_folders(folder)
     require_known_classes(folder, names, classes)
-    return labelled_dataset(images_by_class(folder, names), classes)
+    return labelled_dataset(images_by_class(folder, names), classes, decoder)
 
 
-def build_folder(split: str, data_path: str | None) -> FileDataset:
+def build_folder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
     """All images below data_path, without labels; both splits are the same images."""
     root = existing_folder("folder", data_path, "a folder with images, at any depth")
     paths = find_images(root)
@@ -180,4 +174,4 @@ def build_folder(split: str, data_path: str | None) -> FileDataset:
         raise DataError(
             f"data_path={root} contains no images; expected files ending in {' '.join(EXTENSIONS)}"
         )
-    return FileDataset(paths)
+    return FileDataset(paths, decoder=decoder)

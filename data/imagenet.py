@@ -27,18 +27,18 @@ FLAT_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
 EXPECTED = "a folder with train/WNID/*.JPEG and val/"
 
 
-def build_imagenet(split: str, data_path: str | None) -> FileDataset:
+def build_imagenet(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
     """All classes found in train/; label = position of the WNID in sorted order."""
     root = existing_folder("imagenet", data_path, EXPECTED)
     classes = class_folders(root / "train")
     if split == "train":
-        return labelled_dataset(images_by_class(root / "train", classes), classes)
+        return labelled_dataset(images_by_class(root / "train", classes), classes, decoder)
     images = validation_images(root)
     require_known_classes(root / "val", images, classes)
-    return labelled_dataset(images, classes)
+    return labelled_dataset(images, classes, decoder)
 
 
-def build_imagenet100(split: str, data_path: str | None) -> FileDataset:
+def build_imagenet100(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
     """The classes in imagenet100.txt, from a full ImageNet or from a copy of these classes alone.
 
     Label = line number in that file, counted from 0.
@@ -47,10 +47,10 @@ def build_imagenet100(split: str, data_path: str | None) -> FileDataset:
     classes = SUBSET_FILE.read_text().split()
     if split == "train":
         require_subset(root / "train", class_folders(root / "train"), classes)
-        return labelled_dataset(images_by_class(root / "train", classes), classes)
+        return labelled_dataset(images_by_class(root / "train", classes), classes, decoder)
     images = validation_images(root)
     require_subset(root / "val", list(images), classes)
-    return labelled_dataset(images, classes)
+    return labelled_dataset(images, classes, decoder)
 
 
 def require_subset(folder: Path, present: list[str], classes: list[str]) -> None:

@@ -7,17 +7,18 @@ accumulation steps changes the images of a step.
 
 import logging
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.base import UNREADABLE, DataError, ImageDataset, first_few
+from data.picture import Picture
 
 logger = logging.getLogger("lmim.data")
 
@@ -58,7 +59,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Image.Image, int, int], Tensor],
+        transform: Callable[[Picture, int, int], Tensor],
         seed: int,
         batch_size: int,
         accum_iter: int,
@@ -139,7 +140,7 @@ class EvalLoader:
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Picture], Tensor],
         batch_size: int,
         rank: int,
         world_size: int,
@@ -230,7 +231,8 @@ def _collate(samples: list) -> tuple | DataError:
         if isinstance(sample, DataError):
             return sample
     images, labels, rest = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels), rest
+    # torch's own collation puts the images where the main process can read them, without a copy.
+    return default_collate(list(images)), torch.tensor(labels), rest
 
 
 def _start_worker(worker_id: int) -> None:
@@ -259,9 +261,40 @@ def _load(
         # torch draws a seed for each set of workers: not from the generator that others use.
         generator=torch.Generator(),
     )
-    for batch in loader:
+    batches = _without_errors(loader)
+    yield from batches if device.type == "cpu" else _one_ahead(batches, device)
+
+
+def _without_errors(batches: Iterable) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+    for batch in batches:
         if isinstance(batch, DataError):
             raise batch
-        images, labels, rest = batch
-        # From pinned memory these copies run beside the computation.
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True), rest
+        yield batch
+
+
+def _one_ahead(
+    batches: Iterator[tuple[Tensor, Tensor, tuple]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+    """The next batch is copied to the GPU, from pinned memory and on a stream of its own, while the
+    current one is being computed with."""
+    beside = torch.cuda.Stream(device)
+    copies = deque()
+    for images, labels, rest in batches:
+        with torch.cuda.stream(beside):
+            moved = [part.to(device, non_blocking=True) for part in (images, labels)]
+        copies.append((moved, rest, beside.record_event()))
+        if len(copies) == 2:
+            yield _copied(*copies.popleft())
+    if copies:
+        yield _copied(*copies.popleft())
+
+
+def _copied(
+    moved: list[Tensor], rest: tuple, there: torch.cuda.Event
+) -> tuple[Tensor, Tensor, tuple]:
+    """The device waits for the copy, not the host."""
+    current = torch.cuda.current_stream(moved[0].device)
+    current.wait_event(there)
+    for part in moved:  # the next copies must not reuse its memory before this stream is done
+        part.record_stream(current)
+    return moved[0], moved[1], rest

@@ -163,6 +163,4 @@ class MaskTransform:
     def __call__(self, pair: tuple[Image.Image, Image.Image]) -> Tensor:
         """-> uint8 [4, side, side]"""
         image, mask = pair
-        # Classes are not numbers to take means of.
-        mask = self.crop.place(mask, Image.Resampling.NEAREST)
-        return torch.cat([self.crop(image), torch.from_numpy(np.array(mask))[None]])
+        return torch.cat([self.crop(image), self.crop.mask(mask)])

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.picture import Box, Picture, crop_and_resize, size_of
+
 # Keeps these random streams apart from others that start from the same seed.
 AUGMENTATION_STREAM = 1
 CROP_ATTEMPTS = 10
 NARROWEST, WIDEST = 3 / 4, 4 / 3
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom: right and bottom are outside
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -63,14 +63,13 @@ class TrainTransform:
         self.flip = flip
         self.seed = seed
 
-    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+    def __call__(self, picture: Picture, epoch: int, index: int) -> Tensor:
         rng = sample_generator(self.seed, epoch, index)
-        box = random_resized_crop_box(*image.size, self.min_crop, rng)
-        # Two steps: resize(box=...) would blend in pixels from outside the box.
-        image = image.crop(box).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        box = random_resized_crop_box(*size_of(picture), self.min_crop, rng)
+        image = crop_and_resize(picture, box, self.side, self.side)
         if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(image)
+            image = image.flip(2)
+        return image
 
 
 class EvalTransform:
@@ -80,21 +79,28 @@ class EvalTransform:
         self.side = side
         self.shorter = round(side / crop_ratio)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        return to_tensor(self.place(image, Image.Resampling.BICUBIC))
+    def __call__(self, picture: Picture) -> Tensor:
+        width, height = size_of(picture)
+        image = crop_and_resize(picture, (0, 0, width, height), *self.resized(width, height))
+        left, top = self.corner(*size_of(image))
+        return image[:, top : top + self.side, left : left + self.side]
 
-    def place(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
-        scale = min(image.size)
-        # Rounding down the longer side, like torchvision, gives the very same pixels.
-        width, height = (int(self.shorter * length / scale) for length in image.size)
-        image = image.resize((width, height), resampling)
-        left, top = round((width - self.side) / 2), round((height - self.side) / 2)
-        return image.crop((left, top, left + self.side, top + self.side))
+    def mask(self, mask: Image.Image) -> Tensor:
+        """The same part of a mask, whose classes are no numbers to take means of.
+        -> uint8 [1, side, side]"""
+        mask = mask.resize(self.resized(*mask.size), Image.Resampling.NEAREST)
+        left, top = self.corner(*mask.size)
+        mask = mask.crop((left, top, left + self.side, top + self.side))
+        return torch.from_numpy(np.array(mask))[None]
 
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Rounding down the longer side, like torchvision, gives the very same pixels."""
+        scale = min(width, height)
+        return int(self.shorter * width / scale), int(self.shorter * height / scale)
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image to uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    def corner(self, width: int, height: int) -> tuple[int, int]:
+        """Left and top of the central part."""
+        return round((width - self.side) / 2), round((height - self.side) / 2)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

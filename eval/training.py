@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor
 
 from data.base import DataError, ImageDataset
 from data.loader import TrainLoader
+from data.picture import Picture
 from eval.run import build_eval_data, require_labels
 from util.checkpoint import CheckpointError
 from util.distributed import Ranks, default_workers
@@ -27,7 +27,7 @@ class LabelledImages(ImageDataset):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Picture:
         return self.dataset.load(int(self.positions[index]))
 
     def describe(self, index: int) -> str:

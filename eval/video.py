@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.davis import VOID, Video, read_videos
-from data.transforms import to_tensor
+from data.picture import to_tensor
 from eval.backbone import Backbone
 from eval.features import autocast
 from eval.metrics_video import mean, score_sequence, summarise

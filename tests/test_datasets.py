@@ -13,6 +13,7 @@ from scipy.io import savemat
 from data.datasets import DATASETS, UNREADABLE, DataError, build_dataset
 from data.files import PathList
 from data.imagenet import GROUND_TRUTH, META, SUBSET_FILE
+from data.picture import Picture, to_image
 from data.shapes import OUTLINES
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "dataset"
@@ -25,8 +26,8 @@ def save_image(path: Path, red: int = 128, size: tuple[int, int] = (20, 16)) -> 
     return path
 
 
-def red_of(image: Image.Image) -> int:
-    return int(np.asarray(image)[..., 0].mean().round())
+def red_of(picture: Picture) -> int:
+    return int(np.asarray(to_image(picture))[..., 0].mean().round())
 
 
 # ---- Folders of files. ---------------------------------------------------------------------------
@@ -140,7 +141,8 @@ def test_every_format_becomes_the_same_rgb(tmp_path, name):
     FORMATS[name](tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = build_dataset("folder", "train", tmp_path).load(0)
+        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision's, of its decoder
+        image = to_image(build_dataset("folder", "train", tmp_path).load(0))
     assert image.mode == "RGB" and image.size == (20, 16)
     assert np.abs(np.asarray(image).astype(int) - 100).max() <= 2
 

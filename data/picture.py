@@ -1,0 +1,90 @@
+"""A picture between its file and its crop: a Pillow image, or uint8 [3, H, W] where torch decodes.
+
+decoder=fast: torch decodes JPEG files and resizes their crops, about twice as fast as Pillow
+(bench/loader.py says how much). Its pixels differ from Pillow's by a few of 255 levels. What is no
+plain JPEG (PNG, CMYK, ...) goes through Pillow all the same. decoder=pil: all of it.
+"""
+
+import io
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from data.base import DataError
+
+Picture = Image.Image | Tensor
+Box = tuple[int, int, int, int]  # left, top, right, bottom: right and bottom are outside
+DECODERS = ("fast", "pil")
+JPEG = b"\xff\xd8\xff"
+
+
+def check_decoder(name: str) -> str:
+    if name not in DECODERS:
+        raise DataError(f"dataset.options.decoder={name}: valid is one of {', '.join(DECODERS)}")
+    return name
+
+
+def decode(contents: bytearray, decoder: str) -> Picture:
+    """The contents of an image file. Raises one of UNREADABLE (data/base.py)."""
+    if decoder == "fast" and contents[:3] == JPEG:
+        picture = decode_plain_jpeg(contents)
+        if picture is not None:
+            return picture
+    with Image.open(io.BytesIO(contents)) as image:
+        return to_rgb(image)
+
+
+def decode_plain_jpeg(contents: bytearray) -> Tensor | None:
+    """None: let Pillow see to it, which knows more kinds and names what is damaged."""
+    try:
+        image = decode_jpeg(torch.frombuffer(contents, dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    except RuntimeError:
+        return None
+    if len(image) == 1:
+        return image.expand(3, -1, -1)
+    return image if len(image) == 3 else None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB. Transparency is dropped, not blended with a colour of our choice."""
+    if image.mode.startswith("I"):
+        # 16-bit grey. Depending on its version, Pillow clips such values to white: scale them here.
+        values = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    elif image.mode == "P":
+        # Pillow warns about palettes with transparency unless they pass through RGBA.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(width, height)"""
+    return (picture.shape[2], picture.shape[1]) if isinstance(picture, Tensor) else picture.size
+
+
+def crop_and_resize(picture: Picture, box: Box, width: int, height: int) -> Tensor:
+    """Bicubic and antialiased, from the pixels inside the box alone: resizing the whole and
+    cutting afterwards would blend in pixels from outside. -> uint8 [3, height, width]"""
+    if isinstance(picture, Tensor):
+        left, top, right, bottom = box
+        # Fastest from a block of memory that lies pixel by pixel, as the decoder leaves pictures.
+        crop = picture[None, :, top:bottom, left:right]
+        crop = crop.contiguous(memory_format=torch.channels_last)
+        return F.interpolate(crop, (height, width), mode="bicubic", antialias=True)[0]
+    return to_tensor(picture.crop(box).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image to uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_image(picture: Picture) -> Image.Image:
+    """For augmentations that are made of Pillow's operations."""
+    if isinstance(picture, Tensor):
+        return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    return picture

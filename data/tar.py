@@ -1,0 +1,125 @@
+"""Images in .tar files, read where they lie: nothing is unpacked.
+
+The class of an image is the folder it lies in inside its tar or, without one, the name of that tar;
+so both shards with class folders and ImageNet's one tar per class are understood. A tar inside a
+tar is read in place, too (ILSVRC2012_img_train.tar as shipped). The order of the images is that of
+`imagefolder`: the same seed trains on the same batches.
+"""
+
+import os
+import weakref
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from data.base import DataError, ImageDataset, first_few
+from data.files import EVAL_FOLDERS, existing_folder
+from data.imagenet import FLAT_NAME, wnid_of, wnids_from_devkit
+from data.picture import Picture, check_decoder, decode
+from data.tar_index import TarIndex, index_of
+
+EXPECTED = "a folder with train/*.tar and val/*.tar"
+# In each process; far below 1024, the usual limit for all its files.
+MOST_OPEN_TARS = 256
+
+
+def build_tar(
+    split: str,
+    data_path: str | None,
+    *,
+    decoder: str = "fast",
+    index_folder: str | None = None,
+) -> "TarDataset":
+    """train/*.tar and val/*.tar; the classes are those of train/."""
+    root = existing_folder("tar", data_path, EXPECTED)
+    check_decoder(decoder)  # before minutes of scanning
+    train = index_of(root / "train", index_folder)
+    if split == "train":
+        return TarDataset(root / "train", train, train.labels, train.classes, decoder)
+    folder = next((root / name for name in EVAL_FOLDERS if (root / name).is_dir()), None)
+    if folder is None:
+        raise DataError(
+            f"data_path={root} has no folder of evaluation images: expected one named "
+            f"{' or '.join(EVAL_FOLDERS)}"
+        )
+    index = index_of(folder, index_folder)
+    labels = evaluation_labels(folder, index, train.classes)
+    return TarDataset(folder, index, labels, train.classes, decoder)
+
+
+def evaluation_labels(folder: Path, index: TarIndex, classes: list[str]) -> np.ndarray:
+    """Positions in `classes`. ImageNet's flat validation set is labelled by the development kit."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = np.array([label_of.get(name, -1) for name in index.classes])[index.labels]
+    rows = np.flatnonzero(labels < 0)
+    names = [index.names[row].rpartition("/")[2] for row in rows]
+    if any(FLAT_NAME.fullmatch(name) for name in names):
+        wnids = wnids_from_devkit(folder.parent)
+        found = [wnid_of(folder, name, wnids) for name in names]
+    else:
+        found = [index.classes[label] for label in index.labels[rows]]
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise DataError(
+            f"{folder} has classes that {folder.parent / 'train'} lacks: {first_few(unknown)}"
+        )
+    labels[rows] = [label_of[name] for name in found]
+    return labels
+
+
+class OpenTar:
+    """Closes when nothing refers to it any more: never while another thread still reads."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+# Forked workers may inherit what is open: each read says where it starts, so none moves another.
+@lru_cache(maxsize=MOST_OPEN_TARS)
+def open_tar(path: str, modified: int) -> OpenTar:
+    """`modified`: a tar that was replaced is another one."""
+    return OpenTar(path)
+
+
+class TarDataset(ImageDataset):
+    """Images inside the tars of one folder; labels[i] is a position in `classes`."""
+
+    def __init__(
+        self, folder: Path, index: TarIndex, labels: np.ndarray, classes: list[str], decoder: str
+    ) -> None:
+        self.decoder = check_decoder(decoder)
+        self.folder = folder
+        self.index = index
+        # Class by class, as in the index; only labels from the development kit change the order.
+        self.rows = np.argsort(labels, kind="stable")
+        self.labels = np.asarray(labels, dtype=np.int64)[self.rows]
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self, index: int) -> Picture:
+        return decode(self.contents(index), self.decoder)
+
+    def contents(self, index: int) -> bytearray:
+        """The image file as it is stored."""
+        row = self.rows[index]
+        tar = self.index.tars[self.index.tar_numbers[row]]
+        path = os.path.join(self.folder, tar.name)
+        source = open_tar(path, tar.modified)
+        start, size = int(self.index.offsets[row]), int(self.index.sizes[row])
+        contents = bytearray(size)
+        done = 0
+        while done < size:  # a read may return a part of what was asked for
+            count = os.preadv(source.descriptor, [memoryview(contents)[done:]], start + done)
+            if count == 0:
+                raise OSError(f"{path} ends at byte {start + done}: it was longer when indexed")
+            done += count
+        return contents
+
+    def describe(self, index: int) -> str:
+        row = self.rows[index]
+        tar = self.index.tars[self.index.tar_numbers[row]]
+        return os.path.join(self.folder, tar.name, self.index.names[row])

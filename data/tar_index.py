@@ -1,0 +1,373 @@
+"""The index of a folder of .tar files: where each image lies. Built once, saved, used by all.
+
+It is valid as long as the tars have the same names, sizes and times. It lies beside them, or where
+that is not allowed, in ~/.cache/latent-mim.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import sys
+import tarfile
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import BinaryIO, NamedTuple, TextIO
+
+import numpy as np
+
+from data.base import DataError, first_few
+from data.files import EXTENSIONS, SCAN_THREADS, PathList
+
+logger = logging.getLogger("lmim.data")
+
+INDEX_NAME = "index-latent-mim.npz"
+INDEX_FORMAT = 1
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+# Headers lie a whole image apart. The default buffer is what the file system likes best to send:
+# on a cluster often a megabyte, and the scan would read everything.
+SCAN_BUFFER = 4096
+# Behind its end mark, a tar is filled up with zeros; some kilobytes are usual.
+MOST_PADDING = 2**20
+
+
+class TarFile(NamedTuple):
+    """With another size or time, a tar is scanned again."""
+
+    name: str
+    size: int
+    modified: int  # nanoseconds
+
+
+class Member(NamedTuple):
+    """An image inside a tar."""
+
+    category: str
+    name: str  # inside the tar; for one in an inner tar: inner.tar/name
+    tar: str
+    offset: int
+    size: int
+
+
+class Piece(NamedTuple):
+    """What is scanned in one go: a tar, or a tar inside a tar."""
+
+    tar: str
+    inside: str  # name of the inner tar; empty for the tar itself
+    start: int
+    end: int
+
+
+class StoredList(PathList):
+    """A PathList made of its saved arrays."""
+
+    def __init__(self, ends: np.ndarray, characters: np.ndarray) -> None:
+        self.ends = ends
+        self.characters = characters
+
+
+class TarIndex:
+    """Where the images of a folder of tars lie, sorted by class and then by file name.
+
+    In arrays, for the reason that PathList gives. They are saved as they are.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+        sizes, times = arrays["tar_sizes"].tolist(), arrays["tar_times"].tolist()
+        tars = zip(self.strings("tar_names"), sizes, times, strict=True)
+        self.tars = [TarFile(*tar) for tar in tars]
+        self.classes = list(self.strings("classes"))
+        self.labels = arrays["labels"]  # int64 [N], positions in classes
+        self.names = self.strings("names")
+        self.tar_numbers = arrays["tar_numbers"]  # int32 [N], positions in tars
+        self.offsets = arrays["offsets"]  # int64 [N]
+        self.sizes = arrays["sizes"]  # int64 [N]
+
+    def strings(self, name: str) -> StoredList:
+        return StoredList(self.arrays[f"{name}_ends"], self.arrays[f"{name}_characters"])
+
+    def members(self) -> Iterator[Member]:
+        rows = zip(self.labels, self.names, self.tar_numbers, self.offsets, self.sizes, strict=True)
+        for label, name, tar, offset, size in rows:
+            yield Member(self.classes[label], name, self.tars[tar].name, int(offset), int(size))
+
+
+def make_index(tars: list[TarFile], members: list[Member]) -> TarIndex:
+    members.sort(key=lambda member: (member.category, member.name.rpartition("/")[2], *member[1:]))
+    classes = sorted({member.category for member in members})
+    label_of = {name: label for label, name in enumerate(classes)}
+    number_of = {tar.name: number for number, tar in enumerate(tars)}
+    labels = [label_of[member.category] for member in members]
+    arrays = {
+        "format": np.array(INDEX_FORMAT),
+        "tar_sizes": np.array([tar.size for tar in tars], dtype=np.int64),
+        "tar_times": np.array([tar.modified for tar in tars], dtype=np.int64),
+        "labels": np.array(labels, dtype=np.int64),
+        "tar_numbers": np.array([number_of[member.tar] for member in members], dtype=np.int32),
+        "offsets": np.array([member.offset for member in members], dtype=np.int64),
+        "sizes": np.array([member.size for member in members], dtype=np.int64),
+    }
+    texts = {
+        "tar_names": [tar.name for tar in tars],
+        "classes": classes,
+        "names": [member.name for member in members],
+    }
+    for name, values in texts.items():
+        stored = PathList(values)
+        arrays[f"{name}_ends"], arrays[f"{name}_characters"] = stored.ends, stored.characters
+    return TarIndex(arrays)
+
+
+# ---- One index for all processes and all starts. -------------------------------------------------
+
+
+def index_of(folder: Path, index_folder: str | None) -> TarIndex:
+    """The saved index if it fits the tars, or else a new one, which one process builds for all."""
+    tars = list_tars(folder)
+    places = index_places(folder, index_folder)
+    for place in places:
+        index = read_index(place)
+        if index is not None and index.tars == tars:
+            return index
+    with first_writable(places) as place:
+        if place is None and index_folder is not None:
+            raise DataError(f"index_folder={index_folder} is not a folder that can be written")
+        if place is None:
+            logger.warning("no place to save the index of %s: each start scans the tars", folder)
+            return scan_tars(folder, tars, None)
+        # Another process may have written it while this one waited.
+        tars, index = list_tars(folder), read_index(place)
+        if index is None or index.tars != tars:
+            index = scan_tars(folder, tars, index)
+            write_index(index, place)
+        return index
+
+
+def index_places(folder: Path, index_folder: str | None) -> list[Path]:
+    """Where the index may lie, best first."""
+    digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    if index_folder is not None:
+        return [Path(index_folder).expanduser() / f"{digest}.npz"]
+    places = [folder / INDEX_NAME]
+    with suppress(RuntimeError):  # a user without a home
+        places.append(Path.home() / ".cache" / "latent-mim" / f"{digest}.npz")
+    return places
+
+
+@contextmanager
+def first_writable(places: list[Path]) -> Iterator[Path | None]:
+    """The first place that can be written, locked for this process; None where there is none."""
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(place.with_name(f".{place.name}.lock"), "a")  # noqa: SIM115
+        except OSError:
+            continue
+        with lock:
+            wait_for(lock, place)
+            yield place
+        return
+    yield None
+
+
+def wait_for(lock: TextIO, place: Path) -> None:
+    """The kernel gives the lock back when its process ends, however it ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for the process that makes %s", place)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        pass  # A file system without locks: each process makes the same index and puts it there.
+
+
+def read_index(path: Path) -> TarIndex | None:
+    """None if there is none that can be used: then a new one is made."""
+    if not path.is_file():
+        return None
+    try:
+        # numpy leaves a file open that it opened itself and found damaged.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            index = TarIndex(dict(arrays))
+        return index if index.arrays["format"] == INDEX_FORMAT else None
+    except Exception as error:  # damage shows in many ways, and a new index mends them all
+        logger.info("the index %s cannot be read (%s): it is made anew", path, error)
+        return None
+
+
+def write_index(index: TarIndex, path: Path) -> None:
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, **index.arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        logger.warning("cannot write %s (%s): the next start scans again", path, error)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+# ---- Scanning. -----------------------------------------------------------------------------------
+
+
+def list_tars(folder: Path) -> list[TarFile]:
+    """Sorted by name; there must be some, and none that is compressed."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist; expected {folder}/*.tar")
+    tars = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.is_dir():
+                    continue
+                if entry.name.lower().endswith(COMPRESSED):
+                    raise compressed(entry.path)
+                if entry.name.lower().endswith(".tar"):
+                    status = entry.stat()
+                    tars.append(TarFile(entry.name, status.st_size, status.st_mtime_ns))
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or folder}: {error.strerror}") from error
+    if not tars:
+        raise DataError(f"{folder} contains no tar files; expected {folder}/*.tar")
+    return sorted(tars)
+
+
+def compressed(path: str) -> DataError:
+    return DataError(f"{path} is compressed; valid are plain .tar files: decompress it first")
+
+
+def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarIndex:
+    """The index of `tars`; those that `known` has are not scanned again."""
+    unchanged = {tar.name for tar in set(tars) & set(known.tars)} if known else set()
+    members = [member for member in known.members() if member.tar in unchanged] if known else []
+    pieces = [Piece(tar.name, "", 0, tar.size) for tar in tars if tar.name not in unchanged]
+    progress = Progress(f"indexing {len(pieces)} tar files in {folder}")
+    # Threads, because a scan mostly waits for the file server. Forked processes would read headers
+    # in memory faster, but would also copy a process that uses a GPU, and could outlive it.
+    try:
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            while pieces:
+                results = list(pool.map(partial(scan, folder, progress), pieces))
+                members.extend(member for images, _ in results for member in images)
+                pieces = [inner for _, inner_tars in results for inner in inner_tars]
+    finally:
+        progress.clear()
+    empty = sorted({tar.name for tar in tars} - {member.tar for member in members})
+    if empty:
+        raise DataError(
+            f"{folder} has tar files that contain no images: {first_few(empty)}; "
+            f"expected files ending in {' '.join(EXTENSIONS)}"
+        )
+    return make_index(tars, members)
+
+
+class Progress:
+    """One line on a terminal, drawn again at most ten times a second; elsewhere one in the log."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.images = 0
+        self.drawn_at = 0.0
+        self.lock = Lock()
+        self.on_terminal = sys.stderr.isatty()
+        if not self.on_terminal:
+            logger.info(title)
+
+    def add_image(self) -> None:
+        with self.lock:
+            self.images += 1
+            if self.on_terminal and time.monotonic() - self.drawn_at > 0.1:
+                line = f"\r\033[K{self.title}: {self.images} images"
+                print(line, end="", file=sys.stderr, flush=True)
+                self.drawn_at = time.monotonic()
+
+    def clear(self) -> None:
+        if self.on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def scan(folder: Path, progress: Progress, piece: Piece) -> tuple[list[Member], list[Piece]]:
+    """The images and the inner tars of one tar."""
+    path = path_of(folder, piece)
+    own_class = PurePosixPath(path).stem
+    images: dict[str, Member] = {}  # by name: of several the last counts, as in unpacking
+    inner_tars = []
+    for member in members_of(folder, piece):
+        parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+        if not member.isreg() or any(part.startswith(".") for part in parts):
+            continue
+        name = "/".join([piece.inside, *parts] if piece.inside else parts)
+        ending = name[-10:].lower()
+        if ending.endswith(EXTENSIONS):
+            if member.issparse():
+                raise DataError(f"{path} holds {member.name} with holes: pack without --sparse")
+            category = parts[-2] if len(parts) > 1 else own_class
+            images[name] = Member(category, name, piece.tar, member.offset_data, member.size)
+            progress.add_image()
+        elif ending.endswith(".tar"):
+            start = member.offset_data
+            inner_tars.append(Piece(piece.tar, name, start, start + member.size))
+        elif ending.endswith(COMPRESSED):
+            raise compressed(f"{path}/{member.name}")
+    return list(images.values()), inner_tars
+
+
+def path_of(folder: Path, piece: Piece) -> str:
+    return os.path.join(folder, piece.tar, piece.inside).rstrip("/")
+
+
+def members_of(folder: Path, piece: Piece) -> Iterator[tarfile.TarInfo]:
+    """Whatever a tar contains. tarfile takes a damaged header for the end; here it is an error."""
+    path = os.path.join(folder, piece.tar)
+    problem = None
+    try:
+        with open(path, "rb", buffering=SCAN_BUFFER) as file:
+            file.seek(piece.start)
+            first_bytes = file.read(8)
+            file.seek(piece.start)
+            try:
+                tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # it would keep them all
+                    if member.isreg() and member.offset_data + member.size > piece.end:
+                        problem = f"it ends in the middle of {member.name}"
+                        break
+                    yield member
+                    if tar.offset >= piece.end:
+                        break
+                problem = problem or wrong_end(file, tar.offset, piece.end)
+            except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+                problem = str(error) or repr(error)  # the last three: numbers that make no sense
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if problem and first_bytes.startswith(COMPRESSED_STARTS):
+        raise compressed(path_of(folder, piece))
+    if problem:
+        raise DataError(
+            f"{path_of(folder, piece)} is damaged or incomplete: {problem}; "
+            f"copy or download it again"
+        )
+
+
+def wrong_end(file: BinaryIO, offset: int, end: int) -> str | None:
+    """What is wrong where the last member ends: a block of zeros must follow, then nothing else."""
+    file.seek(offset)
+    rest = file.read(max(0, min(end - offset, MOST_PADDING)))
+    if len(rest) < tarfile.BLOCKSIZE:
+        return "it has no end mark"
+    if any(rest[: tarfile.BLOCKSIZE]):
+        return f"no member begins at byte {offset}"
+    if rest.strip(b"\0"):
+        return "it goes on after its end mark (tars are joined by tar --concatenate, not by cat)"
+    return None

@@ -1,0 +1,303 @@
+"""The index of tar files: made once for all processes, whatever happens; and every bad tar."""
+
+import fcntl
+import gzip
+import io
+import logging
+import multiprocessing
+import os
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.tar_index as tar_index
+from data.datasets import DataError
+from data.tar_index import INDEX_NAME
+from tests.tars import (
+    PER_CLASS,
+    build,
+    contents,
+    image_file,
+    of_class,
+    packed,
+    write,
+    write_class_tars,
+)
+
+LOCK_NAME = f".{INDEX_NAME}.lock"
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_class_tars(tmp_path)
+
+
+# ---- One index for all. --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """The names of the tars that are scanned from now on."""
+    names = []
+
+    def recording(folder, progress, piece, scan=tar_index.scan):
+        names.append(piece.tar)
+        return scan(folder, progress, piece)
+
+    monkeypatch.setattr(tar_index, "scan", recording)
+    return names
+
+
+def test_a_second_start_scans_nothing(root, scanned):
+    first = build(root)
+    index = root / "train" / INDEX_NAME
+    written = index.stat().st_mtime_ns
+    assert sorted(scanned) == sorted(PER_CLASS)
+    assert sorted(path.name for path in index.parent.iterdir()) == sorted(
+        [LOCK_NAME, INDEX_NAME, *PER_CLASS]
+    )
+    scanned.clear()
+    second = build(root)
+    assert not scanned and index.stat().st_mtime_ns == written
+    assert contents(second) == contents(first)
+    assert [second.describe(i) for i in range(12)] == [first.describe(i) for i in range(12)]
+
+
+def test_only_what_changed_is_scanned_again(root, scanned):
+    build(root)
+    scanned.clear()
+    write(root / "train" / "dog.tar", packed({"other.jpg": image_file(50)}))
+    write(root / "train" / "bee.tar", packed({"bee.jpg": image_file(51)}))
+    (root / "train" / "ant.tar").unlink()
+    changed = build(root)
+    assert sorted(scanned) == ["bee.tar", "dog.tar"]
+    cats = [("cat", file) for file in of_class("cat").values()]
+    assert contents(changed) == [("bee", image_file(51)), *cats, ("dog", image_file(50))]
+    os.utime(root / "train" / "cat.tar", ns=(1, 1))
+    scanned.clear()
+    assert contents(build(root)) == contents(changed) and scanned == ["cat.tar"]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = content.index(b"ant_0")  # in the names of the images
+    return content[:middle] + b"A" + content[middle + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "a flipped bit": flipped,
+    "text": lambda content: b"<html>404</html>",
+    "another array": lambda content: array_file(np.arange(3)),
+    "pickled": lambda content: array_file(np.array([{}], dtype=object)),
+}
+
+
+def array_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_made_anew(root, scanned, damage):
+    expected = contents(build(root))
+    index = root / "train" / INDEX_NAME
+    intact = index.read_bytes()
+    index.write_bytes(DAMAGES[damage](intact))
+    scanned.clear()
+    assert contents(build(root)) == expected and len(scanned) == 3
+    assert index.read_bytes() == intact
+
+
+def test_an_index_of_another_format_is_made_anew(root, scanned, monkeypatch):
+    build(root)
+    monkeypatch.setattr(tar_index, "INDEX_FORMAT", 2)
+    build(root)
+    assert len(scanned) == 6
+
+
+def test_where_the_folder_cannot_be_written_the_index_lies_at_home(root, scanned, monkeypatch):
+    monkeypatch.setenv("HOME", str(root / "home"))
+    for split in ("train", "val"):
+        (root / split / LOCK_NAME).mkdir()  # so that the file of this name cannot be opened
+    expected = contents(build(root)), contents(build(root, "eval"))
+    assert len(list((root / "home/.cache/latent-mim").glob("*.npz"))) == 2
+    assert not list(root.glob(f"*/{INDEX_NAME}"))
+    scanned.clear()
+    assert (contents(build(root)), contents(build(root, "eval"))) == expected and not scanned
+
+
+def test_where_nothing_can_be_written_each_start_scans(root, scanned, monkeypatch, caplog):
+    monkeypatch.setenv("HOME", str(write(root / "file", b"")))
+    (root / "train" / LOCK_NAME).mkdir()
+    assert len(build(root)) == len(build(root)) == 12
+    assert len(scanned) == 6
+    assert "no place to save the index" in caplog.text
+
+
+def test_an_index_that_cannot_be_replaced_is_reported(root, scanned, caplog):
+    (root / "train" / INDEX_NAME / "folder").mkdir(parents=True)
+    assert len(build(root)) == 12
+    assert f"cannot write {root}/train/{INDEX_NAME} (" in caplog.text
+    assert not list(root.glob("train/.*.writing"))
+
+
+def test_index_folder(root, scanned):
+    folder = root / "some" / "where"
+    for _ in range(2):
+        assert len(build(root, "eval", index_folder=str(folder))) == 1
+    assert len(scanned) == 4 and len(list(folder.glob("*.npz"))) == 2
+    assert not list(root.glob(f"*/{INDEX_NAME}"))
+    write(root / "file", b"")
+    with pytest.raises(DataError, match=r"index_folder=\S*/file is not a folder that can be writ"):
+        build(root, index_folder=str(root / "file"))
+
+
+def test_a_person_sees_progress_and_a_log_gets_one_line(root, monkeypatch, capsys, caplog):
+    with caplog.at_level(logging.INFO, logger="lmim.data"):
+        build(root)
+        assert caplog.messages == [f"indexing 3 tar files in {root}/train"]
+        caplog.clear()
+        (root / "train" / INDEX_NAME).unlink()
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        build(root)
+        assert not caplog.messages
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"\r\033[Kindexing 3 tar files in {root}/train: 1 images")
+    assert shown.endswith("\r\033[K")
+
+
+# ---- Several processes. --------------------------------------------------------------------------
+
+FORK = multiprocessing.get_context("fork")
+
+
+def build_at_once(root: Path, barrier, log: Path, results) -> None:
+    def slow_and_recorded(folder, progress, piece, scan=tar_index.scan):
+        with open(log, "a") as file:
+            file.write(f"{piece.tar}\n")
+        time.sleep(0.05)
+        return scan(folder, progress, piece)
+
+    tar_index.scan = slow_and_recorded
+    barrier.wait()
+    results.put(contents(build(root)))
+
+
+def test_of_processes_that_start_at_once_one_scans(root, tmp_path):
+    barrier, results = FORK.Barrier(5), FORK.Queue()
+    log = tmp_path / "log"
+    arguments = (root, barrier, log, results)
+    processes = [FORK.Process(target=build_at_once, args=arguments) for _ in range(5)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(log.read_text().split()) == sorted(PER_CLASS)
+    assert all(each == contents(build(root)) for each in found)
+
+
+def scan_for_ever(root: Path, started) -> None:
+    def endless(*_):
+        started.set()
+        time.sleep(60)
+
+    tar_index.scan = endless
+    build(root)
+
+
+def test_a_process_that_is_killed_holds_nobody_up(root):
+    started = FORK.Event()
+    process = FORK.Process(target=scan_for_ever, args=(root, started))
+    process.start()
+    assert started.wait(timeout=30)
+    process.kill()
+    process.join()
+    assert len(build(root)) == 12
+
+
+def test_without_locks_each_process_makes_the_index(root, monkeypatch):
+    def no_locks(*_):
+        raise OSError("No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert len(build(root)) == 12 and (root / "train" / INDEX_NAME).is_file()
+
+
+# ---- Bad tars. -----------------------------------------------------------------------------------
+
+INTACT = packed(
+    {"first.jpg": image_file(1), "second.jpg": image_file(2)}, format=tarfile.GNU_FORMAT
+)
+SECOND = 512 + -(-len(image_file(1)) // 512) * 512  # where its header begins
+END = SECOND + 512 + -(-len(image_file(2)) // 512) * 512
+
+
+def without_checksum(offset: int) -> bytes:
+    return INTACT[: offset + 148] + b"zz" + INTACT[offset + 150 :]
+
+
+def with_holes() -> bytes:
+    member = tarfile.TarInfo("holes.jpg")
+    member.size = 512
+    member.pax_headers = {"GNU.sparse.map": "0,512", "GNU.sparse.size": "512"}
+    return member.tobuf(tarfile.PAX_FORMAT) + bytes(512 + 10240)
+
+
+DAMAGED = "is damaged or incomplete: "
+BAD_TARS = {
+    "compressed": (gzip.compress(INTACT), "is compressed; valid are plain .tar files"),
+    "empty": (b"", DAMAGED),
+    "short": (INTACT[:100], DAMAGED),
+    "text": (b"<html>404</html>" * 100, DAMAGED),
+    "first header": (without_checksum(0), DAMAGED),
+    "second header": (without_checksum(SECOND), f"{DAMAGED}no member begins at byte "),
+    "in the first": (INTACT[: SECOND - 600], f"{DAMAGED}it ends in the middle of first.jpg"),
+    "in the last": (INTACT[: END - 600], f"{DAMAGED}it ends in the middle of second.jpg"),
+    "between": (INTACT[:SECOND], f"{DAMAGED}it has no end mark"),
+    "in a header": (INTACT[: SECOND + 100], f"{DAMAGED}it has no end mark"),
+    "before its end": (INTACT[:END], f"{DAMAGED}it has no end mark"),
+    "joined": (INTACT + INTACT, f"{DAMAGED}it goes on after its end mark"),
+    "with holes": (with_holes(), "holds holes.jpg with holes: pack without --sparse"),
+}
+
+
+@pytest.mark.parametrize("place", ["bad.tar", "outer.tar/deep/bad.tar"])
+@pytest.mark.parametrize("kind", BAD_TARS)
+def test_a_bad_tar_is_named(root, kind, place):
+    tar, message = BAD_TARS[kind]
+    if place.startswith("outer"):
+        other = packed({"a.jpg": image_file(1)})
+        tar = packed({"ok.jpg": image_file(1), "deep/bad.tar": tar, "other.tar": other})
+    write(root / "train" / place.split("/")[0], tar)
+    with pytest.raises(DataError, match=f"^{root}/train/{place} {message}"):
+        build(root)
+    assert not (root / "train" / INDEX_NAME).exists()
+
+
+def test_a_tar_without_images_is_named(root):
+    write(root / "train" / "bad.tar", packed({"a.txt": b"!"}))
+    with pytest.raises(DataError, match="train has tar files that contain no images: bad.tar; exp"):
+        build(root)
+
+
+def test_compressed_tars_are_not_left_out(root):
+    path = write(root / "train" / "bee.tar.gz", b"")
+    with pytest.raises(DataError, match=f"^{path} is compressed; valid are plain .tar files: dec"):
+        build(root)
+    path.unlink()
+    write(root / "train" / "all.tar", packed({"x/bee.tgz": b""}))
+    with pytest.raises(DataError, match="train/all.tar/x/bee.tgz is compressed"):
+        build(root)
+
+
+def test_a_broken_link_is_named(root):
+    (root / "train" / "bee.tar").symlink_to("nowhere")
+    with pytest.raises(DataError, match="cannot read .*train/bee.tar: No such file"):
+        build(root)
