@@ -10,11 +10,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.lmim import LatentMIM
-from models.losses import Objective
+from models.decoder import CrossBlock, write_out_attention
+from models.lmim import LatentMIM, Latents
 from models.target import MovingAverage
 from models.views import Views
 from util.metrics import DeviceMeters
@@ -31,7 +32,7 @@ class Training:
     model: LatentMIM
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does something for precision=fp16 only
-    objective: Objective
+    objective: Callable[[Latents, Tensor], tuple[Tensor, Tensor]]  # models.losses.Objective
     schedule: Schedule
     device: torch.device
     accum_iter: int = 1
@@ -39,12 +40,25 @@ class Training:
     clip_grad: float | None = None
     # Filled by the constructor and the steps.
     moving_average: MovingAverage | None = None
-    similarity_goal: float = 0.0
+    similarity_goal: Tensor = field(init=False)  # on the device: compiled code takes it as it comes
     meters: DeviceMeters = field(init=False)
 
     def __post_init__(self):
         self.moving_average = self.model.moving_average()
+        self.similarity_goal = torch.zeros((), device=self.device)
         self.meters = DeviceMeters(self.device)
+        if self.device.type == "cpu" and self.precision == "bf16":
+            # There torch's fused attention takes up to twice as long (bench/RESULTS.md).
+            write_out_attention(self.model)
+
+    def compile(self) -> None:
+        """Compile what repeats: each transformer block by itself, so that all blocks share the work
+        of compiling one and DistributedDataParallel sends the gradients of a block while those of
+        the next are computed; and the loss. All shapes of training are fixed."""
+        for module in self.model.modules():
+            if isinstance(module, Block | CrossBlock):
+                module.compile(dynamic=False)
+        self.objective = torch.compile(self.objective, dynamic=False)
 
     def autocast(self):
         dtype = AUTOCAST[self.precision]
@@ -56,7 +70,7 @@ def begin_window(training: Training, epoch: float) -> None:
     learning_rate = training.schedule.learning_rate(epoch)
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate
-    training.similarity_goal = training.schedule.similarity_goal(epoch)
+    training.similarity_goal.fill_(training.schedule.similarity_goal(epoch))
     if training.moving_average is not None:
         training.moving_average.step(training.schedule.target_momentum(epoch))
 

@@ -71,6 +71,8 @@ def pretrain(cfg: DictConfig, ranks: Ranks, stop_flag: StopFlag) -> None:
         checkpoint.load_weights(model, resumed["state_dict"], job / "checkpoints")
     training = build_training(cfg, model, precision, ranks)
     step = 0 if resumed is None else restore(training, resumed, loader)
+    if cfg.compile:
+        training.compile()
 
     # 3. Epochs, from wherever that is to the end.
     run = RunRecord(cfg, ranks, job, training, loader, stop_flag, step)
@@ -158,6 +160,7 @@ def build_model(cfg: DictConfig) -> LatentMIM:
         target=cfg.target.name,
         target_depth=cfg.target_depth,
         mask_target=cfg.mask_target,
+        recompute=cfg.recompute,
     )
 
 
@@ -199,12 +202,13 @@ def settle_gradient_buckets(cfg: DictConfig, training: Training) -> None:
     before the first step, of a new run and of a resumed one alike: both then sum in the same order.
     """
     side = cfg.grid_size * (cfg.patch_size + cfg.patch_gap)
-    images = torch.zeros(2, 3, side, side, device=training.device)
+    # A whole batch: compiled code is then compiled for the shapes of training, here and only once.
+    images = torch.zeros(cfg.batch_size, 3, side, side, device=training.device)
     generator = torch.Generator(training.device).manual_seed(0)
-    views = sample_views(2, cfg.grid_size, cfg.num_vis, cfg.patch_gap, generator)
+    views = sample_views(len(images), cfg.grid_size, cfg.num_vis, cfg.patch_gap, generator)
     with training.autocast():
         latents = training.network(images, views)
-    training.objective(latents, 0.0)[0].backward()
+    training.objective(latents, training.similarity_goal)[0].backward()
     training.optimizer.zero_grad(set_to_none=True)
 
 
@@ -253,7 +257,8 @@ def evaluate(
     def normalised(images: Tensor) -> Tensor:
         return normalise(images, cfg.dataset.mean, cfg.dataset.std)
 
-    with run.speed.pause():
+    # Not compiled: an evaluation has other shapes, and runs too rarely to pay for its compilation.
+    with run.speed.pause(), torch.compiler.set_stance("force_eager"):
         accuracy, images = leave_one_out_accuracy(model.encoder, evaluation, normalised, ranks)
     run.record_accuracy(accuracy, images, epoch)
 

@@ -11,13 +11,14 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from models.vit import LayerNorm, PositionTable, initialise_weights
+from models.vit import LayerNorm, PositionTable, initialise_weights, run_blocks
 
 
 class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
+        self.fused_attn = True  # like timm's Attention
         self.q_proj = nn.Linear(dim, dim)
         self.kv_proj = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -27,7 +28,11 @@ class CrossAttention(nn.Module):
         query = self.q_proj(queries).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         keys_values = self.kv_proj(context).unflatten(2, (2, self.num_heads, -1))
         key, value = keys_values.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        if self.fused_attn:
+            attended = F.scaled_dot_product_attention(query, key, value)
+        else:
+            scaled = query / query.shape[-1] ** 0.5
+            attended = (scaled @ key.transpose(-2, -1)).softmax(dim=-1) @ value
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -46,6 +51,13 @@ class CrossBlock(nn.Module):
         queries = queries + self.self_attn(self.norm1(queries))
         queries = queries + self.cross_attn(self.norm2q(queries), self.norm2kv(context))
         return queries + self.mlp(self.norm3(queries))
+
+
+def write_out_attention(model: nn.Module) -> None:
+    """As matrix products and a softmax, instead of one fused operation."""
+    for module in model.modules():
+        if isinstance(module, Attention | CrossAttention):
+            module.fused_attn = False
 
 
 def visual_cue(
@@ -70,10 +82,17 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, *, grid_size: int, encoder_dim: int, dim: int, visual_cue: bool, freeze_pe: bool
+        self,
+        *,
+        grid_size: int,
+        encoder_dim: int,
+        dim: int,
+        visual_cue: bool,
+        freeze_pe: bool,
+        recompute: bool,
     ):
         super().__init__()
-        self.visual_cue = visual_cue
+        self.visual_cue, self.recompute = visual_cue, recompute
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = PositionTable(dim, grid_size, freeze_pe)
@@ -112,8 +131,7 @@ class CrossDecoder(Decoder):
         cls_token = self.cls_token + self.pos_embed.class_row()
         queries = self.mask_tokens(embedded, visible_ids, masked_ids)
         queries = torch.cat([cls_token.expand(queries.shape[0], -1, -1), queries], dim=1)
-        for block in self.blocks:
-            queries = block(queries, context)
+        queries = run_blocks(self.blocks, queries, context, recompute=self.recompute)
         return self.head(self.norm(queries))
 
 
@@ -132,8 +150,7 @@ class SelfDecoder(Decoder):
         """
         embedded, visible = self.embed_visible(latents, visible_ids)
         tokens = torch.cat([visible, self.mask_tokens(embedded, visible_ids, masked_ids)], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
+        tokens = run_blocks(self.blocks, tokens, recompute=self.recompute)
         outputs = torch.cat([tokens[:, :1], tokens[:, visible.shape[1] :]], dim=1)
         return self.head(self.norm(outputs))
 

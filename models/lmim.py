@@ -41,6 +41,7 @@ class LatentMIM(nn.Module):
         target: str = "ema",
         target_depth: int | None = None,
         mask_target: bool = True,
+        recompute: bool = False,
     ):
         super().__init__()
         if target not in TARGETS:
@@ -56,6 +57,7 @@ class LatentMIM(nn.Module):
             freeze_pe=freeze_pe,
             mlp_dim=mlp_dim,
             mlp_depth=mlp_depth,
+            recompute=recompute,
         )
         if target in OWN_WEIGHTS:
             self.target_encoder = make_target(self.encoder, target_depth)
@@ -67,6 +69,7 @@ class LatentMIM(nn.Module):
             num_heads=decoder_num_heads,
             visual_cue=avg_vis_mask_token,
             freeze_pe=freeze_pe,
+            recompute=recompute,
         )
 
     def moving_average(self) -> MovingAverage | None:

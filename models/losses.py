@@ -70,7 +70,7 @@ class Objective:
     tau: float = 0.2
     avg_sim_coeff: float = 0.1
 
-    def __call__(self, latents: Latents, similarity_goal: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, latents: Latents, similarity_goal: float | Tensor) -> tuple[Tensor, Tensor]:
         """-> the loss to differentiate, and METRICS as one tensor, detached and on the device."""
         latents = Latents(*(tokens.float() for tokens in latents))
         loss = prediction_loss(self.loss, latents.predictions, latents.targets, self.tau)

@@ -1,10 +1,12 @@
 """The encoder: a ViT that accepts any subset of an image's patches. Online and target are two."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.head import ProjectionHead
 from models.views import take_tokens
@@ -69,6 +71,17 @@ def initialise_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor, *context: Tensor, recompute: bool):
+    """One block after the other. recompute: keep nothing of a block's inside for the backward pass,
+    which runs it again: a third more work for a fraction of the memory."""
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            tokens = checkpoint(block, tokens, *context, use_reentrant=False)
+        else:
+            tokens = block(tokens, *context)
+    return tokens
+
+
 class Encoder(nn.Module):
     def __init__(
         self,
@@ -83,9 +96,11 @@ class Encoder(nn.Module):
         mlp_depth: int = 3,
         drop_path: float = 0.0,
         in_channels: int = 3,
+        recompute: bool = False,
     ):
         super().__init__()
         self.grid_size, self.patch_size, self.embed_dim = grid_size, patch_size, embed_dim
+        self.recompute = recompute
         self.embed = PatchEmbedding(patch_size**2 * in_channels, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = PositionTable(embed_dim, grid_size, freeze_pe)
@@ -117,9 +132,7 @@ class Encoder(nn.Module):
     def forward_features(self, patches: Tensor, ids: Tensor, depth: int | None = None) -> Tensor:
         """The first `depth` blocks (None: all), before the final norm. -> [N, 1 + K, D]"""
         tokens = self.embed_tokens(patches, ids)
-        for block in self.blocks[:depth]:
-            tokens = block(tokens)
-        return tokens
+        return run_blocks(self.blocks[:depth], tokens, recompute=self.recompute)
 
     def forward(self, patches: Tensor, ids: Tensor, depth: int | None = None) -> Tensor:
         """patches [N, K, patch_dim], ids [N, K] -> latents [N, 1 + K, D]"""

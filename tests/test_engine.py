@@ -17,7 +17,9 @@ GRID, PATCH, GAP, VISIBLE = 4, 3, 1, 5
 SIDE = GRID * (PATCH + GAP)
 
 
-def build_training(seed: int = 0, avg_sim_coeff: float = 0.1, **options) -> Training:
+def build_training(
+    seed: int = 0, avg_sim_coeff: float = 0.1, decoder: str = "cross", **options
+) -> Training:
     torch.manual_seed(seed)
     model = LatentMIM(
         grid_size=GRID,
@@ -28,6 +30,7 @@ def build_training(seed: int = 0, avg_sim_coeff: float = 0.1, **options) -> Trai
         num_heads=3,
         mlp_dim=32,
         mlp_depth=2,
+        decoder=decoder,
         decoder_embed_dim=16,
         decoder_depth=1,
         decoder_num_heads=2,

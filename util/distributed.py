@@ -26,12 +26,13 @@ class Ranks:
         return self.rank == 0
 
 
-def join_processes() -> Ranks:
-    """Join the others through env://, which torchrun and Slurm set; alone where nothing is."""
+def join_processes(device_type: str | None = None) -> Ranks:
+    """Join the others through env://, which torchrun and Slurm set; alone where nothing is.
+    device_type: cpu or cuda; None: cuda where there is one."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
+    if device_type == "cuda" or (device_type is None and torch.cuda.is_available()):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

@@ -131,6 +131,8 @@ RULES: dict[str, Rule] = {
     "num_workers": or_null(whole(0)),
     "max_bad_images": number(0, 1),
     "max_bad_steps": whole(0),
+    "recompute": YES_OR_NO,
+    "compile": YES_OR_NO,
     "seed": whole(0, 2**63 - 1),
     "precision": one_of("auto", "bf16", "fp16", "fp32"),
     "grid_size": whole(2),
