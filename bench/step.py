@@ -1,0 +1,257 @@
+"""How fast is a training step? On synthetic images, beside the matrix products of the same machine:
+
+python -m bench.step --encoder vit_small --batch 48 --precision bf16 --plain fp32
+torchrun --nproc-per-node=2 -m bench.step --batch 24       # several processes
+python -m bench.step --grid 7 14 28 --batch 16             # one row for each combination
+
+Everything is measured in turns in one run, because machines get faster and slower; the figures are
+medians. The peak is that of the best of several square matrix products in the same precision.
+Imports only torch, timm and this project's networks and engine: it runs where Hydra is not.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+import yaml
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.plain import make_plain, plain_step
+from engine_pretrain import Training, begin_window, end_window, micro_step
+from models.lmim import LatentMIM
+from models.losses import Objective
+from models.views import sample_views
+from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
+from util.metrics import memory_in_use
+from util.optim import build_adamw
+from util.schedules import Schedule
+
+ENCODERS = Path(__file__).parents[1] / "configs" / "encoder"
+MATRIX_SIDES = {"cpu": (1024, 1536, 2048, 3072), "cuda": (4096, 8192, 12288, 16384)}
+MATRIX_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PATCH_GAP, VISIBLE = 4, 20 / 196  # of the published recipe
+EPOCH = 10.0  # any, for the schedules
+
+
+@dataclass
+class Setting:
+    encoder: str
+    batch: int
+    grid: int
+    precision: str
+    compile: bool
+    recompute: bool
+
+    @property
+    def visible(self) -> int:
+        return max(1, round(VISIBLE * self.grid**2))
+
+
+def build_training(setting: Setting, ranks: Ranks) -> Training:
+    encoder = yaml.safe_load((ENCODERS / f"{setting.encoder}.yaml").read_text())
+    torch.manual_seed(0)
+    model = LatentMIM(
+        grid_size=setting.grid,
+        patch_size=encoder["patch_size"],
+        patch_gap=PATCH_GAP,
+        embed_dim=encoder["embed_dim"],
+        depth=encoder["depth"],
+        num_heads=encoder["num_heads"],
+        recompute=setting.recompute,
+    ).to(ranks.device)
+    network = model
+    if ranks.world_size > 1:
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    training = Training(
+        network=network,
+        model=model,
+        optimizer=build_adamw(model, weight_decay=0.05),
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=setting.precision == "fp16"),
+        objective=Objective(),
+        schedule=Schedule(1.5e-4, 0.25, 40, 800, 0.996, 0.75, 0.25),
+        device=ranks.device,
+        precision=setting.precision,
+    )
+    if setting.compile:
+        training.compile()
+    return training
+
+
+def draw_batch(training: Training, setting: Setting, generator: torch.Generator) -> tuple:
+    """New views for each step, as in training; the images are the same noise."""
+    side = setting.grid * (training.model.patch_size + PATCH_GAP)
+    images = torch.randn(setting.batch, 3, side, side, device=training.device)
+    views = partial(
+        sample_views, setting.batch, setting.grid, setting.visible, PATCH_GAP, generator
+    )
+    return images, views
+
+
+def our_step(setting: Setting, ranks: Ranks) -> Callable[[], None]:
+    training = build_training(setting, ranks)
+    images, draw_views = draw_batch(training, setting, torch.Generator(ranks.device))
+
+    def step() -> None:
+        begin_window(training, EPOCH)
+        micro_step(training, images, draw_views(), last_of_window=True)
+        end_window(training, 0)
+
+    return step
+
+
+def plain_formulation(setting: Setting, ranks: Ranks) -> Callable[[], None]:
+    training = make_plain(build_training(setting, ranks))
+    images, draw_views = draw_batch(training, setting, torch.Generator(ranks.device))
+    return lambda: plain_step(training, images, draw_views(), EPOCH)
+
+
+def matrix_product(side: int, precision: str, device: torch.device) -> Callable[[], None]:
+    left, right = torch.randn(2, side, side, device=device).to(MATRIX_TYPES[precision])
+    result = torch.empty_like(left)
+    return lambda: torch.mm(left, right, out=result)
+
+
+def count_flops(setting: Setting) -> float:
+    """Of one image: all matrix products of a step, forward and backward, by counting them."""
+    alone = Ranks(0, 1, torch.device("cpu"))
+    settings = asdict(setting) | {"batch": 2, "precision": "fp32", "compile": False}
+    # Recomputing is not progress: the share of the peak counts the work that is needed.
+    small = Setting(**settings | {"recompute": False})
+    step = plain_formulation(small, alone)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / small.batch
+
+
+def seconds_of(action: Callable[[], object], repeat: int, device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        action()
+    wait()
+    return (time.perf_counter() - start) / repeat
+
+
+def measure_in_turns(
+    actions: dict[str, Callable], rounds: int, repeat: int, ranks: Ranks
+) -> dict[str, list[float]]:
+    """-> for each action one time per round; the slowest process counts."""
+    for action in actions.values():
+        for _ in range(2):  # compilation, first allocations
+            action()
+    seconds = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            barrier()
+            mine = torch.tensor(seconds_of(action, repeat, ranks.device), device=ranks.device)
+            seconds[name].append(float(all_reduce(mine, "max")))
+    return seconds
+
+
+def measure(setting: Setting, plain: str | None, rounds: int, repeat: int, ranks: Ranks) -> dict:
+    """plain: precision of the plain formulation to compare with; None: do not."""
+    flops = count_flops(setting)
+    actions = {"step": our_step(setting, ranks)}
+    actions["step"]()
+    memory = memory_in_use(ranks.device)  # before anything else is built
+    if plain is not None:
+        # A plain formulation in bf16 is autocast, nothing else.
+        other = Setting(
+            **asdict(setting) | {"precision": plain, "compile": False, "recompute": False}
+        )
+        actions["plain"] = plain_formulation(other, ranks)
+    sides = MATRIX_SIDES[ranks.device.type]
+    for side in sides:
+        actions[f"matrix {side}"] = matrix_product(side, setting.precision, ranks.device)
+    seconds = measure_in_turns(actions, rounds, repeat, ranks)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    peak = max(2 * side**3 / medians[f"matrix {side}"] for side in sides) * ranks.world_size
+    images = setting.batch * ranks.world_size
+    result = {
+        **asdict(setting),
+        "processes": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "device": device_name(ranks.device),
+        "torch": torch.__version__,
+        "images_per_second": images / medians["step"],
+        "gflop_per_image": flops / 1e9,
+        "gflop_per_second": images * flops / medians["step"] / 1e9,
+        "peak_gflop_per_second": peak / 1e9,
+        "share_of_peak": images * flops / medians["step"] / peak,
+        "memory_gb": memory,
+        "spread": max(seconds["step"]) / min(seconds["step"]) - 1,
+    }
+    if plain is not None:
+        ratios = [a / b for a, b in zip(seconds["plain"], seconds["step"], strict=True)]
+        result["plain_precision"] = plain
+        result["plain_images_per_second"] = images / medians["plain"]
+        result["times_plain"] = statistics.median(ratios)
+    return result
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+
+
+def one_line(result: dict) -> str:
+    line = (
+        f"{result['encoder']} batch {result['batch']} grid {result['grid']} {result['precision']}"
+        f"{' compiled' if result['compile'] else ''}{' recompute' if result['recompute'] else ''}"
+        f" on {result['processes']} x {result['device']} ({result['threads']} threads): "
+        f"{result['images_per_second']:.1f} images/s, {result['gflop_per_image']:.2f} GFLOP/image, "
+        f"{result['gflop_per_second']:.0f} of {result['peak_gflop_per_second']:.0f} GFLOP/s "
+        f"({result['share_of_peak']:.0%}), {result['memory_gb']:.1f} GB"
+    )
+    if "times_plain" in result:
+        line += f", {result['times_plain']:.2f} x plain {result['plain_precision']}"
+    return line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    encoders = sorted(path.stem for path in ENCODERS.glob("*.yaml"))
+    parser.add_argument("--encoder", default="vit_small", choices=encoders)
+    parser.add_argument("--batch", type=int, nargs="+", default=[48], help="images per process")
+    parser.add_argument("--grid", type=int, nargs="+", default=[14], help="patches along a side")
+    parser.add_argument("--precision", default="fp32", choices=MATRIX_TYPES)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--plain", choices=MATRIX_TYPES, help="compare with the plain formulation")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeat", type=int, default=1, help="steps per round")
+    parser.add_argument("--threads", type=int, help="of the CPU, per process")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args()
+    ranks = join_processes(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = []
+    for batch, grid in product(options.batch, options.grid):
+        setting = Setting(
+            options.encoder, batch, grid, options.precision, options.compile, options.recompute
+        )
+        results.append(measure(setting, options.plain, options.rounds, options.repeat, ranks))
+        if ranks.is_main:
+            print(one_line(results[-1]), flush=True)
+    if options.json and ranks.is_main:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()
