@@ -3,7 +3,6 @@
 torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -28,6 +27,7 @@ from util.distributed import (
     join_processes,
     leave_processes,
     on_main,
+    synchronised,
 )
 from util.job import job_directory, prepare_job_directory, unlock
 from util.optim import build_adamw
@@ -38,13 +38,6 @@ from util.run_record import RunRecord
 from util.schedules import Schedule, peak_learning_rate
 
 VIEWS_STREAM = 3  # keeps these random numbers apart from the data's, which start from the same seed
-
-# Newer versions of torch have renamed it.
-BUFFER_OPTION = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
 
 
 def main(cfg: DictConfig) -> None:
@@ -165,17 +158,9 @@ def build_model(cfg: DictConfig) -> LatentMIM:
 
 
 def build_training(cfg: DictConfig, model: LatentMIM, precision: str, ranks: Ranks) -> Training:
-    network = model
-    if ranks.world_size > 1:
-        network = DistributedDataParallel(
-            model,
-            device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **{BUFFER_OPTION: False},  # they are constants
-        )
     peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
     return Training(
-        network=network,
+        network=synchronised(model, ranks),
         model=model,
         optimizer=build_adamw(model, cfg.weight_decay),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plain import make_plain, plain_step
@@ -29,7 +28,14 @@ from engine_pretrain import Training, begin_window, end_window, micro_step
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import sample_views
-from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
+from util.distributed import (
+    Ranks,
+    all_reduce,
+    barrier,
+    join_processes,
+    leave_processes,
+    synchronised,
+)
 from util.metrics import memory_in_use
 from util.optim import build_adamw
 from util.schedules import Schedule
@@ -67,11 +73,8 @@ def build_training(setting: Setting, ranks: Ranks) -> Training:
         num_heads=encoder["num_heads"],
         recompute=setting.recompute,
     ).to(ranks.device)
-    network = model
-    if ranks.world_size > 1:
-        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
     training = Training(
-        network=network,
+        network=synchronised(model, ranks),
         model=model,
         optimizer=build_adamw(model, weight_decay=0.05),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=setting.precision == "fp16"),

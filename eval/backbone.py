@@ -86,7 +86,30 @@ def load_backbone(
             f"image_side={backbone.image_side}: valid is a multiple of the patch size "
             f"{backbone.patch_size}"
         )
-    return backbone.eval()
+    backbone.eval()
+    if isinstance(backbone, TimmBackbone):
+        check_forward(backbone)
+    return backbone
+
+
+@torch.inference_mode()
+def check_forward(backbone: TimmBackbone) -> None:
+    """timm has models of many kinds: one image shows whether this one gives tokens on a grid."""
+    side = backbone.image_side
+    place = f"pretrained={backbone.family}:{backbone.name}, image_side={side}"
+    try:
+        tokens = backbone(torch.zeros(1, 3, side, side))
+    except BackboneError:
+        raise
+    except Exception as error:  # of any kind, from inside the model
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(f"{place}: no image of this size goes through it ({reason})") from error
+    rows, columns = tokens.grid
+    if tokens.patches.shape[1] != rows * columns:
+        raise BackboneError(
+            f"{place}: {tokens.patches.shape[1]} tokens are no grid of {rows} x {columns}; valid "
+            f"are ViTs and feature maps"
+        )
 
 
 # --- this project's -----------------------------------------------------------------------------
@@ -113,7 +136,7 @@ def load_own(
     weights = {
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
     }
-    config = contents.get("config", {})
+    config = contents.get("config") or {}
     if not weights and which == "target" and config:
         raise BackboneError(
             f"which=target: {path} holds no target encoder (target={config['target']['name']}); "
@@ -133,6 +156,8 @@ def load_own(
     size = config.get("encoder", {}).get("name") or f"vit_{SIZES.get((encoder.embed_dim, depth))}"
     name = f"{size}-{which}" if which != "encoder" else size
     backbone = OwnBackbone(encoder, name=name, layer=layer, final_norm=final_norm)
+    if dataset := config.get("dataset"):  # the published file does not say
+        backbone.mean, backbone.std = tuple(dataset["mean"]), tuple(dataset["std"])
     backbone.fingerprint = state_fingerprint(backbone) if random_init else file_fingerprint(path)
     return backbone
 
@@ -173,7 +198,12 @@ def load_timm(
     model = create_timm_model(name, from_hub)
     if weights_file is not None and not random_init:
         fit_timm(model, Path(weights_file))
-    backbone = TimmBackbone(model, family="timm", name=name, layer=layer, final_norm=final_norm)
+    try:
+        backbone = TimmBackbone(model, family="timm", name=name, layer=layer, final_norm=final_norm)
+    except AttributeError as error:
+        raise BackboneError(
+            f"pretrained=timm:{name}: valid are ViTs and models with feature maps ({error})"
+        ) from error
     is_file = weights_file is not None and not random_init
     backbone.fingerprint = (
         file_fingerprint(Path(weights_file)) if is_file else state_fingerprint(backbone)
@@ -221,6 +251,7 @@ def load_family(
     family: str, path: Path, which: str, random_init: bool, layer: int, final_norm: bool
 ) -> TimmBackbone:
     model, name = build_from_file(family, path, which, random_init)
+    name = f"{name}-{which}" if which != "encoder" else name
     backbone = TimmBackbone(model, family=family, name=name, layer=layer, final_norm=final_norm)
     backbone.fingerprint = state_fingerprint(backbone) if random_init else file_fingerprint(path)
     return backbone

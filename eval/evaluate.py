@@ -17,6 +17,7 @@ from eval.run import EvalRun, joined_processes, load_for_all, write_json
 from util.command import run_worker
 from util.config import ConfigError, compose_config
 from util.distributed import barrier
+from util.job import is_restart
 from util.validate import check_config
 
 # One name can be two protocols of one worker.
@@ -70,6 +71,11 @@ def main(cfg: DictConfig) -> None:
 
 
 def check_settings(cfg: DictConfig) -> None:
+    if not cfg.final_norm:
+        raise ConfigError(
+            "final_norm=False: valid here is settings=['NAME.final_norm=False'], because each "
+            "evaluation has its own"
+        )
     for setting in cfg.settings:
         name = setting.partition(".")[0]
         if name not in cfg.evals:
@@ -91,8 +97,10 @@ def compose(cfg: DictConfig, name: str, label: str, random_init: bool) -> DictCo
     own.random_init = random_init
     own.output_dir = str(Path(cfg.output_dir) / cfg.job_name)
     own.job_name = name if label == "trained" else f"{name}-random-init"
-    if "overwrite" in own and not own.resume:
-        own.overwrite = True
+    if "overwrite" in own:
+        # Each start trains anew, but for a job that was requeued: it goes on where it was.
+        own.resume = own.resume or is_restart()
+        own.overwrite = not own.resume
     check_config(own)
     return own
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from eval.backbone import BackboneError
 from eval.networks import OwnBackbone
-from eval.run import EvalRun, joined_processes, load_for_all
+from eval.run import EvalRun, colours, joined_processes, load_for_all
 from models.vit import Encoder
 from util.command import run_worker
 
@@ -65,9 +65,8 @@ def export(cfg: DictConfig, backbone: OwnBackbone, run: EvalRun) -> None:
     folder = run.job / backbone.name
     folder.mkdir(parents=True, exist_ok=True)
     weights = timm_weights(backbone.encoder)
-    config = describe(
-        backbone.encoder, {"mean": list(cfg.dataset.mean), "std": list(cfg.dataset.std)}
-    )
+    mean, std = colours(cfg, backbone)
+    config = describe(backbone.encoder, {"mean": list(mean), "std": list(std)})
     write_safetensors(folder / "model.safetensors", weights)
     head = {
         "head.weight": torch.zeros(TIMM_CLASSES, backbone.embed_dim),

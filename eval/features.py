@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.base import ImageDataset
 from eval.networks import Backbone, Tokens
-from eval.run import EvalRun, build_eval_data, eval_batches, normalised
+from eval.run import EvalRun, build_eval_data, colours, eval_batches, normalised
 from eval.weights import BackboneError
 from models.views import extract_patches
 from models.vit import Encoder
@@ -115,6 +115,11 @@ def compute(
         if run is not None:
             run.progress(done - first, len(dataset) // ranks.world_size, "images encoded:")
     share_rows(features, (first, done), ranks)
+    if not features.isfinite().all():
+        raise BackboneError(
+            f"{backbone.family}:{backbone.name} gives features that are not finite, of images of "
+            f"{cfg.dataset.name} in precision={precision}"
+        )
     return features
 
 
@@ -166,8 +171,7 @@ def cache_path(
         "dataset": cfg.dataset.name,
         "options": OmegaConf.to_container(cfg.dataset.options),
         "crop_ratio": cfg.dataset.crop_ratio,
-        "mean": list(cfg.dataset.mean if backbone.mean is None else backbone.mean),
-        "std": list(cfg.dataset.std if backbone.std is None else backbone.std),
+        "colours": colours(cfg, backbone),
         "data_path": None if cfg.data_path is None else str(Path(cfg.data_path).resolve()),
         "split": split,
         "images": len(dataset),

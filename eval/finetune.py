@@ -16,7 +16,7 @@ from data.augmentation import FinetuneTransform, seeded
 from data.loader import TrainLoader
 from eval.features import autocast, pool
 from eval.networks import Backbone
-from eval.run import EvalRun, eval_batches, normalised, run_evaluation
+from eval.run import EvalRun, colours, eval_batches, normalised, run_evaluation
 from eval.training import (
     LabelledImages,
     check_same_backbone,
@@ -28,7 +28,7 @@ from eval.training import (
 from util import checkpoint
 from util.command import run_worker
 from util.config import ConfigError
-from util.distributed import Ranks, all_reduce
+from util.distributed import Ranks, all_reduce, synchronised
 from util.metrics import FaultCounter, readable_time
 from util.optim import layer_decay_groups
 from util.precision import choose_precision
@@ -94,7 +94,7 @@ def finetune(
     # 2. New, or as in the newest checkpoint.
     resumed = find_checkpoint(cfg, run.job, ranks)
     if resumed is not None:
-        check_same_backbone(resumed, backbone.fingerprint)
+        check_same_backbone(resumed, backbone)
         checkpoint.load_weights(model, resumed["state_dict"], run.job / "checkpoints")
     training = build_training(cfg, ranks, model, classes)
     step = 0
@@ -216,8 +216,7 @@ def seed_of(*counter: int) -> int:
 def build_loader(cfg: DictConfig, ranks: Ranks, backbone: Backbone) -> TrainLoader:
     transform = FinetuneTransform(
         backbone.image_side,
-        cfg.dataset.mean if backbone.mean is None else backbone.mean,
-        cfg.dataset.std if backbone.std is None else backbone.std,
+        *colours(cfg, backbone),
         flip=cfg.dataset.flip,
         min_crop=cfg.min_crop,
         auto_augment=cfg.auto_augment,
@@ -228,20 +227,13 @@ def build_loader(cfg: DictConfig, ranks: Ranks, backbone: Backbone) -> TrainLoad
 
 
 def build_training(cfg: DictConfig, ranks: Ranks, model: Classifier, classes: int) -> Training:
-    network = model
-    if ranks.world_size > 1:
-        network = DistributedDataParallel(
-            model,
-            device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
     precision = choose_precision(cfg.precision, ranks.device)
     groups = layer_decay_groups(
         model, model.backbone.layer_of, model.backbone.depth + 1, cfg.weight_decay, cfg.layer_decay
     )
     return Training(
         model=model,
-        network=network,
+        network=synchronised(model, ranks),
         optimizer=torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
         mixup=build_mixup(cfg, classes),
@@ -365,7 +357,7 @@ class FinetuneRecord(TrainingRecord):
             "state_dict": self.training.model.state_dict(),
             "optimizer": self.training.optimizer.state_dict(),
             "loss_scaler": self.training.scaler.state_dict(),
-            "fingerprint": self.training.model.backbone.fingerprint,
+            "backbone": self.training.model.backbone.describe(),
         }
 
 

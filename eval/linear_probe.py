@@ -69,7 +69,7 @@ def probe(
     step = 0
     resumed = find_checkpoint(cfg, run.job, ranks)
     if resumed is not None:
-        check_same_backbone(resumed, backbone.fingerprint)
+        check_same_backbone(resumed, backbone)
         checkpoint.load_weights(heads, resumed["state_dict"], run.job / "checkpoints")
         optimizer.load_state_dict(resumed["optimizer"])
         check_same_steps(resumed, data.loader.windows_per_epoch)
@@ -77,7 +77,7 @@ def probe(
 
     # 3. Epochs, from wherever that is to the end.
     record = ProbeRecord(cfg, ranks, run.job, data, stop_flag, step, heads, optimizer)
-    record.fingerprint = backbone.fingerprint
+    record.backbone = backbone.describe()
     record.introduce()
     per_epoch = data.loader.windows_per_epoch
     windows = data.windows(record, step, record.total_steps)
@@ -274,7 +274,7 @@ def any_of(features: dict[str, Features]) -> Features:
 
 
 class ProbeRecord(TrainingRecord):
-    fingerprint: str
+    backbone: dict
 
     def __init__(
         self,
@@ -337,7 +337,7 @@ class ProbeRecord(TrainingRecord):
             "state_dict": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "loss_scaler": {},  # heads are float32
-            "fingerprint": self.fingerprint,
+            "backbone": self.backbone,
         }
 
 

@@ -177,6 +177,9 @@ class TimmBackbone(Backbone):
             raise BackboneError(f"layer={layer}: valid for {family}:{name} is -1, it is no ViT")
         else:
             self.layer = self.depth = len(model.feature_info)
+        has_norm = not isinstance(getattr(model, "norm", None), nn.Identity)
+        if self.is_vit and not has_norm and hasattr(model, "fc_norm"):
+            model.norm = model.fc_norm  # its only norm stands behind timm's own pooling
         if not final_norm and hasattr(model, "norm"):
             model.norm = nn.Identity()
         # Norm and head behind timm's own pooling are not run.

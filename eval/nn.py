@@ -108,11 +108,14 @@ def knn(
 def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes: int) -> Tensor:
     """Classes by their votes, most first; of equal votes the lower class; -1 for those that no
     neighbour has. -> [Q, classes]"""
-    weights = (found.similarities[:, :k] / temperature).exp()
-    votes = torch.zeros(len(weights), classes, dtype=torch.float64)
-    votes.scatter_add_(1, labels[found.indices[:, :k]], weights)
-    votes, ranking = votes.sort(dim=1, descending=True, stable=True)
-    return ranking.where(votes > 0, -1)
+    similarities = found.similarities[:, :k]
+    # Relative to the nearest one: a common factor, and no temperature is too low for exp.
+    weights = ((similarities - similarities[:, :1]) / temperature).exp()
+    voters = labels[found.indices[:, :k]]
+    votes = torch.zeros(len(weights), classes, dtype=torch.float64).scatter_add_(1, voters, weights)
+    has_votes = torch.zeros(votes.shape, dtype=torch.bool).scatter_(1, voters, True)
+    votes, ranking = votes.where(has_votes, -1).sort(dim=1, descending=True, stable=True)
+    return ranking.where(votes >= 0, -1)
 
 
 def search_shared(bank: Tensor, queries: Tensor, k: int, ranks: Ranks, run=None, own=False):

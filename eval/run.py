@@ -17,6 +17,7 @@ from data.datasets import build_dataset
 from data.loader import EvalLoader
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, backbone_from, find_checkpoint
+from eval.networks import Colour
 from util.config import job_directory
 from util.distributed import (
     Ranks,
@@ -206,8 +207,13 @@ def share_of(count: int, ranks: Ranks) -> tuple[int, int]:
     return count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size
 
 
+def colours(cfg: DictConfig, backbone: Backbone) -> tuple[Colour, Colour]:
+    """The mean and deviation that the backbone was trained with; the data set's where it does not
+    say."""
+    if backbone.mean is None:
+        return tuple(cfg.dataset.mean), tuple(cfg.dataset.std)
+    return backbone.mean, backbone.std
+
+
 def normalised(cfg: DictConfig, backbone: Backbone, images: Tensor) -> Tensor:
-    """uint8 to what the backbone was trained on: its own mean and deviation, or the data set's."""
-    mean = cfg.dataset.mean if backbone.mean is None else backbone.mean
-    std = cfg.dataset.std if backbone.std is None else backbone.std
-    return normalise(images, mean, std)
+    return normalise(images, *colours(cfg, backbone))

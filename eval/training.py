@@ -8,6 +8,7 @@ from torch import Tensor
 from data.base import DataError, ImageDataset
 from data.loader import TrainLoader
 from data.picture import Picture
+from eval.networks import Backbone
 from eval.run import build_eval_data, require_labels
 from util.checkpoint import CheckpointError
 from util.distributed import Ranks, default_workers
@@ -83,10 +84,13 @@ def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
     return hits.sum(dim=1)
 
 
-def check_same_backbone(resumed: dict, fingerprint: str) -> None:
-    if resumed["fingerprint"] != fingerprint:
+def check_same_backbone(resumed: dict, backbone: Backbone) -> None:
+    """The file, the part of it, the layer, the size: all that its tokens depend on."""
+    before, now = resumed["backbone"], backbone.describe()
+    different = [key for key, value in now.items() if before.get(key) != value]
+    if different:
+        changes = ", ".join(f"{key} {before.get(key)} is now {now[key]}" for key in different)
         raise CheckpointError(
-            f"the checkpoint to resume belongs to another backbone (sha256 "
-            f"{resumed['fingerprint'][:16]}, this one is {fingerprint[:16]}): choose the same "
-            f"pretrained=, overwrite=True to start anew, or another job_name"
+            f"the checkpoint to resume belongs to another backbone ({changes}): choose the same "
+            f"one, overwrite=True to start anew, or another job_name"
         )

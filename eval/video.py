@@ -176,8 +176,10 @@ def propagate_labels(
         keys = context_tokens[:, reach]  # [n, r, S, D]
         cosine = torch.einsum("sd,nrtd->snrt", tokens[row], keys)
         cosine = cosine.masked_fill(too_far[:, None, None, :], -torch.inf).flatten(1)
-        last = cosine.topk(min(top_k, cosine.shape[1]), dim=1).values[:, -1:]
-        weights = torch.where(cosine >= last, (cosine / temperature).exp(), 0)
+        nearest = cosine.topk(min(top_k, cosine.shape[1]), dim=1).values
+        # Relative to the nearest one: a common factor, and no temperature is too low for exp.
+        weights = ((cosine - nearest[:, :1]) / temperature).exp()
+        weights = weights.where(cosine >= nearest[:, -1:], 0)
         weights = weights / weights.sum(dim=1, keepdim=True)
         result[row] = weights @ context_labels[:, reach].reshape(-1, channels)
     return result

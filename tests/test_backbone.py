@@ -152,6 +152,8 @@ def test_official_files_give_the_tokens_of_an_independent_forward(tmp_path, kind
         torch.testing.assert_close(found.cls, expected[:, 0], atol=1e-4, rtol=1e-4)
     assert backbone.image_side == (224 if name == "dinov2" else GRID * PATCH)
     assert len(backbone.fingerprint) == 64 and "sha256" in backbone.summary()
+    # Also the name by which features are cached, for a file may hold both.
+    assert backbone.name.endswith("-target") == (which == "target")
 
 
 def test_a_file_with_a_key_too_few_or_too_many_is_refused(tmp_path):
@@ -187,6 +189,25 @@ def test_a_local_file_of_timm_gives_timms_features(tmp_path):
     assert backbone.depth == 5 and backbone.mean == (0.5, 0.5, 0.5)
 
 
+def test_the_only_norm_of_a_vit_may_stand_behind_its_pooling():
+    name = "timm:eva02_tiny_patch14_224"
+    backbone = load_backbone(name, random_init=True)
+    bare = load_backbone(name, random_init=True, final_norm=False)
+    with torch.no_grad():
+        tokens, expected = backbone(images(224)), bare(images(224))
+        expected = F.layer_norm(expected.patches, expected.patches.shape[-1:], eps=1e-6)
+    torch.testing.assert_close(tokens.patches, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("vit_tiny_r_s16_p8_224", None), ("xcit_nano_12_p16_224", None), ("mixer_s32_224", 64)],
+)
+def test_models_that_give_no_grid_are_refused(name, side):
+    with pytest.raises(BackboneError, match=f"timm:{name}.*(no grid|no image|valid are ViTs)"):
+        load_backbone(f"timm:{name}", random_init=True, image_side=side)
+
+
 def test_a_network_without_blocks_gives_its_last_feature_map():
     backbone = load_backbone("timm:resnet10t", random_init=True)
     with torch.no_grad():
@@ -210,6 +231,8 @@ def test_own_tokens_are_those_of_the_model_that_was_saved(tmp_path, which):
     model = build_model(OmegaConf.create(contents["config"]))
     model.load_state_dict(contents["state_dict"])
     encoder = model.get_submodule(prefix[:-1])
+    colours = contents["config"]["dataset"]
+    assert backbone.mean == tuple(colours["mean"]) and backbone.std == tuple(colours["std"])
     pixels = images(24)
     with torch.no_grad():
         assert torch.equal(backbone(pixels).patches, patch_tokens(encoder, pixels))

@@ -2,8 +2,11 @@
 
 import json
 
-from eval.evaluate import markdown
+import pytest
+
+from eval.evaluate import compose, markdown
 from tests.backbones import digits_checkpoint, run_command
+from util.config import compose_config
 
 
 def test_one_table_of_several_evaluations(tmp_path, capfd):
@@ -48,3 +51,18 @@ def test_a_wrong_setting_ends_it_before_anything_runs(tmp_path, capfd):
         assert run_command("evaluate", *common, settings) == 2
         output = capfd.readouterr()
         assert expected in output.err and "top1" not in output.out
+
+
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_a_requeued_job_keeps_what_its_trainings_have_saved(tmp_path, monkeypatch, restarts):
+    cfg = compose_config("evaluate", ["dataset=digits", f"output_dir={tmp_path}"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    own = compose(cfg, "finetune", "trained", random_init=False)
+    assert (own.resume, own.overwrite) == (restarts == "1", restarts == "0")
+
+
+def test_final_norm_belongs_to_each_evaluation(tmp_path, capfd):
+    checkpoint = digits_checkpoint(tmp_path)
+    overrides = [f"pretrained={checkpoint}", f"output_dir={tmp_path}", "final_norm=False"]
+    assert run_command("evaluate", *overrides) == 2
+    assert "settings=['NAME.final_norm=False']" in capfd.readouterr().err

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.base import DataError
+from eval.backbone import load_backbone
 from eval.heads import AttentivePool, GlobalBatchNorm, ProbeHead, probe_features
 from eval.linear_probe import (
     Window,
@@ -165,9 +166,17 @@ def test_images_without_label_are_left_out():
     assert labelled.describe(1) == "digits/eval[3]" and labelled.labels[1] == digits.labels[3]
 
 
-def test_another_backbone_is_not_resumed():
+@pytest.mark.parametrize(
+    "change",
+    [{"which": "target"}, {"layer": 0}, {"final_norm": False}, {"image_side": 36}, {"seed": 1}],
+)
+def test_another_backbone_is_not_resumed(checkpoint, change):
+    """Another part of the same file is another backbone, too."""
+    before = load_backbone(str(checkpoint)).describe()
+    check_same_backbone({"backbone": before}, load_backbone(str(checkpoint)))
+    now = load_backbone(str(checkpoint), random_init="seed" in change, **change)
     with pytest.raises(CheckpointError, match="belongs to another backbone"):
-        check_same_backbone({"fingerprint": "a" * 64}, "b" * 64)
+        check_same_backbone({"backbone": before}, now)
 
 
 # ---- Runs. ---------------------------------------------------------------------------------------

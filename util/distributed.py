@@ -1,6 +1,7 @@
 """Processes: who am I, which device is mine, and the few things that all of them do together."""
 
 import ctypes
+import inspect
 import os
 import signal
 from contextlib import suppress
@@ -9,10 +10,18 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 # A rank that waits longer than this for the others gives up, so that a lost one ends the job.
 TIMEOUT = timedelta(minutes=10)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+# Newer versions of torch have renamed it.
+BUFFER_OPTION = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,18 @@ def default_workers() -> int:
     """Loader processes per training process: what the training processes leave of the cores."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(16, max(0, (available_cores() - processes) // processes))
+
+
+def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """DistributedDataParallel around the model; of one process alone the model itself."""
+    if ranks.world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{BUFFER_OPTION: False},  # they are constants
+    )
 
 
 def leave_processes() -> None:

@@ -29,6 +29,11 @@ def checkpoint_name(step: int, epoch: int | None = None) -> str:
     return (f"epoch-{epoch:04d}-" if epoch is not None else "") + f"step-{step:08d}.pth"
 
 
+def is_restart() -> bool:
+    """Slurm has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     if not folder.is_dir():

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
 from util.config import ConfigError, job_directory
-from util.job import last_checkpoint_of_finished_job, refuse_to_start_over
+from util.job import is_restart, last_checkpoint_of_finished_job, refuse_to_start_over
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "Makefile", "requirements.txt", "configs", "data", "eval", "models", "util")
@@ -212,7 +212,7 @@ class SlurmTask:
         environment = submitit.helpers.TorchDistributedEnvironment()
         environment.export(set_cuda_visible_devices=False, overwrite=True)
         # After a requeue Slurm starts the pickle of the submission again.
-        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and "resume" in self.config:
+        if is_restart() and "resume" in self.config:
             self.config["resume"] = True
         from util.command import run_configured_worker
 
@@ -225,7 +225,7 @@ class SlurmTask:
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called when a signal requeues the job, after the training has saved."""
-        return submitit.helpers.DelayedSubmission(SlurmTask(self.config | {"resume": True}))
+        return submitit.helpers.DelayedSubmission(SlurmTask(self.config))
 
 
 FOR_GOOD = (2, 3)  # bad input, and a training that cannot go on: again would be the same

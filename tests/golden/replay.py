@@ -156,7 +156,7 @@ def compare_training(pair: GoldenPair) -> dict[str, float]:
             end_window(training, iteration // accum_iter)
         learning_rate = training.optimizer.param_groups[0]["lr"]
         momentum = training.schedule.target_momentum(window)
-        rows.append([learning_rate, momentum, training.similarity_goal, *metrics.tolist()])
+        rows.append([learning_rate, momentum, float(training.similarity_goal), *metrics.tolist()])
     ours, golden = training.model.state_dict(), pair.group("final")
     assert set(ours) == set(golden), "weights differ in name"
     columns = zip(torch.tensor(rows, dtype=torch.float64).T, golden_log.T, strict=True)
