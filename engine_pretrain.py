@@ -21,6 +21,7 @@ from models.views import Views
 from util.metrics import DeviceMeters
 from util.schedules import Schedule
 
+SCALER_SEARCHES = 20  # halvings of fp16's loss scale, from 65,536 to less than 1
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
@@ -55,6 +56,8 @@ class Training:
         """Compile what repeats: each transformer block by itself, so that all blocks share the work
         of compiling one and DistributedDataParallel sends the gradients of a block while those of
         the next are computed; and the loss. All shapes of training are fixed."""
+        # What would cut the graphs where gradients are sent: blocks are small enough as they are.
+        torch._dynamo.config.optimize_ddp = False
         for module in self.model.modules():
             if isinstance(module, Block | CrossBlock):
                 module.compile(dynamic=False)
@@ -100,13 +103,17 @@ def end_window(training: Training, step: int) -> None:
     gradient_is_bad = ~grad_norm.isfinite()
     if not training.scaler.is_enabled():
         # After the all-reduce the gradient is the same everywhere, so all ranks leave out the same
-        # steps. (An enabled scaler does this by itself, as a matter of routine while it looks for
-        # its scale: no fault, not counted.)
+        # steps.
         training.optimizer.found_inf = gradient_is_bad.float()
-        training.meters.bad_gradients.add(step, gradient_is_bad)
+        training.meters.add_gradient(step, gradient_is_bad)
+    else:
+        # The scaler does this by itself, as a matter of routine while it looks for its scale.
+        training.meters.add_gradient(step, gradient_is_bad, most_in_a_row=SCALER_SEARCHES)
     training.scaler.step(training.optimizer)
     training.scaler.update()
-    training.optimizer.zero_grad(set_to_none=True)
+    # DistributedDataParallel has the gradients inside its buckets, and loses them there for None.
+    is_alone = not isinstance(training.network, DistributedDataParallel)
+    training.optimizer.zero_grad(set_to_none=is_alone)
     training.meters.add_window(step, grad_norm)
 
 

@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
             pretrain(cfg, ranks, stop_flag)
     finally:
         unlock(job_directory(cfg))
-        leave_processes()
+    leave_processes()
 
 
 def pretrain(cfg: DictConfig, ranks: Ranks, stop_flag: StopFlag) -> None:
@@ -64,6 +64,7 @@ def pretrain(cfg: DictConfig, ranks: Ranks, stop_flag: StopFlag) -> None:
         checkpoint.load_weights(model, resumed["state_dict"], job / "checkpoints")
     training = build_training(cfg, model, precision, ranks)
     step = 0 if resumed is None else restore(training, resumed, loader)
+    del resumed  # gigabytes, in each process
     if cfg.compile:
         training.compile()
 
@@ -194,7 +195,7 @@ def settle_gradient_buckets(cfg: DictConfig, training: Training) -> None:
     with training.autocast():
         latents = training.network(images, views)
     training.objective(latents, training.similarity_goal)[0].backward()
-    training.optimizer.zero_grad(set_to_none=True)
+    training.optimizer.zero_grad(set_to_none=False)
 
 
 def view_source(cfg: DictConfig, ranks: Ranks) -> Callable[[int, int, int], Views]:
@@ -219,8 +220,12 @@ def normalised_images(cfg: DictConfig, batches: Iterator) -> Iterator[Tensor]:
 
 def restore(training: Training, resumed: dict, loader: TrainLoader) -> int:
     """Optimiser and scaler as they were. -> the number of finished steps"""
+    weight_decays = [group["weight_decay"] for group in training.optimizer.param_groups]
     training.optimizer.load_state_dict(resumed["optimizer"])
-    training.scaler.load_state_dict(resumed["loss_scaler"])
+    for group, weight_decay in zip(training.optimizer.param_groups, weight_decays, strict=True):
+        group["weight_decay"] = weight_decay  # the config's, as the learning rate is
+    if resumed["loss_scaler"]:  # empty unless that run was in fp16
+        training.scaler.load_state_dict(resumed["loss_scaler"])
     check_same_steps(resumed, loader.windows_per_epoch)
     return resumed["step"]
 

@@ -163,6 +163,8 @@ def measure_in_turns(
 def measure(setting: Setting, plain: str | None, rounds: int, repeat: int, ranks: Ranks) -> dict:
     """plain: precision of the plain formulation to compare with; None: do not."""
     flops = count_flops(setting)
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     actions = {"step": our_step(setting, ranks)}
     actions["step"]()
     memory = memory_in_use(ranks.device)  # before anything else is built

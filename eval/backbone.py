@@ -200,7 +200,7 @@ def load_timm(
         fit_timm(model, Path(weights_file))
     try:
         backbone = TimmBackbone(model, family="timm", name=name, layer=layer, final_norm=final_norm)
-    except AttributeError as error:
+    except (AttributeError, TypeError) as error:
         raise BackboneError(
             f"pretrained=timm:{name}: valid are ViTs and models with feature maps ({error})"
         ) from error

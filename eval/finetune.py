@@ -100,7 +100,8 @@ def finetune(
     step = 0
     if resumed is not None:
         training.optimizer.load_state_dict(resumed["optimizer"])
-        training.scaler.load_state_dict(resumed["loss_scaler"])
+        if resumed["loss_scaler"]:  # empty unless that run was in fp16
+            training.scaler.load_state_dict(resumed["loss_scaler"])
         check_same_steps(resumed, loader.windows_per_epoch)
         step = resumed["step"]
 

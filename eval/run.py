@@ -124,10 +124,8 @@ def joined_processes() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         return
     ranks = join_processes()
-    try:
-        yield ranks
-    finally:
-        leave_processes()
+    yield ranks
+    leave_processes()
 
 
 def run_evaluation(

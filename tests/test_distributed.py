@@ -11,7 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine_pretrain import begin_window, end_window, micro_step
 from tests.test_engine import build_training, draw, half, relative_difference, run_windows, weights
-from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects, gather_rows
+from util.distributed import (
+    Ranks,
+    all_reduce,
+    broadcast_object,
+    default_workers,
+    gather_objects,
+    gather_rows,
+)
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -29,6 +36,22 @@ def start(rank: int, function, processes: int, rendezvous: str, *arguments) -> N
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
     function(Ranks(rank, processes, CPU), *arguments)
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("visible", "processes", "given", "workers"),
+    [(96, 8, None, 11), (2, 2, None, 0), (1, 1, None, 0), (80, 8, 10, 9), (10, 8, 10, 9)],
+)
+def test_loader_processes_are_counted_from_the_cores(
+    monkeypatch, visible, processes, given, workers
+):
+    """Also where Slurm has bound each process to its own cores (the last case)."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(visible)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    if given:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(given))
+    assert default_workers() == workers
 
 
 def train_a_share(ranks: Ranks, folder) -> None:

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 
-from engine_pretrain import Training, begin_window, end_window, micro_step, train_epoch
+from engine_pretrain import (
+    SCALER_SEARCHES,
+    Training,
+    begin_window,
+    end_window,
+    micro_step,
+    train_epoch,
+)
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import Views, sample_views
@@ -198,6 +205,17 @@ def test_fp16_overflow_lowers_the_scale_and_is_no_fault():
     assert training.scaler.get_scale() == 2.0**39
     assert training.meters.count_faults() == 0
     assert torch.equal(weights(training)[: len(before)], before)
+
+
+def test_fp16_that_never_finds_its_scale_is_a_fault():
+    training = build_training(precision="fp16")
+    with torch.no_grad():
+        training.model.encoder.cls_token.fill_(torch.inf)
+    run_windows(training, SCALER_SEARCHES)
+    assert training.meters.bad_gradients.count == 0
+    run_windows(training, 2)
+    assert training.meters.bad_gradients.count == 2
+    assert training.meters.read()["grad_norm"] == 0  # and not NaN, which is no JSON
 
 
 def test_train_epoch_runs_exactly_the_given_windows():

@@ -55,7 +55,7 @@ def error_of(run_here):
     ("override", "valid"),
     [
         ("num_vis=0", "a whole number of at least 1"),
-        ("num_vis=16", "1 to 15, because grid_size=4 makes 16 patches and at least one must be"),
+        ("num_vis=15", "1 to 14, because grid_size=4 makes 16 patches and at least two must be"),
         ("patch_gap=-1", "a whole number of at least 0"),
         ("patch_gap=1.5", "a whole number of at least 0"),
         ("grid_size=1", "a whole number of at least 2"),
@@ -237,7 +237,7 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
             "encoder=vit_foo: no such choice; valid",
         ),
         ("launcher.py --config-name=nope", "--config-name=nope: no such config in"),
-        ("launcher.py --config-name=demo num_vis=16", "num_vis=16: valid is 1 to 15, because"),
+        ("launcher.py --config-name=demo num_vis=16", "num_vis=16: valid is 1 to 14, because"),
         pytest.param(
             "main_lmim.py --config-name=demo epochs=abc",
             "epochs=abc: valid is a whole number of at least 1",

@@ -66,17 +66,21 @@ def share_cores(processes: int) -> None:
     """CPU processes that use all cores each stand in each other's way: ten times slower."""
     # What a person has set counts; of several processes torchrun has set it, to 1.
     if processes > 1 or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cores() // processes))
+        torch.set_num_threads(max(1, own_cores(processes)))
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0))
+def own_cores(processes: int) -> int:
+    """Of each of several processes. Slurm may have bound them already to cores of their own, which
+    then are all that this process can see."""
+    visible = len(os.sched_getaffinity(0))
+    given = int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
+    return max(visible // processes, min(visible, given))
 
 
 def default_workers() -> int:
-    """Loader processes per training process: what the training processes leave of the cores."""
+    """Loader processes per training process: what the training process leaves of its cores."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(16, max(0, (available_cores() - processes) // processes))
+    return min(16, max(0, own_cores(processes) - 1))
 
 
 def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -92,6 +96,8 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def leave_processes() -> None:
+    """At a good end. After an error of one process alone this would wait for the others (NCCL
+    does), and nobody would learn of the error; the end of the process is enough then."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

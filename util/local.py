@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from util.command import run_configured_worker
+from util.command import leave, run_configured_worker
 from util.config import ConfigError, processes_per_node
 from util.validate import check_gpus
 
@@ -25,6 +25,7 @@ def run_here(cfg: DictConfig) -> int:
         )
     if cfg.env.ngpu == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.update({name: str(value) for name, value in cfg.env.nccl.items()})
     check_gpus(cfg.env.ngpu, torch.cuda.device_count())
     if processes_per_node(cfg) == 1:
         return run_configured_worker(OmegaConf.to_container(cfg))
@@ -59,7 +60,7 @@ def run_processes(cfg: DictConfig, processes: int) -> int:
 
 def run_and_exit(config: dict) -> None:
     """What each of several processes does."""
-    sys.exit(run_configured_worker(config))
+    leave(run_configured_worker(config))
 
 
 def exit_code_of(failed: dict[int, int]) -> int:

@@ -25,6 +25,7 @@ class DeviceMeters:
         self.window_loss = torch.zeros((), dtype=torch.float64, device=device)
         # Since the start of the process. The loss is this rank's own; the gradient is common to
         # all.
+        self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.bad_losses = FaultCounter(device)
         self.bad_gradients = FaultCounter(device)
 
@@ -33,10 +34,15 @@ class DeviceMeters:
         self.window_loss += metrics[0]
         self.micro_steps += 1
 
+    def add_gradient(self, step: int, is_bad: Tensor, most_in_a_row: int = 0) -> None:
+        """most_in_a_row: so many bad ones after each other are no fault."""
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * is_bad
+        self.bad_gradients.add(step, self.bad_in_a_row > most_in_a_row)
+
     def add_window(self, step: int, grad_norm: Tensor) -> None:
         self.bad_losses.add(step, ~self.window_loss.isfinite())
         self.window_loss.zero_()
-        self.grad_norm += grad_norm
+        self.grad_norm += grad_norm.nan_to_num(0.0, 0.0)  # of a step that was left out
         self.windows += 1
 
     def read(self) -> dict[str, float]:

@@ -214,14 +214,16 @@ class SlurmTask:
         # After a requeue Slurm starts the pickle of the submission again.
         if is_restart() and "resume" in self.config:
             self.config["resume"] = True
-        from util.command import run_configured_worker
+        if self.config["env"]["ngpu"] == 0:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from util.command import leave, run_configured_worker
 
         exit_code = run_configured_worker(self.config)
         if exit_code in FOR_GOOD:
             mark = Path(os.environ["SUBMITIT_FOLDER"]) / f"{os.environ['SLURM_JOB_ID']}.final"
             mark.touch()
         if exit_code:
-            sys.exit(exit_code)
+            leave(exit_code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called when a signal requeues the job, after the training has saved."""

@@ -287,10 +287,12 @@ def shown(value) -> str:
 
 def check_views(cfg: DictConfig) -> None:
     patches = cfg.grid_size**2
-    if cfg.num_vis >= patches:
+    # infonce_patches tells the masked patches of an image apart.
+    masked, words = (2, "two") if cfg.loss.name == "infonce_patches" else (1, "one")
+    if cfg.num_vis > patches - masked:
         raise ConfigError(
-            f"num_vis={cfg.num_vis}: valid is 1 to {patches - 1}, because "
-            f"grid_size={cfg.grid_size} makes {patches} patches and at least one must be masked"
+            f"num_vis={cfg.num_vis}: valid is 1 to {patches - masked}, because "
+            f"grid_size={cfg.grid_size} makes {patches} patches and at least {words} must be masked"
         )
 
 
