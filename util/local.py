@@ -60,7 +60,8 @@ def run_processes(cfg: DictConfig, processes: int) -> int:
 
 def run_and_exit(config: dict) -> None:
     """What each of several processes does."""
-    leave(run_configured_worker(config))
+    if exit_code := run_configured_worker(config):
+        leave(exit_code)
 
 
 def exit_code_of(failed: dict[int, int]) -> int:
