@@ -168,7 +168,7 @@ def first_writable(places: list[Path]) -> Iterator[Path | None]:
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(place.with_name(f".{place.name}.lock"), "a")  # noqa: SIM115
+            lock = open(place.with_name(f".{place.name}.lock"), "a")  # noqa: SIM115 (closed below, by `with`)
         except OSError:
             continue
         with lock:
@@ -337,7 +337,7 @@ def members_of(folder: Path, piece: Piece) -> Iterator[tarfile.TarInfo]:
             first_bytes = file.read(8)
             file.seek(piece.start)
             try:
-                tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115
+                tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (it holds nothing of its own: `file` is closed)
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # it would keep them all
                     if member.isreg() and member.offset_data + member.size > piece.end:
