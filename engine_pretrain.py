@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.decoder import CrossBlock, write_out_attention
+from models.linear import multiply_by_convolution
 from models.lmim import LatentMIM, Latents
 from models.target import MovingAverage
 from models.views import Views
@@ -48,9 +49,11 @@ class Training:
         self.moving_average = self.model.moving_average()
         self.similarity_goal = torch.zeros((), device=self.device)
         self.meters = DeviceMeters(self.device)
+        # On a CPU (bench/RESULTS.md has the figures):
         if self.device.type == "cpu" and self.precision == "bf16":
-            # There torch's fused attention takes up to twice as long (bench/RESULTS.md).
-            write_out_attention(self.model)
+            write_out_attention(self.model)  # the fused one takes up to twice as long
+        if self.device.type == "cpu" and self.precision == "fp32":
+            multiply_by_convolution(self.model)
 
     def compile(self) -> None:
         """Compile what repeats: each transformer block by itself, so that all blocks share the work
@@ -58,6 +61,7 @@ class Training:
         the next are computed; and the loss. All shapes of training are fixed."""
         # What would cut the graphs where gradients are sent: blocks are small enough as they are.
         torch._dynamo.config.optimize_ddp = False
+        multiply_by_convolution(self.model, on=False)  # the compiler chooses its own products
         for module in self.model.modules():
             if isinstance(module, Block | CrossBlock):
                 module.compile(dynamic=False)

@@ -6,12 +6,14 @@ from torch import Tensor
 
 from engine_pretrain import Training
 from models.decoder import write_out_attention
+from models.linear import multiply_by_convolution
 from models.views import Views
 
 
 def make_plain(training: Training) -> Training:
     """In place."""
     write_out_attention(training.model)
+    multiply_by_convolution(training.model, on=False)
     groups = [
         {"params": group["params"], "weight_decay": group["weight_decay"]}
         for group in training.optimizer.param_groups
