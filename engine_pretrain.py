@@ -49,11 +49,10 @@ class Training:
         self.moving_average = self.model.moving_average()
         self.similarity_goal = torch.zeros((), device=self.device)
         self.meters = DeviceMeters(self.device)
-        # On a CPU (bench/RESULTS.md has the figures):
-        if self.device.type == "cpu" and self.precision == "bf16":
-            write_out_attention(self.model)  # the fused one takes up to twice as long
-        if self.device.type == "cpu" and self.precision == "fp32":
+        if self.device.type == "cpu":  # bench/RESULTS.md has the figures
             multiply_by_convolution(self.model)
+            if self.precision == "bf16":
+                write_out_attention(self.model)  # the fused one takes up to twice as long
 
     def compile(self) -> None:
         """Compile what repeats: each transformer block by itself, so that all blocks share the work

@@ -1,15 +1,26 @@
-"""Linear layers for training on CPUs in float32: faster matrix products.
+"""Linear layers for training on CPUs: faster matrix products.
 
 A linear layer is a convolution with one pixel, tokens in place of pixels. torch hands convolutions
-to oneDNN, and float32 matrix products to a library that is slower on some processors
-(bench/RESULTS.md). The gradient of the weights stays a matrix product: there that is the faster.
+to oneDNN, and float32 matrix products to a library that is slower on some processors; in bf16 its
+convolutions are the better tuned ones too (bench/RESULTS.md). The gradient of the weights stays a
+matrix product: there that is the faster.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input
+
+# Entries of a weight matrix; below, calling a convolution costs more than it saves.
+SMALLEST = 2**18
+ONE_PIXEL = {
+    "stride": [1, 1],
+    "padding": [0, 0],
+    "dilation": [1, 1],
+    "transposed": False,
+    "output_padding": [0, 0],
+    "groups": 1,
+}
 
 
 def as_pixels(tokens: Tensor) -> Tensor:
@@ -36,8 +47,15 @@ class PixelProduct(torch.autograd.Function):
         tokens, weight = ctx.saved_tensors
         for_tokens = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
-            shape = as_pixels(tokens).shape
-            pixels = conv2d_input(shape, weight[:, :, None, None], as_pixels(gradient))
+            # torch.nn.grad.conv2d_input would do, but makes and copies an input of its own.
+            pixels, _, _ = torch.ops.aten.convolution_backward(
+                as_pixels(gradient),
+                as_pixels(tokens),
+                weight[:, :, None, None],
+                bias_sizes=None,
+                **ONE_PIXEL,
+                output_mask=[True, False, False],
+            )
             for_tokens = as_tokens(pixels)
         if ctx.needs_input_grad[1]:
             for_weight = gradient.flatten(0, 1).T @ tokens.flatten(0, 1)
@@ -50,12 +68,17 @@ class PixelLinear(nn.Linear):
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.dim() != 3:
             return super().forward(tokens)
-        return PixelProduct.apply(tokens, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled("cpu"):  # casts torch's own functions only
+            dtype = torch.get_autocast_dtype("cpu")
+            tokens, weight = tokens.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return PixelProduct.apply(tokens, weight, bias)
 
 
 def multiply_by_convolution(model: nn.Module, on: bool = True) -> None:
-    """In all linear layers of the model. Parameters and their names stay as they are."""
+    """In the large linear layers of the model. Parameters and their names stay as they are."""
     was, becomes = (nn.Linear, PixelLinear) if on else (PixelLinear, nn.Linear)
     for module in model.modules():
-        if type(module) is was:
+        if type(module) is was and module.weight.numel() >= SMALLEST:
             module.__class__ = becomes

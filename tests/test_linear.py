@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from models.linear import PixelLinear, PixelProduct, multiply_by_convolution
+from models.vit import Encoder
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -22,49 +23,66 @@ def test_against_finite_differences(with_bias):
 
 @pytest.mark.parametrize("layout", ["contiguous", "slice", "transposed", "expanded", "one token"])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_as_the_linear_layer(layout, with_bias):
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_as_the_linear_layer(layout, with_bias, precision, tolerance):
     torch.manual_seed(0)
     tokens = {
-        "contiguous": lambda: torch.randn(8, 21, 48),
-        "slice": lambda: torch.randn(8, 22, 48)[:, 1:],
-        "transposed": lambda: torch.randn(8, 48, 21).transpose(1, 2),
-        "expanded": lambda: torch.randn(1, 21, 48).expand(8, -1, -1),
-        "one token": lambda: torch.randn(8, 1, 48),
+        "contiguous": lambda: torch.randn(8, 21, 448),
+        "slice": lambda: torch.randn(8, 22, 448)[:, 1:],
+        "transposed": lambda: torch.randn(8, 448, 21).transpose(1, 2),
+        "expanded": lambda: torch.randn(1, 21, 448).expand(8, -1, -1),
+        "one token": lambda: torch.randn(8, 1, 448),
     }[layout]()
-    theirs = nn.Linear(48, 80, bias=with_bias)
-    ours = nn.Linear(48, 80, bias=with_bias)
+    theirs = nn.Linear(448, 640, bias=with_bias)
+    ours = nn.Linear(448, 640, bias=with_bias)
     ours.load_state_dict(theirs.state_dict())
     multiply_by_convolution(ours)
     assert type(ours) is PixelLinear
     results = []
     for layer in (theirs, ours):
         leaf = tokens.clone(memory_format=torch.preserve_format).requires_grad_()
-        output = layer(leaf)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output = layer(leaf)
         # A gradient that is not contiguous, as a transposition after the layer leaves it.
         output.transpose(1, 2).square().sum().backward()
         results.append([output, leaf.grad, *(p.grad for p in layer.parameters())])
     for expected, found in zip(*results, strict=True):
-        assert found.shape == expected.shape
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        smallest = tolerance * float(expected.detach().abs().max())
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=smallest)
 
 
 def test_only_what_is_needed_is_computed():
-    layer = nn.Linear(4, 4)
+    layer = nn.Linear(512, 512)
     multiply_by_convolution(layer)
     layer.weight.requires_grad_(False)
-    layer(torch.randn(2, 3, 4)).sum().backward()
-    assert layer.weight.grad is None and layer.bias.grad.tolist() == [6.0] * 4
-    assert not layer(torch.randn(2, 3, 4).detach()).detach().requires_grad
+    layer(torch.randn(2, 3, 512)).sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad.tolist() == [6.0] * 512
     with torch.no_grad():
-        assert layer(torch.randn(2, 3, 4)).grad_fn is None
+        assert layer(torch.randn(2, 3, 512)).grad_fn is None
+
+
+def test_recomputing_and_repeating_change_no_bit():
+    gradients = []
+    for recompute in (False, True, False):
+        torch.manual_seed(0)
+        encoder = Encoder(
+            grid_size=4, patch_size=4, embed_dim=512, depth=1, num_heads=8, recompute=recompute
+        )
+        multiply_by_convolution(encoder)
+        tokens = encoder.forward_features(torch.randn(8, 5, 48), torch.arange(5).expand(8, -1))
+        tokens.square().sum().backward()
+        gradients.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    for ours in gradients[1:]:
+        assert all(map(torch.equal, ours, gradients[0]))
 
 
 def test_there_and_back():
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512), nn.Linear(512, 2))
     names = list(model.state_dict())
     multiply_by_convolution(model)
-    assert [type(m) for m in model] == [PixelLinear, nn.LayerNorm, PixelLinear]
+    assert [type(m) for m in model] == [PixelLinear, nn.LayerNorm, nn.Linear]  # 2 is too small
     assert list(model.state_dict()) == names
-    assert model(torch.randn(5, 4)).shape == (5, 2)  # rows that are no token sequences
+    assert model(torch.randn(5, 512)).shape == (5, 2)  # rows that are no token sequences
     multiply_by_convolution(model, on=False)
     assert [type(m) for m in model] == [nn.Linear, nn.LayerNorm, nn.Linear]

@@ -92,36 +92,36 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, number",
-    [
-        ("launcher", signal.SIGINT),
-        ("launcher", signal.SIGTERM),
-        ("launcher, two", signal.SIGINT),
-        ("torchrun", signal.SIGINT),
-        ("torchrun", signal.SIGTERM),
-    ],
-)
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, undisturbed, name, number):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_signals_save_and_the_same_command_goes_on(tmp_path, undisturbed, name):
     """To the whole process group, as a terminal does."""
     processes = 1 if name == "launcher" else 2
     settings = [*settings_of(processes), f"output_dir={tmp_path}"]
-    process = start(COMMANDS[name], *settings)
     job = tmp_path / "demo"
-    wait_until(lambda: any(record["step"] >= 5 for record in records(job)), process)
+    stopped_at = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stopped_at = stop_and_check(name, number, settings, job, stopped_at)
+    resumed = succeed(COMMANDS[name], *settings)
+    assert f"from step {stopped_at}" in resumed
+    assert_same_state(final_state(job), undisturbed(processes))
+
+
+def stop_and_check(name: str, number: int, settings: list[str], job: Path, stopped_at: int) -> int:
+    """Start again where it was stopped before, and stop it some steps later. -> the step"""
+    process = start(COMMANDS[name], *settings)
+    wait_until(lambda: any(r["step"] >= stopped_at + 5 for r in records(job)), process)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=25)
+    assert (f"from step {stopped_at}" in output) == (stopped_at > 0), output
     assert "everything is saved; the same command with resume=True goes on from here" in output
     if name == "torchrun":  # which has its own way of saying that it was told to stop
         assert process.returncode != 0
     else:
         assert process.returncode == 128 + number, output
         assert "Traceback" not in output
-    stopped_at = final_state(job)["step"]
-    assert 5 <= stopped_at < 40
-    resumed = succeed(COMMANDS[name], *settings)
-    assert f"from step {stopped_at}" in resumed
-    assert_same_state(final_state(job), undisturbed(processes))
+    step = final_state(job)["step"]
+    assert stopped_at + 5 <= step < 40
+    return step
 
 
 @pytest.mark.slow
