@@ -257,6 +257,8 @@ def _load(
         collate_fn=_collate,
         num_workers=num_workers,
         worker_init_fn=_start_worker,
+        # The launcher's processes would otherwise start theirs anew, with five seconds of imports.
+        multiprocessing_context="fork" if num_workers > 0 else None,
         pin_memory=device.type == "cuda",
         # torch draws a seed for each set of workers: not from the generator that others use.
         generator=torch.Generator(),

@@ -2,12 +2,20 @@
 with other processes make each other wait."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for what sets its threads itself (share_cores)
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no process works on alone at the end: all of Slurm, which is one
+    chain, then the files with many slow tests."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.path.parent.name != "slurm", -slow[item.path]))
 
 
 @pytest.hookimpl(optionalhook=True)

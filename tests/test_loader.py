@@ -1,6 +1,7 @@
 """The loaders' promises: the same batches for any workers, any split into processes, any resume."""
 
 import logging
+import multiprocessing
 import os
 import signal
 from itertools import islice
@@ -167,6 +168,17 @@ class WorkerSignals(Numbered):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             os.kill(os.getpid(), number)
         return super().load(index)
+
+
+def test_workers_are_forked_whatever_else_is_started_how(monkeypatch):
+    """Started anew, they would have to get the data set through a pickle, and import everything."""
+    default = multiprocessing.context._default_context
+    monkeypatch.setattr(default, "_actual_context", multiprocessing.get_context("spawn"))
+
+    class CannotBePickled(Numbered):
+        """Not at the top of a module, and so in no pickle."""
+
+    assert len(list(train_loader(CannotBePickled(), num_workers=1).stream(0, 2))) == 2
 
 
 def test_workers_outlive_the_signals_of_the_scheduler():
