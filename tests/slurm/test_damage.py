@@ -37,7 +37,7 @@ def wait_for_attempt(checkpoints) -> None:
     wait_for(lambda: checkpoints.stat().st_mtime_ns != before, 60, "a checkpoint to be tried")
 
 
-def test_a_truncated_newest_checkpoint(tmp_path, undisturbed_pair):  # noqa: F811
+def test_a_truncated_newest_checkpoint(tmp_path, undisturbed_pair):  # noqa: F811 (that fixture)
     settings = [*LONG, "env.tasks_per_node=2", f"output_dir={tmp_path}"]
     job_id = submit(*settings)
     job = tmp_path / "demo"
@@ -52,7 +52,7 @@ def test_a_truncated_newest_checkpoint(tmp_path, undisturbed_pair):  # noqa: F81
     assert f"from step {resumed_step}\n" in log_text(job, job_id)
 
 
-def test_a_full_disk(tmp_path, small_disk):  # noqa: F811
+def test_a_full_disk(tmp_path, small_disk):  # noqa: F811 (that fixture)
     """Logs, code and checkpoints of the job are all on it."""
     settings = [*LONG, "epochs=10", "save_minutes=0.01"]
     succeed(LAUNCHER, *settings, f"output_dir={tmp_path}")
