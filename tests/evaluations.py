@@ -1,13 +1,12 @@
 """Runs of the evaluations for the tests: in this process, and as commands of their own."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
 
-from tests.runs import LAUNCHER, ROOT, environment
+from tests.runs import LAUNCHER, finish, start_process
 from util.config import compose_config
 from util.validate import check_config
 
@@ -26,24 +25,9 @@ def arguments(name: str, pretrained: Path | None, folder: Path, *overrides: str)
     return [f"--config-name={name}", *defaults, *places, *overrides]
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    """In a process group of its own, so that tests.runs.kill reaches all of it."""
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def launch(name: str, pretrained: Path, folder: Path, *overrides: str) -> tuple[int, str]:
     """-> exit code, everything it printed"""
-    process = start([*LAUNCHER, *arguments(name, pretrained, folder, *overrides)])
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    return finish(start_process([*LAUNCHER, *arguments(name, pretrained, folder, *overrides)]))
 
 
 def results(folder: Path, name: str) -> dict:

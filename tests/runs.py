@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from tests.forked import ROOT, Forked
 from util.checkpoint import list_checkpoints, load_file
 
-ROOT = Path(__file__).resolve().parent.parent
 # The demo made small: 10 steps an epoch, about 20 ms each.
 TINY = (
     "--config-name=demo encoder.embed_dim=24 encoder.depth=2 proj.mlp_dim=32 proj.mlp_depth=2 "
@@ -34,23 +35,33 @@ def torchrun(processes: int) -> list[str]:
 LAUNCHER = [sys.executable, "launcher.py"]
 
 
-def start(command: list[str], *overrides: str, **popen) -> subprocess.Popen:
-    """In a process group of its own, so that kill() reaches all of it."""
+def start(command: list[str], *overrides: str) -> subprocess.Popen | Forked:
+    """A small training."""
+    return start_process([*command, *TINY, *overrides])
+
+
+def start_process(command: list[str], **extra: str) -> subprocess.Popen | Forked:
+    """In a process group of its own, so that kill() reaches all of it. extra: variables."""
+    if command[:2] == LAUNCHER:
+        return Forked(command[1:], environment(**extra))
     return subprocess.Popen(
-        [*command, *TINY, *overrides],
+        command,
         cwd=ROOT,
-        env=environment(),
+        env=environment(**extra),
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **popen,
     )
 
 
 def run(command: list[str], *overrides: str, timeout: float = 180) -> tuple[int, str]:
     """-> exit code, everything it printed"""
-    process = start(command, *overrides)
+    return finish(start(command, *overrides), timeout)
+
+
+def finish(process: subprocess.Popen | Forked, timeout: float = 180) -> tuple[int, str]:
+    """-> exit code, everything it printed"""
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -65,7 +76,35 @@ def succeed(command: list[str], *overrides: str) -> str:
     return output
 
 
-def kill(process: subprocess.Popen) -> None:
+def succeed_together(processes: int, *overrides: str) -> str:
+    """A small training as torchrun(processes) does it."""
+    return run_together(processes, *TINY, *overrides)
+
+
+def run_together(processes: int, *arguments: str) -> str:
+    """The launcher in processes that know of each other as torchrun's do. -> what they printed"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        start_process(
+            [*LAUNCHER, *arguments],
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(processes),
+            LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        for rank in range(processes)
+    ]
+    ended = [finish(rank) for rank in ranks]
+    output = "".join(output for _, output in ended)
+    assert [code for code, _ in ended] == [0] * processes, output
+    return output
+
+
+def kill(process: subprocess.Popen | Forked) -> None:
     """kill -9: the process and all that it has started (torchrun's have groups of their own)."""
     for pid in [process.pid, *descendants(process.pid)]:
         with suppress(ProcessLookupError):
@@ -93,16 +132,16 @@ def records(job: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def wait_until(condition, process: subprocess.Popen, timeout: float = 120) -> None:
+def wait_until(condition, process: subprocess.Popen | Forked, timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         if process.poll() is not None:
             raise AssertionError(f"ended too early: {process.stdout.read()}")
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
-def kill_at_step(process: subprocess.Popen, job: Path, step: int) -> None:
+def kill_at_step(process: subprocess.Popen | Forked, job: Path, step: int) -> None:
     """kill -9 as soon as the log has this step."""
     wait_until(lambda: any(r["step"] >= step for r in records(job)), process)
     kill(process)

@@ -28,7 +28,7 @@ def spawn(function, processes: int, folder, *arguments) -> None:
     """Run function(ranks, *arguments) in real processes that talk through gloo."""
     rendezvous = f"file://{folder / 'rendezvous'}"
     inner = (function, processes, rendezvous, *arguments)
-    multiprocessing.spawn(start, args=inner, nprocs=processes)
+    multiprocessing.start_processes(start, inner, processes, start_method="forkserver")
 
 
 def start(rank: int, function, processes: int, rendezvous: str, *arguments) -> None:

@@ -24,10 +24,17 @@ from tests.evaluations import (
     config,
     launch,
     results,
-    start,
     unlabelled_folder,
 )
-from tests.runs import LAUNCHER, assert_same_state, final_state, kill_at_step, records
+from tests.runs import (
+    LAUNCHER,
+    assert_same_state,
+    final_state,
+    finish,
+    kill_at_step,
+    records,
+    start_process,
+)
 from tests.test_distributed import spawn
 from util.config import ConfigError
 from util.optim import layer_decay_groups
@@ -237,11 +244,10 @@ def test_killed_and_resumed_equals_undisturbed(checkpoint, tmp_path):
     job = tmp_path / "broken" / "finetune"
     chance = random.Random(2)
     for lowest in (3, 16):  # in the first epoch of 14 steps, then in the second
-        process = start([*LAUNCHER, *often])
+        process = start_process([*LAUNCHER, *often])
         kill_at_step(process, job, lowest + chance.randrange(6))
-    process = start([*LAUNCHER, *often])
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "from step" in output, output
+    code, output = finish(start_process([*LAUNCHER, *often]))
+    assert code == 0 and "from step" in output, output
     assert_same_state(final_state(job), final_state(tmp_path / "whole" / "finetune"))
     steps = [record["step"] for record in records(job) if "loss" in record]
     assert steps == list(range(1, 29)), "the log has lost or doubled a step"

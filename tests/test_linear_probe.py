@@ -29,10 +29,17 @@ from tests.evaluations import (
     config,
     launch,
     results,
-    start,
     unlabelled_folder,
 )
-from tests.runs import LAUNCHER, assert_same_state, final_state, kill_at_step, records
+from tests.runs import (
+    LAUNCHER,
+    assert_same_state,
+    final_state,
+    finish,
+    kill_at_step,
+    records,
+    start_process,
+)
 from tests.test_distributed import spawn
 from util.checkpoint import CheckpointError
 from util.config import ConfigError
@@ -287,11 +294,10 @@ def test_killed_and_resumed_equals_undisturbed(checkpoint, tmp_path):
     job = tmp_path / "broken" / "linear_probe"
     chance = random.Random(1)
     for lowest in (2, 11):  # in the first epoch of 7 steps, then in the second
-        process = start([*LAUNCHER, *broken])
+        process = start_process([*LAUNCHER, *broken])
         kill_at_step(process, job, lowest + chance.randrange(4))
-    process = start([*LAUNCHER, *broken])
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "from step" in output, output
+    code, output = finish(start_process([*LAUNCHER, *broken]))
+    assert code == 0 and "from step" in output, output
     assert_same_state(final_state(job), final_state(tmp_path / "whole" / "linear_probe"))
     steps = [record["step"] for record in records(job) if "images_per_second" in record]
     assert steps == list(range(1, 29)), "the log has lost or doubled a step"

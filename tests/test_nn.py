@@ -1,8 +1,6 @@
 """Nearest neighbours against brute force and scikit-learn, with ties, in one process and in two."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from eval.features import Features
 from eval.nn import knn, leave_one_out, leave_one_out_hits
 from eval.search import nearest
 from tests.backbones import digits_checkpoint, run_command
-from tests.runs import ROOT, environment
+from tests.runs import finish, run_together, start_process, torchrun
 from util.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -138,19 +136,22 @@ def test_two_processes_give_the_same_number(tmp_path, protocol):
     alone = results(tmp_path)
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node=2", "-m", "eval.nn", "--config-name=nn"]
+    arguments = ["--config-name=nn", "dataset=digits", "num_workers=0", *overrides]
     for _ in range(2 if protocol == "knn" else 1):  # the second time from the cache
-        run = subprocess.run(
-            [*command, "dataset=digits", "num_workers=0", *overrides],
-            cwd=ROOT,
-            env=environment(CUDA_VISIBLE_DEVICES=""),
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_together(2, *arguments)
         assert results(tmp_path) == alone
+
+
+@pytest.mark.slow
+def test_torchrun_as_in_the_readme(tmp_path):
+    overrides = [f"output_dir={tmp_path}", f"pretrained={digits_checkpoint(tmp_path)}"]
+    assert run_command("nn", *overrides) == 0
+    alone = results(tmp_path)
+    command = [*torchrun(2)[:-1], "-m", "eval.nn", "--config-name=nn"]
+    process = start_process([*command, "dataset=digits", "num_workers=0", *overrides])
+    code, output = finish(process)
+    assert code == 0, output
+    assert results(tmp_path) == alone
 
 
 @pytest.mark.parametrize(

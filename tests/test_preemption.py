@@ -21,6 +21,7 @@ from tests.runs import (
     run,
     start,
     succeed,
+    succeed_together,
     torchrun,
     wait_until,
 )
@@ -83,8 +84,7 @@ def undisturbed(tmp_path_factory):
     def final(processes: int) -> dict:
         if processes not in states:
             folder = tmp_path_factory.mktemp("undisturbed")
-            command = LAUNCHER if processes == 1 else torchrun(2)
-            succeed(command, *settings_of(processes), f"output_dir={folder}")
+            succeed_together(processes, *settings_of(processes), f"output_dir={folder}")
             states[processes] = final_state(folder / "demo")
         return states[processes]
 

@@ -2,21 +2,19 @@
 was never disturbed."""
 
 import random
-import subprocess
-import sys
 
 import pytest
 
+from tests.kills import KILLS, kill_and_compare
 from tests.runs import (
     LAUNCHER,
-    ROOT,
     assert_same_state,
-    environment,
     final_state,
     kill_at_step,
     records,
     start,
     succeed,
+    succeed_together,
     torchrun,
 )
 
@@ -35,7 +33,7 @@ def undisturbed(tmp_path_factory):
         if processes not in states:
             folder = tmp_path_factory.mktemp("undisturbed")
             settings = [*share(processes), "num_workers=0", f"output_dir={folder}"]
-            succeed(command(processes), *settings)
+            succeed_together(processes, *settings)
             states[processes] = final_state(folder / "demo")
         return states[processes]
 
@@ -60,7 +58,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, undisturbed, processes)
     for workers, lowest in ((2, 3), (0, 14)):  # in the first epoch, then in the second
         process = start(command(processes), *arguments, f"num_workers={workers}")
         kill_at_step(process, job, lowest + chance.randrange(5))
-    output = succeed(command(processes), *arguments, "num_workers=2")
+    output = succeed_together(processes, *arguments, "num_workers=2")
     assert "from step" in output, "started over instead of resuming"
     assert_same_state(final_state(job), undisturbed(processes))
     steps = [record["step"] for record in records(job)]
@@ -76,7 +74,5 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 
 def test_twenty_kills_while_checkpoints_are_written(tmp_path):
-    command = [sys.executable, "-m", "tests.kills", str(tmp_path)]
-    ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "20 kills" in ran.stdout
+    assert KILLS >= 20
+    kill_and_compare(tmp_path)

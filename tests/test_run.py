@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.nn import leave_one_out_hits
-from tests.runs import LAUNCHER, TINY, final_state, records, run, succeed, torchrun
+from tests.runs import LAUNCHER, TINY, final_state, records, run, succeed, succeed_together
 from util.checkpoint import list_checkpoints
 from util.command import run_configured_worker
 from util.config import compose_config
@@ -87,7 +87,7 @@ def test_evaluation_on_two_processes_gives_the_same_number(tmp_path):
     arguments = ("epochs=1", "warmup_epochs=0", "eval_at_start=True", "eval_freq=1", "blr=1e-9")
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        succeed(torchrun(processes), *arguments, f"output_dir={folder}")
+        succeed_together(processes, *arguments, f"output_dir={folder}")
     before = [
         json.loads((tmp_path / str(p) / "demo/results/demo.json").read_text())["before"]
         for p in (1, 2)
@@ -189,8 +189,10 @@ def test_unreadable_images_are_replaced_until_there_are_too_many(tmp_path):
     assert "3 of 40 images could not be read, more than max_bad_images=0.001 allows" in error
     assert error.count(".jpg") == 3
     tolerant = [*SHORT, *data, f"output_dir={tmp_path / 'tolerant'}", "max_bad_images=0.1"]
-    for processes, command in ((1, LAUNCHER), (2, torchrun(2))):
-        output = succeed(command, *tolerant, f"job_name=demo{processes}", "batch_size=10")
+    for processes in (1, 2):
+        output = succeed_together(
+            processes, *tolerant, f"job_name=demo{processes}", "batch_size=10"
+        )
         replaced = [line for line in output.splitlines() if line.startswith("unreadable image")]
         assert len(set(replaced)) == 3, "each is named (by two processes, if both met it)"
         assert len(records(tmp_path / "tolerant" / f"demo{processes}")) == 4 // processes

@@ -3,8 +3,6 @@ images whose answer is known, and one process against two."""
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from eval.metrics_segmentation import (
 from eval.patch_head import class_counts, start, train_epoch
 from eval.segmentation import to_pixels
 from tests.backbones import digits_checkpoint
-from tests.runs import LAUNCHER, ROOT, environment
+from tests.runs import LAUNCHER, finish, run_together, start_process
 from tests.test_masks import blocks, save, write_blocks
 from util.config import ConfigError, compose_config
 from util.distributed import Ranks
@@ -223,11 +221,9 @@ def test_two_processes_give_the_same_numbers(tmp_path, method):
     settings = [*data, "dataset.options.eval_images=50", "batch_size=8", f"method={method}"]
     settings += ["patch_head.epochs=2"]
     alone = evaluate(tmp_path, *settings)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    module = ["--nproc-per-node=2", "-m", "eval.segmentation", f"pretrained={tmp_path}/digits.pth"]
     place = [f"output_dir={tmp_path}", "job_name=two", "num_workers=0"]
-    command = [*torchrun, *module, *place, *settings]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=300)
+    model = ["--config-name=segmentation", f"pretrained={tmp_path}/digits.pth"]
+    run_together(2, *model, *place, *settings)
     two = json.loads((tmp_path / "two" / "results" / "segmentation.json").read_text())
     assert two["processes"] == 2 and two["results"] == alone["results"]
     assert two["images"] == alone["images"] == 50
@@ -309,10 +305,9 @@ def test_the_command_ends_with_one_sentence_and_exit_code_2(tmp_path):
     checkpoint = digits_checkpoint(tmp_path)
     settings = [f"pretrained={checkpoint}", f"data_path={root}", f"output_dir={tmp_path}"]
     command = [*LAUNCHER, "--config-name=segmentation", "dataset=masks", *settings]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert run.stderr.splitlines()[-1].startswith("error: the mask of ")
-    command = [*command, "clustering.linkage=ward"]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "valid with clustering.linkage=ward is euclidean" in run.stderr
+    code, output = finish(start_process(command))
+    assert code == 2 and "Traceback" not in output
+    assert output.splitlines()[-1].startswith("error: the mask of ")
+    code, output = finish(start_process([*command, "clustering.linkage=ward"]))
+    assert code == 2
+    assert "valid with clustering.linkage=ward is euclidean" in output

@@ -4,8 +4,6 @@ generated set of moving objects in the benchmark's layout, and one process again
 import itertools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,7 @@ from eval.networks import Backbone, Tokens, cut_patches
 from eval.run import EvalRun
 from eval.video import frame_size, pixel_objects, propagate_labels
 from tests.backbones import digits_checkpoint
-from tests.runs import LAUNCHER, ROOT, environment
+from tests.runs import LAUNCHER, finish, run_together, start_process
 from util.config import compose_config
 from util.distributed import Ranks
 
@@ -306,10 +304,8 @@ def test_static_objects_stay_where_they_are(tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_same_numbers(moving, tmp_path):
     alone = evaluate(moving, tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     overrides = [f"pretrained={tmp_path}/digits.pth", "job_name=two"]
-    module = ["--nproc-per-node=2", "-m", "eval.video", *settings_for(moving, tmp_path, *overrides)]
-    subprocess.run([*torchrun, *module], cwd=ROOT, env=environment(), check=True, timeout=300)
+    run_together(2, "--config-name=video", *settings_for(moving, tmp_path, *overrides))
     two = json.loads((tmp_path / "two" / "results" / "video.json").read_text())
     assert two["processes"] == 2
     for key in ("results", "objects", "sequences", "images"):
@@ -390,6 +386,6 @@ def test_the_command_ends_with_one_sentence_and_exit_code_2(tmp_path):
     checkpoint = digits_checkpoint(tmp_path)
     settings = settings_for(tmp_path / "nowhere", tmp_path, f"pretrained={checkpoint}")
     command = [*LAUNCHER, "--config-name=video", *settings]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert run.stderr.splitlines()[-1].startswith("error: data_path=")
+    code, output = finish(start_process(command))
+    assert code == 2 and "Traceback" not in output
+    assert output.splitlines()[-1].startswith("error: data_path=")

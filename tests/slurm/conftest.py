@@ -3,6 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.runs import final_state, succeed_together
 from tests.slurm.cluster import (
     ClusterError,
     cancel_all,
@@ -10,6 +11,17 @@ from tests.slurm.cluster import (
     start_cluster,
     stop_cluster,
 )
+
+# Long enough to be interrupted: about ten seconds. Checkpoints every second.
+LONG = ["epochs=20", "batch_size=32", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pair(tmp_path_factory) -> dict:
+    """What LONG ends with on two processes, without Slurm and without interruption."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    succeed_together(2, *LONG, f"output_dir={folder}")
+    return final_state(folder / "demo")
 
 
 @pytest.fixture(scope="session")

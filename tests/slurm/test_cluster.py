@@ -64,11 +64,13 @@ def test_a_requeued_job_starts_again(submit, tmp_path):
 
 
 def test_preemption_signals_requeues_and_resumes(submit, tmp_path):
-    """With a job that does as submitit's: on USR2, rank 0 asks for a requeue and leaves."""
+    """With a job that does as ours: on USR2, rank 0 waits for the other and asks for a requeue."""
     (tmp_path / "task.sh").write_text("""
         [ -z "$SLURM_RESTART_COUNT" ] || { echo "$SLURM_PROCID resumed"; exit; }
         leave() {
             echo "$SLURM_PROCID signalled"
+            touch signalled$SLURM_PROCID
+            until [ -e signalled0 ] && [ -e signalled1 ]; do sleep 0.1; done
             [ $SLURM_PROCID = 1 ] || scontrol requeue $SLURM_JOB_ID
             exit 1
         }

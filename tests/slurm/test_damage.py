@@ -8,12 +8,11 @@ import pytest
 
 from tests.runs import LAUNCHER, ROOT, assert_same_state, environment, final_state, records, succeed
 from tests.slurm.cluster import cancel, wait_for
+from tests.slurm.conftest import LONG
 from tests.slurm.test_training import (
-    LONG,
     assert_undisturbed,
     error_text,
     submit,
-    undisturbed_pair,  # noqa: F401 (a fixture)
     wait_for_end,
     wait_for_step,
 )
@@ -37,7 +36,7 @@ def wait_for_attempt(checkpoints) -> None:
     wait_for(lambda: checkpoints.stat().st_mtime_ns != before, 60, "a checkpoint to be tried")
 
 
-def test_a_truncated_newest_checkpoint(tmp_path, undisturbed_pair):  # noqa: F811 (that fixture)
+def test_a_truncated_newest_checkpoint(tmp_path, undisturbed_pair):
     settings = [*LONG, "env.tasks_per_node=2", f"output_dir={tmp_path}"]
     job_id = submit(*settings)
     job = tmp_path / "demo"

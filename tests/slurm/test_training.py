@@ -19,15 +19,14 @@ from tests.runs import (
     final_state,
     records,
     succeed,
-    torchrun,
+    succeed_together,
 )
 from tests.slurm.cluster import job_info, wait_for
+from tests.slurm.conftest import LONG
 from util.job import list_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 
-# Long enough to be interrupted: about ten seconds. Checkpoints every second.
-LONG = ["epochs=20", "batch_size=32", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
 ON_SLURM = ["env.slurm=True", "env.ngpu=0", "env.workers=1", "env.timeout=60"]
 
 
@@ -64,14 +63,6 @@ def error_text(job: Path) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in logs)
 
 
-@pytest.fixture(scope="module")
-def undisturbed_pair(tmp_path_factory) -> dict:
-    """The same run on two processes without Slurm and without interruption."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    succeed(torchrun(2), *LONG, f"output_dir={folder}")
-    return final_state(folder / "demo")
-
-
 def assert_undisturbed(job: Path, job_id: str, expected: dict) -> None:
     assert wait_for_end(job_id, 180) == "COMPLETED", error_text(job)
     assert "from step" in (job / "logs" / f"{job_id}_0_log.out").read_text()
@@ -94,19 +85,30 @@ def test_the_demo_runs_where_the_readme_says(tmp_path):
     assert "submitted" not in again.replace("nothing submitted", "")
 
 
+def set_time_left(job_id: str, minutes: int) -> None:
+    """From now on, or up to a minute less: Slurm's limits are whole minutes since the start."""
+    hours, whole_minutes, _ = map(int, job_info(job_id)["RunTime"].split(":"))
+    limit = 60 * hours + whole_minutes + minutes
+    subprocess.run(["scontrol", "update", f"JobId={job_id}", f"TimeLimit={limit}"], check=True)
+
+
 def test_time_limit_in_the_middle_of_training(tmp_path, undisturbed_pair):
-    """The training is held until Slurm's signal is there: the shortest limit is a minute, and Slurm
-    looks at limits twice in that time."""
-    limits = ["env.timeout=1", "env.signal_delay=30", "env.tasks_per_node=2"]
+    """Slurm sends the signal up to a minute early, which could be before the first step: so the
+    limit is set, and the training held until the signal is there, once the job is in the middle."""
+    limits = ["env.timeout=10", "env.signal_delay=120", "env.tasks_per_node=2"]
     job_id = submit(*LONG, *limits, f"output_dir={tmp_path}")
+    assert job_info(job_id)["TimeLimit"] == "00:10:00"
     job = tmp_path / "demo"
     wait_for_step(job, 50)
     ranks = processes_of(job_id)
     assert len(ranks) == 2
     with held(ranks):
+        set_time_left(job_id, minutes=2)
         wait_for(lambda: any(map(is_signalled, ranks)), 90, "the signal before the limit")
+    wait_for(lambda: job_info(job_id)["Restarts"] == "1", 60, "the requeue")
+    set_time_left(job_id, minutes=10)
     assert_undisturbed(job, job_id, undisturbed_pair)
-    assert int(job_info(job_id)["Restarts"]) >= 1
+    assert job_info(job_id)["Restarts"] == "1"
 
 
 def test_scontrol_requeue(tmp_path, undisturbed_pair):
@@ -172,7 +174,7 @@ def is_signalled(pid: int) -> bool:
 def test_one_of_four_processes_on_two_nodes_is_killed(tmp_path):
     shape = ["env.world_size=2", "env.tasks_per_node=2"]
     shorter = ["epochs=12", "batch_size=16", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
-    succeed(torchrun(4), *shorter, f"output_dir={tmp_path / 'whole'}")
+    succeed_together(4, *shorter, f"output_dir={tmp_path / 'whole'}")
     job_id = submit(*shorter, *shape, f"output_dir={tmp_path / 'broken'}")
     job = tmp_path / "broken" / "demo"
     wait_for_step(job, 40)
