@@ -5,7 +5,8 @@ torchrun --nproc-per-node=2 -m bench.step --batch 24       # several processes
 python -m bench.step --grid 7 14 28 --batch 16             # one row for each combination
 
 Everything is measured in turns in one run, because machines get faster and slower; the figures are
-medians. The peak is that of the best of several square matrix products in the same precision.
+medians. The peak is that of the best of several square matrix products in the same precision, on
+a CPU also as convolutions (models/linear.py).
 Imports only torch, timm and this project's networks and engine: it runs where Hydra is not.
 """
 
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plain import make_plain, plain_step
 from engine_pretrain import Training, begin_window, end_window, micro_step
+from models.linear import PixelProduct
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import sample_views
@@ -116,10 +118,17 @@ def plain_formulation(setting: Setting, ranks: Ranks) -> Callable[[], None]:
     return lambda: plain_step(training, images, draw_views(), EPOCH)
 
 
-def matrix_product(side: int, precision: str, device: torch.device) -> Callable[[], None]:
-    left, right = torch.randn(2, side, side, device=device).to(MATRIX_TYPES[precision])
-    result = torch.empty_like(left)
-    return lambda: torch.mm(left, right, out=result)
+def matrix_products(precision: str, device: torch.device) -> dict[str, tuple[int, Callable]]:
+    """What the peak is looked for among. -> side and product by name"""
+    products = {}
+    for side in MATRIX_SIDES[device.type]:
+        left, right = torch.randn(2, side, side, device=device).to(MATRIX_TYPES[precision])
+        result = torch.empty_like(left)
+        products[f"matrix {side}"] = side, partial(torch.mm, left, right, out=result)
+        if device.type == "cpu":
+            pixels = partial(PixelProduct.apply, left[None], right, None)
+            products[f"convolution {side}"] = side, pixels
+    return products
 
 
 def count_flops(setting: Setting) -> float:
@@ -174,12 +183,13 @@ def measure(setting: Setting, plain: str | None, rounds: int, repeat: int, ranks
             **asdict(setting) | {"precision": plain, "compile": False, "recompute": False}
         )
         actions["plain"] = plain_formulation(other, ranks)
-    sides = MATRIX_SIDES[ranks.device.type]
-    for side in sides:
-        actions[f"matrix {side}"] = matrix_product(side, setting.precision, ranks.device)
+    products = matrix_products(setting.precision, ranks.device)
+    actions |= {name: product for name, (_, product) in products.items()}
     seconds = measure_in_turns(actions, rounds, repeat, ranks)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    peak = max(2 * side**3 / medians[f"matrix {side}"] for side in sides) * ranks.world_size
+    speeds = {name: 2 * side**3 / medians[name] for name, (side, _) in products.items()}
+    peak_of = max(speeds, key=speeds.get)
+    peak = speeds[peak_of] * ranks.world_size
     images = setting.batch * ranks.world_size
     result = {
         **asdict(setting),
@@ -191,6 +201,7 @@ def measure(setting: Setting, plain: str | None, rounds: int, repeat: int, ranks
         "gflop_per_image": flops / 1e9,
         "gflop_per_second": images * flops / medians["step"] / 1e9,
         "peak_gflop_per_second": peak / 1e9,
+        "peak_of": peak_of,
         "share_of_peak": images * flops / medians["step"] / peak,
         "memory_gb": memory,
         "spread": max(seconds["step"]) / min(seconds["step"]) - 1,
