@@ -4,8 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from models.linear import PixelLinear, PixelProduct, multiply_by_convolution
+from models.linear import FEWEST_TOKENS, PixelLinear, PixelProduct, multiply_by_convolution
 from models.vit import Encoder
+
+
+@pytest.fixture
+def any_number_of_tokens(monkeypatch):
+    monkeypatch.setattr("models.linear.FEWEST_TOKENS", dict.fromkeys(FEWEST_TOKENS, 0))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -24,6 +29,7 @@ def test_against_finite_differences(with_bias):
 @pytest.mark.parametrize("layout", ["contiguous", "slice", "transposed", "expanded", "one token"])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-2)])
+@pytest.mark.usefixtures("any_number_of_tokens")
 def test_as_the_linear_layer(layout, with_bias, precision, tolerance):
     torch.manual_seed(0)
     tokens = {
@@ -52,6 +58,20 @@ def test_as_the_linear_layer(layout, with_bias, precision, tolerance):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=smallest)
 
 
+@pytest.mark.parametrize("dtype", FEWEST_TOKENS)
+def test_few_tokens_are_multiplied_as_ever(dtype):
+    layer = nn.Linear(512, 512)
+    multiply_by_convolution(layer)
+    for tokens, expected in (
+        (FEWEST_TOKENS[dtype] - 1, "ViewBackward0 UnsafeViewBackward0 AddmmBackward0".split()),
+        (FEWEST_TOKENS[dtype], ["PixelProductBackward"]),
+    ):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            product = layer(torch.randn(1, tokens, 512))
+        assert product.dtype == dtype and product.grad_fn.name() in expected
+
+
+@pytest.mark.usefixtures("any_number_of_tokens")
 def test_only_what_is_needed_is_computed():
     layer = nn.Linear(512, 512)
     multiply_by_convolution(layer)
@@ -62,6 +82,7 @@ def test_only_what_is_needed_is_computed():
         assert layer(torch.randn(2, 3, 512)).grad_fn is None
 
 
+@pytest.mark.usefixtures("any_number_of_tokens")
 def test_recomputing_and_repeating_change_no_bit():
     gradients = []
     for recompute in (False, True, False):
