@@ -52,6 +52,9 @@ def join_processes(device_type: str | None = None) -> Ranks:
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        # One that finds a mistake at once must not leave while others are still connecting: they
+        # would take that for a crash.
+        dist.barrier()
     return Ranks(rank, world_size, device)
 
 
