@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 # Entries of a weight matrix; below, calling a convolution costs more than it saves.
 SMALLEST = 2**18
-# Each call brings the weights into oneDNN's order, which pays from so many tokens on.
+# Each call brings the weights into oneDNN's order, which pays from so many tokens on. Other types
+# are not measured, and stay with matrix products.
 FEWEST_TOKENS = {torch.float32: 512, torch.bfloat16: 2048}
 ONE_PIXEL = {
     "stride": [1, 1],

@@ -2,13 +2,27 @@
 with other processes make each other wait."""
 
 import os
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for what sets its threads itself (share_cores)
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,5 @@
-"""The launcher in processes that are forked from one which has imported everything: the same
-program in a process of its own, but its start takes a moment where Python's takes five seconds."""
+"""Programs of the project in processes that are forked from one which has imported everything: each
+in a process of its own, but its start takes a moment where Python's takes five seconds."""
 
 import multiprocessing
 import os
@@ -54,7 +54,7 @@ class Forked:
         reading.start()
         reading.join(timeout)
         if reading.is_alive():
-            raise subprocess.TimeoutExpired("launcher.py", timeout)
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
         self.wait()
         self.stdout.close()
         return output[0], None

@@ -42,7 +42,7 @@ def start(command: list[str], *overrides: str) -> subprocess.Popen | Forked:
 
 def start_process(command: list[str], **extra: str) -> subprocess.Popen | Forked:
     """In a process group of its own, so that kill() reaches all of it. extra: variables."""
-    if command[:2] == LAUNCHER:
+    if command[0] == sys.executable and command[1].endswith(".py"):
         return Forked(command[1:], environment(**extra))
     return subprocess.Popen(
         command,
@@ -81,14 +81,14 @@ def succeed_together(processes: int, *overrides: str) -> str:
     return run_together(processes, *TINY, *overrides)
 
 
-def run_together(processes: int, *arguments: str) -> str:
-    """The launcher in processes that know of each other as torchrun's do. -> what they printed"""
+def run_together(processes: int, *arguments: str, program: str = "launcher.py") -> str:
+    """In processes that know of each other as torchrun's do. -> what they printed"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
         start_process(
-            [*LAUNCHER, *arguments],
+            [sys.executable, program, *arguments],
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(processes),

@@ -1,9 +1,6 @@
 """A disk that fills up: training goes on, says so at each save, and nothing that was there is lost.
 On a real file system of 4 MB, made for the test (which needs root)."""
 
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,17 +20,6 @@ from util.checkpoint import list_checkpoints, load_file
 from util.log_files import JsonLines, TensorBoardFile
 
 SETTINGS = ["epochs=6", "save_minutes=0.0005"]  # a checkpoint about every second step
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def fill(disk: Path) -> Path:

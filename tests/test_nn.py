@@ -136,9 +136,9 @@ def test_two_processes_give_the_same_number(tmp_path, protocol):
     alone = results(tmp_path)
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
-    arguments = ["--config-name=nn", "dataset=digits", "num_workers=0", *overrides]
+    arguments = ["dataset=digits", "num_workers=0", *overrides]
     for _ in range(2 if protocol == "knn" else 1):  # the second time from the cache
-        run_together(2, *arguments)
+        run_together(2, *arguments, program="eval/nn.py")
         assert results(tmp_path) == alone
 
 

@@ -222,8 +222,8 @@ def test_two_processes_give_the_same_numbers(tmp_path, method):
     settings += ["patch_head.epochs=2"]
     alone = evaluate(tmp_path, *settings)
     place = [f"output_dir={tmp_path}", "job_name=two", "num_workers=0"]
-    model = ["--config-name=segmentation", f"pretrained={tmp_path}/digits.pth"]
-    run_together(2, *model, *place, *settings)
+    arguments = [f"pretrained={tmp_path}/digits.pth", *place, *settings]
+    run_together(2, *arguments, program="eval/segmentation.py")
     two = json.loads((tmp_path / "two" / "results" / "segmentation.json").read_text())
     assert two["processes"] == 2 and two["results"] == alone["results"]
     assert two["images"] == alone["images"] == 50

@@ -305,7 +305,7 @@ def test_static_objects_stay_where_they_are(tmp_path):
 def test_two_processes_give_the_same_numbers(moving, tmp_path):
     alone = evaluate(moving, tmp_path)
     overrides = [f"pretrained={tmp_path}/digits.pth", "job_name=two"]
-    run_together(2, "--config-name=video", *settings_for(moving, tmp_path, *overrides))
+    run_together(2, *settings_for(moving, tmp_path, *overrides), program="eval/video.py")
     two = json.loads((tmp_path / "two" / "results" / "video.json").read_text())
     assert two["processes"] == 2
     for key in ("results", "objects", "sequences", "images"):

@@ -11,9 +11,7 @@ from tests.slurm.cluster import (
     start_cluster,
     stop_cluster,
 )
-
-# Long enough to be interrupted: about ten seconds. Checkpoints every second.
-LONG = ["epochs=20", "batch_size=32", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
+from tests.slurm.jobs import LONG
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,16 @@ import pytest
 
 from tests.runs import LAUNCHER, ROOT, assert_same_state, environment, final_state, records, succeed
 from tests.slurm.cluster import cancel, wait_for
-from tests.slurm.conftest import LONG
-from tests.slurm.test_training import (
+from tests.slurm.jobs import (
+    LONG,
     assert_undisturbed,
     error_text,
+    log_text,
     submit,
     wait_for_end,
     wait_for_step,
 )
-from tests.test_full_disk import fill, small_disk  # noqa: F401 (a fixture)
+from tests.test_full_disk import fill
 from util.job import list_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
@@ -24,10 +25,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 
 def wait_for_two_checkpoints(job) -> None:
     wait_for(lambda: len(list_checkpoints(job / "checkpoints")) == 2, 60, "two checkpoints")
-
-
-def log_text(job, job_id: str) -> str:
-    return (job / "logs" / f"{job_id}_0_log.out").read_text()
 
 
 def wait_for_attempt(checkpoints) -> None:
@@ -51,7 +48,7 @@ def test_a_truncated_newest_checkpoint(tmp_path, undisturbed_pair):
     assert f"from step {resumed_step}\n" in log_text(job, job_id)
 
 
-def test_a_full_disk(tmp_path, small_disk):  # noqa: F811 (that fixture)
+def test_a_full_disk(tmp_path, small_disk):
     """Logs, code and checkpoints of the job are all on it."""
     settings = [*LONG, "epochs=10", "save_minutes=0.01"]
     succeed(LAUNCHER, *settings, f"output_dir={tmp_path}")

@@ -4,7 +4,7 @@ import pytest
 
 from tests.backbones import digits_checkpoint
 from tests.evaluations import launch, results
-from tests.slurm.test_training import ON_SLURM, wait_for_end
+from tests.slurm.jobs import ON_SLURM, wait_for_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.runs import LAUNCHER, ROOT, TINY, environment, run, succeed
 from tests.slurm.cluster import cancel, job_info, squeue, wait_for
-from tests.slurm.test_training import ON_SLURM, submit, wait_for_end
+from tests.slurm.jobs import ON_SLURM, submit, wait_for_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 

@@ -14,69 +14,32 @@ from tests.runs import (
     LAUNCHER,
     ROOT,
     TINY,
-    assert_same_state,
     environment,
     final_state,
-    records,
     succeed,
     succeed_together,
 )
 from tests.slurm.cluster import job_info, wait_for
-from tests.slurm.conftest import LONG
-from util.job import list_checkpoints
+from tests.slurm.jobs import (
+    LONG,
+    ON_SLURM,
+    assert_undisturbed,
+    error_text,
+    last_step,
+    log_text,
+    submit,
+    wait_for_end,
+    wait_for_step,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
-
-ON_SLURM = ["env.slurm=True", "env.ngpu=0", "env.workers=1", "env.timeout=60"]
-
-
-def submit(*overrides: str) -> str:
-    """-> job id"""
-    output = succeed(LAUNCHER, *ON_SLURM, *overrides)
-    return output.split("submitted as job ")[1].split()[0]
-
-
-def wait_for_end(job_id: str, timeout: float) -> str:
-    """-> the state in which it ended"""
-    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-
-    def state():
-        found = job_info(job_id)["JobState"]
-        return found if found in over else None
-
-    return wait_for(state, timeout, f"job {job_id} to end")
-
-
-def wait_for_step(job: Path, step: int) -> None:
-    """And for a checkpoint: a job that has none would rightly start over."""
-    wait_for(lambda: any(r["step"] >= step for r in records(job)), 90, f"step {step}")
-    wait_for(lambda: list_checkpoints(job / "checkpoints"), 60, "a checkpoint")
-
-
-def last_step(job: Path) -> int:
-    return max(record["step"] for record in records(job))
-
-
-def error_text(job: Path) -> str:
-    """All logs of a job, for a failing assertion."""
-    logs = sorted([*(job / "logs").glob("*.out"), *(job / "logs").glob("*.err")])
-    return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in logs)
-
-
-def assert_undisturbed(job: Path, job_id: str, expected: dict) -> None:
-    assert wait_for_end(job_id, 180) == "COMPLETED", error_text(job)
-    assert "from step" in (job / "logs" / f"{job_id}_0_log.out").read_text()
-    assert_same_state(final_state(job), expected)
-    steps = [record["step"] for record in records(job)]
-    assert steps == sorted(set(steps)), "the log has doubled a step"
-    assert set(range(5, last_step(job), 5)) <= set(steps), "the log has lost a step"
 
 
 def test_the_demo_runs_where_the_readme_says(tmp_path):
     job_id = submit("eval_at_start=True", f"output_dir={tmp_path}")
     job = tmp_path / "demo"
     assert wait_for_end(job_id, 120) == "COMPLETED", error_text(job)
-    assert "epoch 3.00/3" in (job / "logs" / f"{job_id}_0_log.out").read_text()
+    assert "epoch 3.00/3" in log_text(job, job_id)
     assert last_step(job) == 30
     assert list((job / "tensorboard").glob("events.*"))
     assert final_state(job)["step"] == 30
@@ -230,4 +193,4 @@ def test_edits_after_submission_do_not_reach_the_job(tmp_path):
     (project / "engine_pretrain.py").write_text("raise RuntimeError('edited')\n")
     subprocess.run(["scontrol", "requeue", job_id], check=True)
     assert wait_for_end(job_id, 120) == "COMPLETED", error_text(job)
-    assert "from step" in (job / "logs" / f"{job_id}_0_log.out").read_text()
+    assert "from step" in log_text(job, job_id)
