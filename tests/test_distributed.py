@@ -2,6 +2,9 @@
 window.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from engine_pretrain import begin_window, end_window, micro_step
+from tests.forked import ROOT
 from tests.test_engine import build_training, draw, half, relative_difference, run_windows, weights
 from util.distributed import (
     Ranks,
@@ -52,6 +56,23 @@ def test_loader_processes_are_counted_from_the_cores(
     if given:
         monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(given))
     assert default_workers() == workers
+
+
+def test_a_cpu_process_uses_its_freed_memory_again():
+    """The system counts the pages that it had to map. The C library sets the first few aside."""
+    code = """
+import resource, torch
+from util.distributed import join_processes
+join_processes("cpu")
+def pages_mapped():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(50_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*[pages_mapped() for _ in range(10)])
+"""
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT).split()
+    first, *_, last = map(int, printed)
+    assert first > 40_000 and last < 400, printed
 
 
 def train_a_share(ranks: Ranks, folder) -> None:
