@@ -76,7 +76,7 @@ def share_cores(processes: int) -> None:
 
 def keep_freed_memory() -> None:
     """On a CPU each step frees what the next one needs again. The C library hands large pieces back
-    to the system, which then clears and maps every page anew: up to 15 % of a step (glibc only).
+    to the system, which then clears and maps every page anew (glibc only; bench/RESULTS.md).
     """
     with suppress(AttributeError, OSError):
         malloc_option = ctypes.CDLL(None).mallopt
