@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 # A rank that waits longer than this for the others gives up, so that a lost one ends the job.
 TIMEOUT = timedelta(minutes=10)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 # Newer versions of torch have renamed it.
 BUFFER_OPTION = (
     "forward_sync_buffers"
@@ -80,7 +80,8 @@ def keep_freed_memory() -> None:
     """
     with suppress(AttributeError, OSError):
         malloc_option = ctypes.CDLL(None).mallopt
-        malloc_option(M_MMAP_THRESHOLD, 2**31 - 1)  # no piece of its own below 2 GiB
+        # Not a high M_MMAP_THRESHOLD: where that is refused, the other option alone makes it worse.
+        malloc_option(M_MMAP_MAX, 0)  # no pieces of their own
         malloc_option(M_TRIM_THRESHOLD, -1)  # never give back
 
 
