@@ -14,7 +14,7 @@ BESIDE = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python launcher.py --config-name=demo seed=$(SEED)
+	$(BIN)/python launcher.py --config-name=demo seed=$(SEED) overwrite=True
 	mkdir -p results && cp checkpoints/demo/results/demo.json results/demo.json
 
 test: .venv/installed

@@ -52,10 +52,13 @@ def launch(configs: list[DictConfig]) -> int:
         from util.slurm import submit
 
         return submit(configs)
+    from util.job import is_finished
     from util.local import run_here
 
-    exit_codes = []
+    exit_codes = [0]
     for cfg in configs:
+        if len(configs) > 1 and is_finished(cfg):  # of a sweep, what is missing
+            continue
         exit_codes.append(run_here(cfg))
         if exit_codes[-1] > 128:  # interrupted: the rest of a sweep is not wanted either
             break

@@ -29,7 +29,8 @@ from util.distributed import (
     on_main,
     synchronised,
 )
-from util.job import job_directory, prepare_job_directory, unlock
+from util.job import job_directory, prepare_job_directory
+from util.lock import unlock
 from util.optim import build_adamw
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
@@ -199,13 +200,17 @@ def settle_gradient_buckets(cfg: DictConfig, training: Training) -> None:
 
 
 def view_source(cfg: DictConfig, ranks: Ranks) -> Callable[[int, int, int], Views]:
-    """Views as a function of (seed, step, micro-step, rank), drawn on the device."""
+    """Views as a function of (seed, step, place of the image in the step), drawn on the device.
+    The split into processes and micro-steps changes them as little as it changes the images."""
     generator = torch.Generator(ranks.device)
 
     def draw_views(step: int, micro_step: int, batch_size: int) -> Views:
-        counter = [VIEWS_STREAM, cfg.seed, step, micro_step, ranks.rank]
-        generator.manual_seed(int(np.random.SeedSequence(counter).generate_state(1)[0]))
-        return sample_views(batch_size, cfg.grid_size, cfg.num_vis, cfg.patch_gap, generator)
+        counter = np.random.SeedSequence([VIEWS_STREAM, cfg.seed, step])
+        generator.manual_seed(int(counter.generate_state(1, np.uint64)[0]))
+        images = batch_size * ranks.world_size * cfg.accum_iter
+        first = (micro_step * ranks.world_size + ranks.rank) * batch_size  # as data/loader.py
+        own = slice(first, first + batch_size)
+        return sample_views(images, cfg.grid_size, cfg.num_vis, cfg.patch_gap, generator, own)
 
     return draw_views
 

@@ -81,7 +81,7 @@ def build_training(setting: Setting, ranks: Ranks) -> Training:
         optimizer=build_adamw(model, weight_decay=0.05),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=setting.precision == "fp16"),
         objective=Objective(),
-        schedule=Schedule(1.5e-4, 0.25, 40, 800, 0.996, 0.75, 0.25),
+        schedule=Schedule(1.5e-4, 0.25, 40, 800, 0.99, 0.75, 0.25),
         device=ranks.device,
         precision=setting.precision,
     )

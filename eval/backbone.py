@@ -123,7 +123,7 @@ def find_checkpoint(path: Path) -> Path:
     newest = newest_readable(folder, report=print)
     if newest is None:
         raise BackboneError(f"pretrained={path}: this folder holds no checkpoint")
-    return newest
+    return newest[0]
 
 
 def load_own(

@@ -1,7 +1,6 @@
 """What all evaluations share: processes, data, the backbone, and what they leave behind."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,13 +20,14 @@ from eval.networks import Colour
 from util.config import job_directory
 from util.distributed import (
     Ranks,
-    broadcast_object,
     default_workers,
     join_processes,
     leave_processes,
     on_main,
 )
-from util.job import describe_environment, prepare_job_directory, unlock
+from util.files import write_whole
+from util.job import describe_environment, prepare_job_directory
+from util.lock import unlock
 from util.log_files import TensorBoardFile
 from util.metrics import readable_time
 
@@ -105,10 +105,7 @@ class EvalRun:
 
 
 def write_json(path: Path, contents: dict) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.writing")
-    unfinished.write_text(json.dumps(contents, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(contents, indent=2) + "\n")
 
 
 # --- an evaluation from beginning to end --------------------------------------------------------
@@ -148,7 +145,7 @@ def run_evaluation(
 def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
     """All processes read the same file, also while a running job writes newer ones."""
     if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
-        cfg.pretrained = broadcast_object(str(find_checkpoint(Path(cfg.pretrained))), ranks)
+        cfg.pretrained = on_main(lambda: str(find_checkpoint(Path(cfg.pretrained))), ranks)
     return backbone_from(cfg)
 
 

@@ -21,19 +21,27 @@ class Views(NamedTuple):
 
 
 def sample_views(
-    batch_size: int, grid_size: int, num_vis: int, patch_gap: int, generator: torch.Generator
+    images: int,
+    grid_size: int,
+    num_vis: int,
+    patch_gap: int,
+    generator: torch.Generator,
+    own: slice = slice(None),
 ) -> Views:
-    """Draw the views of a batch on the generator's device, so that nothing is copied to a GPU."""
+    """The views of the images `own` of so many, on the generator's device, so that nothing is
+    copied to a GPU. The random numbers of all images are drawn: which of them are one's own does
+    not change their views."""
     device = generator.device
     # The order of uniform numbers is a uniform permutation: one sort for the whole batch.
-    noise = torch.rand(batch_size, grid_size**2, generator=generator, device=device)
-    permutation = noise.argsort(dim=1)
+    noise = torch.rand(images, grid_size**2, generator=generator, device=device)
+    permutation = noise[own].argsort(dim=1)
     offsets = (None, None)
     if patch_gap > 0:
         # 0 .. gap-1: the value `gap` is never drawn, which keeps neighbours at least one pixel
         # apart.
-        shape = (2, batch_size, grid_size, grid_size)
-        offsets = torch.randint(patch_gap, shape, generator=generator, device=device).unbind(0)
+        shape = (2, images, grid_size, grid_size)
+        offsets = torch.randint(patch_gap, shape, generator=generator, device=device)
+        offsets = offsets[:, own].unbind(0)
     return Views(permutation[:, :num_vis], permutation[:, num_vis:], *offsets)
 
 

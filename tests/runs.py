@@ -19,7 +19,7 @@ from util.checkpoint import list_checkpoints, load_file
 TINY = (
     "--config-name=demo encoder.embed_dim=24 encoder.depth=2 proj.mlp_dim=32 proj.mlp_depth=2 "
     "decoder_embed_dim=24 decoder_depth=1 epochs=3 warmup_epochs=1 print_freq=1 eval_freq=0 "
-    "eval_at_start=False overwrite=False resume=True"
+    "eval_at_start=False resume=True"
 ).split()
 
 
@@ -82,11 +82,19 @@ def succeed_together(processes: int, *overrides: str) -> str:
 
 
 def run_together(processes: int, *arguments: str, program: str = "launcher.py") -> str:
-    """In processes that know of each other as torchrun's do. -> what they printed"""
+    """-> what they printed"""
+    ended = [finish(rank) for rank in start_together(processes, *arguments, program=program)]
+    output = "".join(output for _, output in ended)
+    assert [code for code, _ in ended] == [0] * processes, output
+    return output
+
+
+def start_together(processes: int, *arguments: str, program: str = "launcher.py") -> list[Forked]:
+    """Processes that know of each other as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [
+    return [
         start_process(
             [sys.executable, program, *arguments],
             RANK=str(rank),
@@ -98,10 +106,6 @@ def run_together(processes: int, *arguments: str, program: str = "launcher.py") 
         )
         for rank in range(processes)
     ]
-    ended = [finish(rank) for rank in ranks]
-    output = "".join(output for _, output in ended)
-    assert [code for code, _ in ended] == [0] * processes, output
-    return output
 
 
 def kill(process: subprocess.Popen | Forked) -> None:

@@ -19,6 +19,7 @@ from main_lmim import build_model
 from models.lmim import LatentMIM
 from models.vit import sine_cosine_positions
 from tests.backbones import digits_checkpoint
+from tests.test_checkpoint import places_of_numbers
 from util.checkpoint import CheckpointError, load_file
 
 WIDTH, HEADS, PATCH, GRID, DEPTH = 192, 3, 4, 3, 2
@@ -336,6 +337,18 @@ def test_a_pickle_with_code_is_refused_by_name(tmp_path, capsys):
     with pytest.raises(BackboneError, match="cannot be read"):
         load_backbone(f"mae:{tmp_path / 'plain.pth'}")
     assert "this ran" not in capsys.readouterr().out
+
+
+def test_a_flipped_bit_is_named(tmp_path):
+    """In a checkpoint of this project, and in a file of another method."""
+    own = digits_checkpoint(tmp_path)
+    torch.save({"model": official("mae")}, tmp_path / "mae.pth")
+    for path, prefix in ((own, ""), (tmp_path / "mae.pth", "mae:")):
+        damaged = bytearray(path.read_bytes())
+        damaged[places_of_numbers(path)[3][5]] ^= 16
+        path.write_bytes(damaged)
+        with pytest.raises(BackboneError, match=rf"{path} is damaged: tensor \S+ has changed"):
+            load_backbone(f"{prefix}{path}")
 
 
 def test_mistakes_are_one_sentence(tmp_path):

@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import pickle
+import random
+import struct
 import time
+import zipfile
 
 import pytest
 import torch
@@ -65,9 +68,63 @@ def test_a_damaged_newest_file_is_named_and_the_one_before_is_used(tmp_path, dam
     whole = newest.read_bytes()
     newest.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hi"}[damage])
     reports = []
-    assert newest_readable(tmp_path, reports.append).name == checkpoint_name(1)
+    path, loaded = newest_readable(tmp_path, reports.append)
+    assert path.name == checkpoint_name(1) and loaded["step"] == 1
     assert len(reports) == 1
     assert str(newest) in reports[0]
+
+
+def places_of_numbers(path) -> list[range]:
+    """Where the bytes of each tensor lie in the file."""
+    with zipfile.ZipFile(path) as archive:
+        found = [record for record in archive.infolist() if "/data/" in record.filename]
+    contents, places = path.read_bytes(), []
+    for record in found:
+        name, extra = struct.unpack("<2H", contents[record.header_offset + 26 :][:4])
+        start = record.header_offset + 30 + name + extra
+        places.append(range(start, start + record.file_size))
+    return places
+
+
+def test_twenty_flipped_bits_are_named_and_none_is_used(tmp_path):
+    """In a whole training state; among them at least one of each kind of tensor."""
+    layer = torch.nn.Linear(30, 20)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(30)).sum().backward()
+    optimizer.step()
+    state = {"state_dict": layer.state_dict(), "optimizer": optimizer.state_dict()}
+    writer = CheckpointWriter(tmp_path, print)
+    for step in (1, 2):
+        writer.save(state | {"step": step}, step)
+    writer.wait()
+    newest = tmp_path / checkpoint_name(2)
+    whole, places = newest.read_bytes(), places_of_numbers(newest)
+    names = [f"state_dict.{name}" for name in state["state_dict"]]
+    for number, parts in state["optimizer"]["state"].items():
+        names += [f"optimizer.state.{number}.{part}" for part in parts]
+    assert len(places) == len(names) == 8
+    chance = random.Random(0)
+    for flip in range(20):
+        which = flip % 8
+        damaged = bytearray(whole)
+        damaged[chance.choice(places[which])] ^= 1 << chance.randrange(8)
+        newest.write_bytes(damaged)
+        with pytest.raises(CheckpointError) as caught:
+            load_file(newest)
+        assert str(caught.value) == f"{newest} is damaged: tensor {names[which]} has changed"
+        reports = []
+        assert newest_readable(tmp_path, reports.append)[0].name == checkpoint_name(1)
+        assert reports == [f"{caught.value}; using the one before"]
+
+
+def test_files_without_check_values_are_read(tmp_path):
+    """Those of torch before 1.6, and those that were written with the values switched off."""
+    torch.save(contents(3), tmp_path / "old", _use_new_zipfile_serialization=False)
+    torch.serialization.set_crc32_options(False)
+    torch.save(contents(3), tmp_path / "off")
+    torch.serialization.set_crc32_options(True)
+    for name in ("old", "off"):
+        assert load_file(tmp_path / name)["step"] == 3
 
 
 def test_nothing_readable_is_an_error_and_nothing_there_is_not(tmp_path):

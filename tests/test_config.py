@@ -100,7 +100,7 @@ def test_the_configured_numbers_are_the_published_ones():
         "tau": 0.2,
         "sim_init": 0.75,
         "sim_end": 0.25,
-        "target_mom": 0.996,
+        "target_mom": 0.99,
         "min_crop": 0.2,
         "target.name": "ema",
         "decoder.name": "cross",

@@ -3,15 +3,17 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from tests.runs import LAUNCHER, ROOT, torchrun
+from tests.runs import LAUNCHER, ROOT, descendants, environment, kill, torchrun
 from tests.test_config import CHOICES, CONFIGS, PUBLISHED
 from util.config import compose_config, parse_command_line
 from util.local import exit_code_of
@@ -221,3 +223,77 @@ def test_torchrun_shows_the_mistake(tmp_path):
     result = run([*torchrun(2), *TINY, f"output_dir={tmp_path}", "epochs=abc"])
     assert result.returncode == 1
     assert result.stderr.count("error: epochs=abc: valid is a whole number of at least 1\n") == 1
+
+
+# ---- Being told to stop. -------------------------------------------------------------------------
+
+# Saving takes as many seconds as data_path says.
+SLOW_WORKER = """
+import os, time
+from util.distributed import join_processes
+from util.preemption import Interrupted, stoppable
+
+def main(cfg):
+    with stoppable(join_processes()) as flag:
+        os.write(1, b"ready\\n")
+        while not flag.received:
+            time.sleep(0.05)
+        time.sleep(float(cfg.data_path))
+        os.write(1, b"saved\\n")
+        raise Interrupted(flag.received[0])
+"""
+
+
+@pytest.fixture
+def slow_processes(tmp_path):
+    """Two of them, once they are running."""
+    (tmp_path / "slow_worker.py").write_text(SLOW_WORKER)
+    started = []
+
+    def start(seconds: int) -> subprocess.Popen:
+        overrides = [f"output_dir={tmp_path}", "worker=slow_worker", f"data_path='{seconds}'"]
+        process = subprocess.Popen(
+            [*LAUNCHER, *TINY, *overrides, "env.ngpu=2"],
+            cwd=ROOT,
+            env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            kill(process)
+
+
+@pytest.mark.slow
+def test_processes_that_save_are_waited_for(slow_processes):
+    """However long it takes: torchrun's agent kills them after 30 seconds."""
+    process = slow_processes(seconds=33)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert output == "saved\n" * 2
+    said = re.findall(r"waiting for 2 processes to save, for (\d+) s now; Ctrl-C again", errors)
+    assert [int(seconds) // 10 for seconds in said] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once_without_saving(slow_processes):
+    process = slow_processes(seconds=600)
+    workers = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=5)
+    assert process.returncode == 128 + signal.SIGINT and output == "" and "Traceback" not in errors
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}/environ").exists() for pid in workers):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,20 +13,23 @@ import pytest
 from tests.runs import (
     LAUNCHER,
     ROOT,
+    TINY,
     assert_same_state,
     descendants,
     environment,
     final_state,
+    finish,
     kill,
     records,
-    run,
     start,
+    start_process,
     succeed,
     succeed_together,
     torchrun,
     wait_until,
 )
 from util.distributed import Ranks
+from util.job import list_checkpoints
 from util.preemption import StopFlag
 
 CPU_ALONE = Ranks(0, 1, None)
@@ -142,14 +146,28 @@ def test_processes_end_with_a_torchrun_that_was_killed(tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    process = start(LAUNCHER, f"output_dir={tmp_path}", "epochs=500")
-    wait_until(lambda: records(tmp_path / "demo"), process)
-    for command in (LAUNCHER, [*LAUNCHER, "env.ngpu=2"]):
-        code, output = run(command, f"output_dir={tmp_path}")
-        assert code == 2, output
-        assert "another process is running in" in output
-    kill(process)
-    succeed(LAUNCHER, f"output_dir={tmp_path}", "epochs=1", "warmup_epochs=0", "job_name=other")
+    """Whatever starts the second: here, several processes, in an allocation of Slurm, over it. What
+    was killed is followed at once, though its loader workers live on for some seconds."""
+    job, settings = tmp_path / "demo", [f"output_dir={tmp_path}", "epochs=500", "save_minutes=1e-6"]
+    process = start(LAUNCHER, *settings, "num_workers=1")
+    wait_until(lambda: list_checkpoints(job / "checkpoints"), process)
+    in_allocation = {"SLURM_JOB_ID": "12", "SLURM_PROCID": "0"}
+    starts = [
+        start([*LAUNCHER, "env.ngpu=2"], *settings),
+        start(LAUNCHER, *settings, "resume=False", "overwrite=True"),
+        start_process([*LAUNCHER, *TINY, *settings], **in_allocation),
+    ]
+    for refused in starts:
+        code, output = finish(refused)
+        assert code == 4, output
+        assert f"process {process.pid} on {socket.gethostname()} is running in {job}" in output
+    assert descendants(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    done = records(job)[-1]["step"]
+    again = start(LAUNCHER, *settings)
+    wait_until(lambda: records(job)[-1]["step"] > done + 5, again)
+    for started in (again, process):
+        kill(started)
 
 
 IMPATIENT = """

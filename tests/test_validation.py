@@ -199,11 +199,11 @@ def test_an_option_that_a_dataset_does_not_have(error_of):
 
 
 def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
-    exit_code, output, _ = run_here("overwrite=False")
+    exit_code, output, _ = run_here()
     checkpoint = tmp_path / "demo" / "checkpoints" / "epoch-0001-step-00000005.pth"
     assert exit_code == 0 and str(checkpoint) in output
 
-    message = error_of("overwrite=False")
+    message = error_of()
     assert message.startswith(f"{tmp_path}/demo already holds {checkpoint.name}: choose resume=Tru")
 
     message = error_of("resume=True", "encoder.depth=2")
@@ -212,6 +212,9 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
         f"encoder.blocks.1.norm1.weight is missing; "
     )
     assert message.endswith(" more") and message.count("is missing") == 5
+
+    exit_code, output, _ = run_here("overwrite=True")
+    assert exit_code == 0 and output.startswith("replacing 1 checkpoints of demo (epoch 1)\n")
 
     message = error_of("resume=True", "encoder.embed_dim=48")
     assert "encoder.cls_token is [1, 1, 24] there and [1, 1, 48] here" in message

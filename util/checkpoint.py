@@ -8,6 +8,8 @@ randomness is a function of the seed and these two.
 
 import os
 import time
+import zipfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from util.job import checkpoint_name, list_checkpoints
 
 FORMAT = 1
 KEEP_ROLLING = 2
+ZIP_START = b"PK\x03\x04"
 
 
 class CheckpointError(Exception):
@@ -26,26 +29,72 @@ class CheckpointError(Exception):
 
 
 def load_file(path: Path) -> dict:
-    """weights_only: a file cannot run code. Raises CheckpointError where it cannot be read."""
+    """weights_only: a file cannot run code. Raises CheckpointError where it cannot be read, and
+    where a bit of it has changed since it was written."""
     try:
+        if record := damaged_record(path):
+            raise CheckpointError(f"{path} is damaged: {tensor_in(path, record)} has changed")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways, all of which mean the same
+    except CheckpointError:
+        raise
+    except Exception as error:  # an incomplete file fails in many ways, all of which mean the same
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {reason})"
         ) from error
 
 
-def newest_readable(folder: Path, report) -> Path | None:
-    """The newest whole checkpoint; damaged ones are named through `report`. None if there is none.
+def damaged_record(path: Path) -> str | None:
+    """The first part of the zip file that differs from its CRC-32, which torch writes but does not
+    compare. None: all are as they were written, or the file has no such values."""
+    with open(path, "rb") as file:
+        if file.read(4) != ZIP_START:
+            return None  # torch's format of before 1.6
+        with zipfile.ZipFile(file) as archive:
+            has_values = any(record.CRC for record in archive.infolist())
+            return archive.testzip() if has_values else None
+
+
+def tensor_in(path: Path, record: str) -> str:
+    """The name of the tensor whose numbers are in a record: ARCHIVE/data/NUMBER, where torch has
+    numbered the tensors in the order in which they are saved."""
+    number = record.partition("/data/")[2]
+    if not number.isdecimal():
+        return record
+    names: dict[int, str] = {}  # by storage, which several tensors may share
+    contents = torch.load(path, map_location="meta", weights_only=True)
+    for name, tensor in named_tensors(contents):
+        names.setdefault(tensor.untyped_storage()._cdata, name)
+    return f"tensor {list(names.values())[int(number)]}"
+
+
+def named_tensors(value, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from named_tensors(item, f"{name}.{key}" if name else str(key))
+
+
+def describe_epoch(path: Path) -> str:
+    """How far that run had come. Reads no tensor."""
+    try:
+        contents = torch.load(path, map_location="meta", weights_only=True)
+        return f"epoch {contents['epoch']}"
+    except Exception:  # as in load_file; the file is about to be replaced
+        return "of an unknown epoch"
+
+
+def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and what it holds; damaged ones are named through `report`. None
+    if there is none.
 
     Files that are all damaged are an error: a run must never start over in silence.
     """
     paths = list_checkpoints(folder)
     for path in paths:
         try:
-            load_file(path)
-            return path
+            return path, load_file(path)
         except CheckpointError as error:
             report(f"{error}; using the one before")
     if paths:

@@ -64,9 +64,11 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
-    """-> exit code. 0: done; 1: a crash; 2: bad input; 3: a training that cannot go on."""
+    """-> exit code. 0: done; 1: a crash; 2: bad input; 3: a training that cannot go on; 4: another
+    process is writing in the job's folder, so the same command may succeed later."""
     from data.base import DataError
     from util.checkpoint import CheckpointError
+    from util.lock import JobBusy
     from util.run_record import TrainingStopped
 
     try:
@@ -77,6 +79,9 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     except TrainingStopped as error:
         say_error(error)
         return 3
+    except JobBusy as error:
+        say_error(error)
+        return 4
     except SystemExit as stopped:  # by a signal. Caught, so that its frames let go of the workers
         return stopped.code
     except Exception:
@@ -107,7 +112,7 @@ def say_crash(cfg: DictConfig) -> None:
 
 
 def attempt() -> str:
-    """What tells one start of a job from the next: Slurm's restarts, torchrun's run."""
+    """Part of what tells one start of a job from the next: Slurm's restarts, torchrun's run."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return f"{os.environ.get('SLURM_JOB_ID') or os.environ.get('TORCHELASTIC_RUN_ID')}-{restarts}"
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import inspect
+import multiprocessing
 import os
 import signal
 from contextlib import suppress
@@ -49,7 +50,7 @@ def join_processes(device_type: str | None = None) -> Ranks:
         device = torch.device("cpu")
         share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         keep_freed_memory()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None:
         end_with_parent()
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -61,8 +62,8 @@ def join_processes(device_type: str | None = None) -> Ranks:
 
 
 def end_with_parent() -> None:
-    """torchrun's processes outlive a torchrun that was killed, and would train on beside its next
-    start: this asks the kernel for a TERM in that case (Linux only)."""
+    """Processes outlive the torchrun or launcher that started them, if that is killed, and would
+    train on next to its next start: this asks the kernel for a TERM in that case (Linux only)."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -3,7 +3,6 @@
 Imports no torch: the launcher asks the same questions before it submits.
 """
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -11,16 +10,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, job_directory
+from util.lock import lock
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "omegaconf", "submitit")
-
-
-HELD_LOCKS: dict[Path, TextIO] = {}
 CHECKPOINT_NAME = re.compile(r"(?:epoch-(\d+)-)?step-(\d+)\.pth")
 
 
@@ -43,11 +39,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def last_checkpoint_of_finished_job(cfg: DictConfig) -> Path | None:
-    """The checkpoint of the last epoch, if the job has come that far."""
-    wanted = f"epoch-{cfg.epochs:04d}-"
-    paths = list_checkpoints(job_directory(cfg) / "checkpoints")
-    return next((path for path in paths if path.name.startswith(wanted)), None)
+def is_finished(cfg: DictConfig) -> bool:
+    """And is not to be trained again; says so. An evaluation that trains nothing never is."""
+    if "resume" not in cfg or cfg.overwrite:
+        return False
+    for path in list_checkpoints(job_directory(cfg) / "checkpoints"):
+        if path.name.startswith(f"epoch-{cfg.epochs:04d}-"):
+            print(f"{cfg.job_name}: already finished ({path})")
+            return True
+    return False
 
 
 def refuse_to_start_over(cfg: DictConfig) -> None:
@@ -56,46 +56,33 @@ def refuse_to_start_over(cfg: DictConfig) -> None:
     if existing and not cfg.resume and not cfg.overwrite:
         raise ConfigError(
             f"{job_directory(cfg)} already holds {existing[0].name}: choose resume=True to "
-            f"continue it, overwrite=True to start anew, or another job_name"
+            f"continue it, overwrite=True to replace it, or another job_name"
         )
+
+
+def remove_checkpoints(job: Path) -> None:
+    """Which overwrite=True has asked for."""
+    from util.checkpoint import describe_epoch  # imports torch
+
+    paths = list_checkpoints(job / "checkpoints")
+    if paths:
+        print(f"replacing {len(paths)} checkpoints of {job.name} ({describe_epoch(paths[0])})")
+    for path in paths:
+        path.unlink()
 
 
 def prepare_job_directory(cfg: DictConfig) -> Path:
     """Make the folder, and write down what runs in it. For one process of the job."""
-    refuse_to_start_over(cfg)
     job = job_directory(cfg)
     for name in ("checkpoints", "logs", "tensorboard", "results"):
         (job / name).mkdir(parents=True, exist_ok=True)
     lock(job)
+    refuse_to_start_over(cfg)
     if not cfg.resume:
-        for path in list_checkpoints(job / "checkpoints"):
-            path.unlink()
+        remove_checkpoints(job)
     OmegaConf.save(cfg, job / "config.yaml")
     (job / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
     return job
-
-
-def lock(job: Path) -> None:
-    """Two runs in one folder would spoil each other's log and checkpoints. The kernel gives the
-    lock back when the process ends, however it ends. On Slurm the queue is asked instead: a lock on
-    a shared file system may outlive a node that was lost."""
-    if "SLURM_JOB_ID" in os.environ:
-        return
-    file = open(job / "logs" / "lock", "w")  # noqa: SIM115 (held until the process ends)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"job_name={job.name}: another process is running in {job}; valid is another job_name, "
-            f"or this one when that has ended"
-        ) from error
-    HELD_LOCKS[job] = file
-
-
-def unlock(job: Path) -> None:
-    """For a process that goes on with another run."""
-    if job in HELD_LOCKS:
-        HELD_LOCKS.pop(job).close()
 
 
 def describe_environment() -> dict:

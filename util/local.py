@@ -1,19 +1,32 @@
-"""Run a worker on this machine: in this process, or in several through torchrun's API."""
+"""Run a worker on this machine: in this process, or in several that are started as torchrun would.
 
-import logging
+Not by torchrun's own agent, which kills processes 30 seconds after it has told them to stop: saving
+a checkpoint may take longer.
+"""
+
+import multiprocessing
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from types import FrameType
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed import TCPStore
 
 from util.command import leave, run_configured_worker
 from util.config import ConfigError, processes_per_node
+from util.preemption import SAME_SIGNAL_SECONDS, SIGNALS
 from util.validate import check_gpus
+
+SAY_SECONDS = 10
+# Processes that are left when one has failed wait for it in vain, and may not answer at all.
+END_SECONDS = 30
 
 
 def run_here(cfg: DictConfig) -> int:
@@ -32,36 +45,97 @@ def run_here(cfg: DictConfig) -> int:
     return run_processes(cfg, processes_per_node(cfg))
 
 
-def run_processes(cfg: DictConfig, processes: int) -> int:
+def run_processes(cfg: DictConfig, count: int) -> int:
+    """-> exit code"""
     # The threads are shared among the processes before any of them loads torch.
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # The process that fails says why; torchrun would add a page about that it did.
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=cfg.job_name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.5,
-    )
-    try:
-        elastic_launch(config, run_and_exit)(OmegaConf.to_container(cfg))
-    except ChildFailedError as error:
-        return exit_code_of({rank: failure.exitcode for rank, failure in error.failures.items()})
-    except SignalException as interruption:  # the processes have saved and said so
-        return 128 + interruption.sigval
-    return 0
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    # Where they meet. Here, so that its port is taken before anybody is told of it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 need not open one
+    }
+    spawn = multiprocessing.get_context("spawn")
+    processes = []
+    for rank in range(count):
+        variables = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments = [OmegaConf.to_container(cfg), variables]
+        processes.append(spawn.Process(target=run_and_exit, args=arguments, name=f"rank {rank}"))
+    with passing_on_signals(processes) as received:
+        for process in processes:
+            process.start()
+        return wait_for_all(processes, received)
 
 
-def run_and_exit(config: dict) -> None:
+def run_and_exit(config: dict, variables: dict[str, str]) -> None:
     """What each of several processes does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before training answers it
+    os.environ.update(variables)
     if exit_code := run_configured_worker(config):
         leave(exit_code)
+
+
+@contextmanager
+def passing_on_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
+    """Whoever is told to stop tells its processes, and waits for them; told twice, it leaves at
+    once. -> the signals that came"""
+    received: list[int] = []
+    came_at = 0.0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal came_at
+        running = [process for process in processes if process.is_alive()]
+        if received and time.monotonic() - came_at > SAME_SIGNAL_SECONDS:
+            for process in running:
+                process.kill()
+            leave(128 + number)
+        for process in running:
+            os.kill(process.pid, number)
+        received.append(number)
+        came_at = time.monotonic()
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def wait_for_all(processes: list[SpawnProcess], received: list[int]) -> int:
+    """Until all have ended, or one has failed. -> exit code"""
+    told_at = said_at = None
+    while running := [process for process in processes if process.is_alive()]:
+        wait([process.sentinel for process in running], timeout=0.5)
+        good = {None, 0, *(128 + number for number in received)}
+        codes = enumerate(process.exitcode for process in processes)
+        if failed := {rank: code for rank, code in codes if code not in good}:
+            end(running)
+            return exit_code_of(failed)
+        now = time.monotonic()
+        if received and told_at is None:
+            told_at = said_at = now
+        if received and now - said_at > SAY_SECONDS:
+            said_at = now
+            print(
+                f"waiting for {len(running)} processes to save, for {now - told_at:.0f} s now; "
+                f"Ctrl-C again leaves at once, without saving",
+                file=sys.stderr,
+                flush=True,
+            )
+    return max(process.exitcode for process in processes)
+
+
+def end(processes: list[SpawnProcess]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + END_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
 
 
 def exit_code_of(failed: dict[int, int]) -> int:
@@ -70,7 +144,7 @@ def exit_code_of(failed: dict[int, int]) -> int:
     said = [exit_code for exit_code in failed.values() if exit_code > 0]
     if said:
         return min(said)
-    for rank, exit_code in failed.items():
-        name = signal.Signals(-exit_code).name
-        print(f"[rank {rank}] error: ended by {name}", file=sys.stderr, flush=True)
+    rank, exit_code = next(iter(failed.items()))
+    name = signal.Signals(-exit_code).name
+    print(f"[rank {rank}] error: ended by {name}", file=sys.stderr, flush=True)
     return 1

@@ -138,11 +138,18 @@ class TrainingRecord:
 
 
 def find_checkpoint(cfg: DictConfig, job: Path, ranks: Ranks) -> dict | None:
-    """Rank 0 chooses the newest readable file, all ranks read that one. None: start anew."""
+    """Rank 0 chooses the newest readable file, all ranks read that one. None: a new run."""
     if not cfg.resume:
         return None
-    path = on_main(lambda: checkpoint.newest_readable(job / "checkpoints", print_error), ranks)
-    return None if path is None else checkpoint.load_file(path)
+    chosen: dict[Path, dict] = {}  # gigabytes, which only their path leaves this process for
+
+    def choose() -> Path | None:
+        newest = checkpoint.newest_readable(job / "checkpoints", print_error)
+        chosen.update([newest] if newest else [])
+        return next(iter(chosen), None)
+
+    path = on_main(choose, ranks)
+    return chosen.get(path) if ranks.is_main or path is None else checkpoint.load_file(path)
 
 
 def check_same_steps(resumed: dict, windows_per_epoch: int) -> None:

@@ -66,6 +66,7 @@ class RunRecord(TrainingRecord):
             **means,
             "lr": self.training.schedule.learning_rate(epoch),
             "momentum": self.training.schedule.target_momentum(epoch),
+            "sim_goal": self.training.schedule.similarity_goal(epoch),
             **self.read_speed(done),
             "memory_gb": memory_in_use(self.ranks.device),
         }

@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
 from util.config import ConfigError, job_directory
-from util.job import is_restart, last_checkpoint_of_finished_job, refuse_to_start_over
+from util.job import is_finished, is_restart, refuse_to_start_over
+from util.slurm_queue import OVER, job_state, read_queue
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "Makefile", "requirements.txt", "configs", "data", "eval", "models", "util")
@@ -72,9 +72,7 @@ def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
     """False, with a sentence: it is finished, or (in a sweep) it is in the queue. A single job that
     is in the queue is an error: somebody believes that it is not."""
     trains = "resume" in cfg  # an evaluation that trains nothing may always run again
-    finished = last_checkpoint_of_finished_job(cfg) if trains else None
-    if finished and not cfg.overwrite:
-        print(f"{cfg.job_name}: already finished ({finished}); nothing submitted")
+    if is_finished(cfg):
         return False
     if job_id := job_in_queue(cfg, queue):
         text = f"job_name={cfg.job_name}: job {job_id} of this name is queued or running"
@@ -219,7 +217,7 @@ class SlurmTask:
         from util.command import leave, run_configured_worker
 
         exit_code = run_configured_worker(self.config)
-        if exit_code in FOR_GOOD:
+        if exit_code in FOR_GOOD or (exit_code == BUSY and not is_restart()):
             mark = Path(os.environ["SUBMITIT_FOLDER"]) / f"{os.environ['SLURM_JOB_ID']}.final"
             mark.touch()
         if exit_code:
@@ -231,27 +229,10 @@ class SlurmTask:
 
 
 FOR_GOOD = (2, 3)  # bad input, and a training that cannot go on: again would be the same
-
-
-UNFINISHED = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
+BUSY = 4  # a second submission of the same job; after a restart it is only the last start's end
 
 
 # --- the queue ----------------------------------------------------------------------------------
-
-
-def read_queue() -> dict[str, str]:
-    """My jobs that are queued or running: id -> name; array elements one by one."""
-    try:
-        lines = slurm_command("squeue", "--noheader", "--me", "--array", "--format=%i %j")
-    except subprocess.CalledProcessError as error:
-        raise ConfigError(f"squeue failed: {' '.join(error.stderr.split())}") from error
-    return dict(line.split(" ", 1) for line in lines.splitlines() if " " in line)
-
-
-def slurm_command(*arguments: str) -> str:
-    """Never through a shell: job names are free text."""
-    run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60)
-    return run.stdout
 
 
 def note_file(cfg: DictConfig) -> Path:
@@ -269,15 +250,6 @@ def job_in_queue(cfg: DictConfig, queue: dict[str, str]) -> str | None:
     return None
 
 
-def job_state(job_id: str) -> dict[str, str]:
-    """Slurm's record of a job; empty if it has forgotten it."""
-    try:
-        line = slurm_command("scontrol", "--oneliner", "show", "job", job_id)
-    except subprocess.CalledProcessError:
-        return {}
-    return dict(word.split("=", 1) for word in line.split() if "=" in word)
-
-
 def follow(note: dict) -> int:
     """Copy the log to this terminal until the job has ended. -> its exit status"""
     path, position = Path(note["log"]), 0
@@ -289,14 +261,7 @@ def follow(note: dict) -> int:
                 log.seek(position)
                 print(log.read(), end="", flush=True)
                 position = log.tell()
-        if state not in (
-            "PENDING",
-            "RUNNING",
-            "COMPLETING",
-            "REQUEUED",
-            "SUSPENDED",
-            "REQUEUE_HOLD",
-        ):
+        if state in {*OVER, "UNKNOWN"}:
             break
         time.sleep(1)
     if state == "COMPLETED":

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from util.config import ConfigError
 from util.job import list_checkpoints
-from util.slurm import job_state
+from util.slurm_queue import job_state
 
 COLUMNS = ("job", "slurm", "state", "epoch", "loss", "images/s", "last checkpoint", "restarts")
 

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from tests.runs import LAUNCHER, ROOT, TINY, environment, run, succeed
+from tests.runs import LAUNCHER, ROOT, TINY, environment, records, run, succeed
 from tests.slurm.cluster import cancel, job_info, squeue, wait_for
-from tests.slurm.jobs import ON_SLURM, submit, wait_for_end
+from tests.slurm.jobs import LONG, ON_SLURM, error_text, submit, wait_for_end
+from util.lock import JobBusy, lock, this_process, unlock
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 
@@ -117,3 +120,53 @@ def test_environment_variables_for_nccl_are_passed_through(tmp_path):
         assert "export NCCL_DEBUG=INFO" in Path(script).read_text()
     finally:
         cancel(job_id)
+
+
+# ---- One writer per folder. ----------------------------------------------------------------------
+
+
+def test_of_two_submissions_that_start_together_one_runs(tmp_path):
+    """The second has not seen the first in the queue: another name there, and the same folder."""
+    job = tmp_path / "one"
+    job.mkdir()
+    (tmp_path / "two").symlink_to(job)
+    settings = [*LONG, "epochs=12", f"output_dir={tmp_path}", HELD]
+    ids = []
+    for name in ("one", "two"):
+        ids.append(submit(*settings, f"job_name={name}"))
+        (job / "logs" / "slurm.json").unlink()
+    subprocess.run(["scontrol", "release", *ids], check=True)
+    states = {job_id: wait_for_end(job_id, 120) for job_id in ids}
+    assert sorted(states.values()) == ["COMPLETED", "FAILED"], error_text(job)
+    (refused,) = [job_id for job_id, state in states.items() if state == "FAILED"]
+    assert job_info(refused)["ExitCode"] == "4:0" and job_info(refused)["Restarts"] == "0"
+    (runs,) = set(ids) - {refused}
+    said = (job / "logs" / f"{refused}_0_log.err").read_text()
+    assert f"of Slurm job {runs} is running in" in said, said
+    assert [r["step"] for r in records(job)] == list(range(5, 517, 5))
+
+
+def test_of_two_runs_inside_one_allocation_one_runs(tmp_path):
+    command = shlex.join([*LAUNCHER, *TINY, *LONG, "epochs=12", f"output_dir={tmp_path}"])
+    script = f"cd {ROOT}; {command} & one=$!; {command}; echo $?; wait $one; echo $?"
+    options = ["--parsable", "--wait", f"--output={tmp_path}/log"]
+    subprocess.run(["sbatch", *options, f"--wrap={script}"], check=True, timeout=120)
+    log = (tmp_path / "log").read_text()
+    assert {line for line in log.splitlines() if line.isdecimal()} == {"0", "4"}, log
+    assert log.count("is running in") == 1
+    assert [r["step"] for r in records(tmp_path / "demo")] == list(range(5, 517, 5))
+
+
+def test_an_owner_on_another_machine_is_followed_when_slurm_says_that_its_job_is_over(tmp_path):
+    job = tmp_path / "job"
+    (job / "logs").mkdir(parents=True)
+    waiting = submit(f"output_dir={tmp_path}", HELD)
+    owner = replace(this_process(), host="elsewhere", slurm_job=waiting)
+    file = job / "logs" / "running-elsewhere-1.json"
+    file.write_text(json.dumps(asdict(owner)))
+    with pytest.raises(JobBusy, match=f"of Slurm job {waiting} is running"):
+        lock(job)
+    cancel(waiting)
+    lock(job)
+    unlock(job)
+    assert not file.exists()

@@ -1,0 +1,270 @@
+"""Whole pre-training against one that is written by hand (tests/by_hand.py), with every key away
+from its default: a run that is compared with another run of the same code proves nothing about
+what connects its parts."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import main_lmim
+from models.losses import LOSSES
+from models.target import TARGETS
+from tests import by_hand
+from tests.runs import final_state, kill, kill_at_step, records, start_together
+from tests.test_distributed import spawn
+from util.config import CONFIG_DIR, compose_config, flatten
+from util.distributed import Ranks
+from util.preemption import stoppable
+from util.validate import check_config
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+COMMON = {
+    "seed": 7,
+    "precision": "fp32",
+    "grid_size": 5,
+    "patch_size": 3,
+    "patch_gap": 2,
+    "num_vis": 6,
+    "min_crop": 0.45,
+    "dataset": "shapes",
+    "dataset.options.image_size": 20,
+    "dataset.options.train_images": 64,
+    "dataset.options.eval_images": 300,
+    "dataset.options.seed": 3,
+    "dataset.flip": True,
+    "dataset.mean": [0.2, 0.3, 0.4],
+    "dataset.std": [0.5, 0.3, 0.4],
+    "dataset.crop_ratio": 0.8,
+    "encoder.embed_dim": 24,
+    "encoder.depth": 3,
+    "encoder.num_heads": 2,
+    "freeze_pe": False,
+    "proj.mlp_dim": 40,
+    "proj.mlp_depth": 2,
+    "decoder": "cross",
+    "decoder_embed_dim": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 4,
+    "avg_vis_mask_token": True,
+    "target": "ema",
+    "target_depth": 2,
+    "mask_target": False,
+    "loss": "infonce_patches",
+    "tau": 0.3,
+    "avg_sim_coeff": 0.7,
+    "sim_init": 0.9,
+    "sim_end": 0.1,
+    "target_mom": 0.8,
+    "epochs": 3,
+    "warmup_epochs": 1.5,
+    "blr": 0.05,
+    "min_lr_frac": 0.1,
+    "weight_decay": 0.4,
+    "batch_size": 5,
+    "accum_iter": 3,
+    "clip_grad": 0.3,
+    "eval_freq": 2,
+    "eval_at_start": True,
+}
+VARIANTS = {
+    "infonce_patches, ema": {},
+    "norm_l2, stopgrad": {
+        "seed": 3,
+        "loss": "norm_l2",
+        "target": "stopgrad",
+        "target_depth": None,
+        "decoder": "self",
+        "avg_vis_mask_token": False,
+        "mask_target": True,
+        "patch_gap": 0,
+        "proj.mlp_depth": 0,
+        "freeze_pe": True,
+        "dataset.flip": False,
+        "clip_grad": None,
+        "avg_sim_coeff": 0,
+        "warmup_epochs": 0,
+        "batch_size": 15,
+        "accum_iter": 1,
+        "eval_freq": 0,
+    },
+    "l1, joint": {"loss": "l1", "target": "joint", "decoder_depth": 2},
+    "smooth_l1, frozen": {"loss": "smooth_l1", "target": "frozen", "eval_at_start": False},
+    "cosine": {"loss": "cosine", "eval_freq": 3, "epochs": 4, "avg_vis_mask_token": False},
+    "l2, frozen": {"loss": "l2", "sim_init": 0.2, "sim_end": 0.6, "target": "frozen"},
+}
+
+
+def configured(keys: dict, folder: Path, **others) -> DictConfig:
+    """The composed config of these keys, in which each has the value that is asked for."""
+    cfg = compose_config("demo", overrides(keys, folder, **others))
+    check_config(cfg)
+    return cfg
+
+
+def overrides(keys: dict, folder: Path, **others) -> list[str]:
+    keys = keys | {"output_dir": str(folder), "job_name": "run", "print_freq": 1} | others
+    return [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
+
+
+def pretrain(cfg: DictConfig, ranks: Ranks = ALONE) -> main_lmim.LatentMIM:
+    """-> the trained networks of this process"""
+    built = []
+    build_model = main_lmim.build_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_lmim, "build_model", lambda c: built.append(build_model(c)) or built[0])
+        with stoppable(ranks) as stop_flag:
+            main_lmim.pretrain(cfg, ranks, stop_flag)
+    return built[0]
+
+
+def assert_same_run(job: Path, weights: dict, expected: by_hand.ByHand) -> None:
+    lines = records(job)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [line["step"] for line in expected.losses]
+    for found, wanted in zip(steps, expected.losses, strict=True):
+        for name, value in wanted.items():
+            rounding = 1e-5 if name == "grad_norm" else 1e-6
+            assert found[name] == pytest.approx(value, rel=rounding), (name, wanted["step"])
+    accuracies = {line["epoch"]: line["nn_accuracy"] for line in lines if "nn_accuracy" in line}
+    assert accuracies == pytest.approx(expected.accuracies)
+    wanted = expected.model.state_dict()
+    assert weights.keys() == wanted.keys()
+    assert relative_difference(weights, wanted) < 1e-6
+
+
+def relative_difference(found: dict, wanted: dict) -> float:
+    ours, theirs = (
+        torch.cat(list(map(moved_by_more_than_rounding, w.items()))) for w in (found, wanted)
+    )
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def moved_by_more_than_rounding(item: tuple[str, torch.Tensor]) -> torch.Tensor:
+    """Without the biases of attention's keys: softmax does not see them, so that their gradients
+    are rounding alone, of which Adam makes whole steps."""
+    name, value = item
+    if name.endswith("qkv.bias"):
+        query, _, values = value.chunk(3)
+        return torch.cat([query, values])
+    return value.chunk(2)[1] if name.endswith("kv_proj.bias") else value.flatten()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ten_steps_equal_those_written_by_hand(tmp_path, variant):
+    keys = COMMON | VARIANTS[variant]
+    model = pretrain(configured(keys, tmp_path))
+    assert_same_run(tmp_path / "run", model.state_dict(), by_hand.train(keys))
+    saved = final_state(tmp_path / "run")
+    assert relative_difference(saved["state_dict"], model.state_dict()) == 0
+
+
+def test_the_keys_of_these_runs_are_away_from_their_defaults():
+    """Of all that change results, in at least one of the runs."""
+    below = (CONFIG_DIR / "lmim.yaml").read_text().partition("# --- everything below")[2]
+    settings = OmegaConf.create(below.partition("\n")[2])
+    names = set(flatten(OmegaConf.to_container(settings))) - {"compile"}
+    assert names <= set(COMMON) - {"decoder", "target", "loss"}
+    defaults = compose_config("lmim", [])
+    runs = [COMMON | changes for changes in VARIANTS.values()]
+    for name in names - {"precision"}:
+        assert {str(run[name]) for run in runs} - {str(OmegaConf.select(defaults, name))}, name
+    assert {run["loss"] for run in runs} == set(LOSSES)
+    assert {run["target"] for run in runs} == set(TARGETS)
+
+
+def test_bf16_is_what_is_asked_for(tmp_path):
+    """Rounding differs from one formulation to the next, so the numbers are near and not equal."""
+    keys = COMMON | {"epochs": 1, "warmup_epochs": 0, "eval_freq": 0, "eval_at_start": False}
+    pretrain(configured(keys | {"precision": "bf16"}, tmp_path))
+    found = [line["loss"] for line in records(tmp_path / "run")]
+    rounded, exact = (
+        [line["loss"] for line in by_hand.train(keys | {"precision": precision}).losses]
+        for precision in ("bf16", "fp32")
+    )
+    assert found == pytest.approx(rounded, rel=1e-2)
+    assert abs(found[0] - exact[0]) > 1e-5
+
+
+def test_views_differ_in_each_part_of_their_counter():
+    """Seed, step, and the place of the image in the step: process, micro-step, batch."""
+    seen = {}
+    for seed in (0, 1):
+        for step in (0, 1, 2):
+            for rank in (0, 1):
+                keys = COMMON | {"seed": seed, "accum_iter": 2}
+                cfg = OmegaConf.create({"accum_iter": 2, "seed": seed} | dict(keys))
+                draw = main_lmim.view_source(cfg, Ranks(rank, 2, torch.device("cpu")))
+                for micro in (0, 1):
+                    views = draw(step, micro, 3)
+                    for image in range(3):
+                        own = torch.cat([part[image].flatten() for part in views])
+                        seen[seed, step, rank, micro, image] = own
+    assert len({tuple(view.tolist()) for view in seen.values()}) == len(seen) == 72
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def pretrain_a_share(ranks: Ranks, folder: Path, keys: dict) -> None:
+    torch.save(pretrain(configured(keys, folder), ranks).state_dict(), folder / f"rank{ranks.rank}")
+
+
+def pretrain_together(folder: Path, keys: dict, processes: int) -> dict:
+    """-> the weights, which are the same in all of them"""
+    spawn(pretrain_a_share, processes, folder, folder, keys)
+    first, *others = (torch.load(folder / f"rank{rank}") for rank in range(processes))
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(other[name], value), f"the processes have drifted apart: {name}"
+    return first
+
+
+@pytest.mark.slow
+def test_two_processes_average_the_gradients_of_their_parts(tmp_path):
+    """The similarity constraint squares a mean over the images of one process: each has its own."""
+    weights = pretrain_together(tmp_path, COMMON, processes=2)
+    assert_same_run(tmp_path / "run", weights, by_hand.train(COMMON, processes=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "accum_iter"), [(1, 8, 2), (2, 8, 1), (2, 4, 2), (4, 4, 1)]
+)
+def test_the_split_of_a_step_changes_nothing(tmp_path, processes, batch_size, accum_iter):
+    """The same images and the same views. Without the similarity constraint, whose mean is taken
+    over the images of one process and micro-step."""
+    keys = COMMON | {"avg_sim_coeff": 0, "loss": "norm_l2", "batch_size": 16, "accum_iter": 1}
+    split = keys | {"batch_size": batch_size, "accum_iter": accum_iter}
+    if processes == 1:
+        weights = pretrain(configured(split, tmp_path)).state_dict()
+    else:
+        weights = pretrain_together(tmp_path, split, processes)
+    whole = by_hand.train(keys)
+    assert relative_difference(weights, whole.model.state_dict()) < 1e-4
+    found = [line for line in records(tmp_path / "run") if "loss" in line]
+    assert len(found) == len(whole.losses) == 12
+    for line, wanted in zip(found, whole.losses, strict=True):
+        for name in ("loss", "grad_norm", "lr"):
+            assert line[name] == pytest.approx(wanted[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_same_views_on_another_number_of_processes(tmp_path):
+    keys = COMMON | {"avg_sim_coeff": 0, "epochs": 15, "blr": 1e-3, "accum_iter": 1}
+    keys |= {"eval_freq": 0, "eval_at_start": False, "batch_size": 16}
+    pretrain(configured(keys, tmp_path / "whole"))
+    halves = overrides(keys | {"batch_size": 8}, tmp_path / "two", save_minutes=1e-6)
+    first, second = start_together(2, "--config-name=demo", *halves)
+    kill_at_step(first, tmp_path / "two/run", 10)
+    kill(second)
+    shutil.copytree(tmp_path / "two", tmp_path / "four")
+    pretrain(configured(keys, tmp_path / "two", resume=True))
+    pretrain_together(tmp_path / "four", keys | {"batch_size": 4, "resume": True}, 4)
+    whole = {line["step"]: line["loss"] for line in records(tmp_path / "whole/run")}
+    for name in ("two", "four"):
+        found = {line["step"]: line["loss"] for line in records(tmp_path / name / "run")}
+        assert found == pytest.approx(whole, rel=1e-3), name
