@@ -10,8 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import runs
+
 os.environ["OMP_NUM_THREADS"] = "1"  # also for what sets its threads itself (share_cores)
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Those of a test that fails would train on next to all that follow."""
+    yield
+    while runs.STARTED:
+        process = runs.STARTED.pop()
+        if process.poll() is None:
+            runs.kill(process)
 
 
 @pytest.fixture

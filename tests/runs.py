@@ -33,6 +33,7 @@ def torchrun(processes: int) -> list[str]:
 
 
 LAUNCHER = [sys.executable, "launcher.py"]
+STARTED: list[subprocess.Popen | Forked] = []  # by the test that is running (tests/conftest.py)
 
 
 def start(command: list[str], *overrides: str) -> subprocess.Popen | Forked:
@@ -43,16 +44,19 @@ def start(command: list[str], *overrides: str) -> subprocess.Popen | Forked:
 def start_process(command: list[str], **extra: str) -> subprocess.Popen | Forked:
     """In a process group of its own, so that kill() reaches all of it. extra: variables."""
     if command[0] == sys.executable and command[1].endswith(".py"):
-        return Forked(command[1:], environment(**extra))
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(**extra),
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+        process = Forked(command[1:], environment(**extra))
+    else:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(**extra),
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    STARTED.append(process)
+    return process
 
 
 def run(command: list[str], *overrides: str, timeout: float = 180) -> tuple[int, str]:
@@ -149,6 +153,7 @@ def kill_at_step(process: subprocess.Popen | Forked, job: Path, step: int) -> No
     """kill -9 as soon as the log has this step."""
     wait_until(lambda: any(r["step"] >= step for r in records(job)), process)
     kill(process)
+    assert process.returncode == -signal.SIGKILL, "it had ended before the kill"
 
 
 def final_state(job: Path) -> dict:

@@ -2,9 +2,6 @@
 window.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,9 +9,8 @@ import torch.multiprocessing as multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from engine_pretrain import begin_window, end_window, micro_step
-from tests.forked import ROOT
-from tests.test_engine import build_training, draw, half, relative_difference, run_windows, weights
+from engine_pretrain import train_epoch
+from tests.test_engine import build_training, draw
 from util.distributed import (
     Ranks,
     all_reduce,
@@ -58,47 +54,6 @@ def test_loader_processes_are_counted_from_the_cores(
     assert default_workers() == workers
 
 
-def test_a_cpu_process_uses_its_freed_memory_again():
-    """The system counts the pages that it had to map. The C library sets the first few aside."""
-    code = """
-import resource, torch
-from util.distributed import join_processes
-join_processes("cpu")
-def pages_mapped():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(50_000_000)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(*[pages_mapped() for _ in range(10)])
-"""
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT).split()
-    first, *_, last = map(int, printed)
-    assert first > 40_000 and last < 400, printed
-
-
-def train_a_share(ranks: Ranks, folder) -> None:
-    """Half of each batch of run_windows."""
-    training = build_training(avg_sim_coeff=0.0)
-    training.network = DistributedDataParallel(training.model, broadcast_buffers=False)
-    for step in range(6):
-        images, views = draw(step, 8)
-        begin_window(training, step / 4)
-        own = images[ranks.rank * 4 : ranks.rank * 4 + 4]
-        micro_step(training, own, half(views, ranks.rank), last_of_window=True)
-        end_window(training, step)
-    torch.save(weights(training), folder / f"weights{ranks.rank}")
-
-
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    """Without the similarity term, whose average is taken over the images of one process."""
-    spawn(train_a_share, 2, tmp_path, tmp_path)
-    shares = [torch.load(tmp_path / f"weights{rank}") for rank in range(2)]
-    assert torch.equal(*shares), "the processes have drifted apart"
-    alone = build_training(avg_sim_coeff=0.0)
-    run_windows(alone, 6)
-    # Adam turns the rounding of near-zero gradients into full steps, hence not 1e-6.
-    assert relative_difference(shares[0], weights(alone)) < 1e-3
-
-
 def count_reductions(ranks: Ranks, folder) -> None:
     training = build_training(accum_iter=2)
     training.network = DistributedDataParallel(training.model, broadcast_buffers=False)
@@ -110,20 +65,20 @@ def count_reductions(ranks: Ranks, folder) -> None:
 
     training.network.register_comm_hook(dist.group.WORLD, counting_hook)
     images, views = draw(ranks.rank, 4)
-    after_each = []
-    for step in range(2):
-        begin_window(training, 0.0)
-        for last in (False, True):
-            micro_step(training, images, views, last_of_window=last)
-            after_each.append(len(reduced))
-        end_window(training, step)
-    torch.save(after_each, folder / f"reductions{ranks.rank}")
+    before_each = []
+
+    def draw_views(step: int, micro_step: int, batch_size: int):
+        before_each.append(len(reduced))
+        return views
+
+    train_epoch(training, iter([images] * 4), draw_views, range(2), 2, after_window=lambda step: 0)
+    torch.save([*before_each, len(reduced)], folder / f"reductions{ranks.rank}")
 
 
 def test_gradients_travel_only_at_the_last_micro_step(tmp_path):
     spawn(count_reductions, 2, tmp_path, tmp_path)
-    first, second, third, fourth = torch.load(tmp_path / "reductions0")
-    assert first == 0
+    start, first, second, third, fourth = torch.load(tmp_path / "reductions0")
+    assert start == first == 0
     assert second > 0
     assert third == second
     assert fourth > third

@@ -15,7 +15,7 @@ from eval.few_shot import (
     ridge_accuracies,
 )
 from tests.backbones import digits_checkpoint
-from tests.evaluations import assert_bad_input, config, launch, results, unlabelled_folder
+from tests.evaluations import assert_bad_input, config, results, unlabelled_folder
 from tests.test_distributed import spawn
 
 STRENGTHS = (1e-4, 0.1, 3.0)
@@ -134,9 +134,3 @@ def test_too_many_shots_are_refused(checkpoint, tmp_path):
 def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):
     cfg = config("few_shot", checkpoint, tmp_path, *unlabelled_folder(tmp_path / "images"))
     assert_bad_input(main, cfg, DataError, "dataset=folder has no labels")
-
-
-@pytest.mark.slow
-def test_bad_input_ends_with_exit_code_2(checkpoint, tmp_path):
-    code, output = launch("few_shot", checkpoint, tmp_path, "shots=[500]")
-    assert code == 2 and "error: shots=500" in output and "Traceback" not in output

@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -140,18 +139,6 @@ def test_the_recipe(checkpoint, tmp_path):
     assert build_mixup(config("finetune", checkpoint, tmp_path, "mixup=0", "cutmix=0"), 10) is None
     names = ("epochs", "warmup_epochs", "blr", "layer_decay", "weight_decay", "drop_path", "erase")
     assert [cfg[name] for name in names] == [100, 5, 5e-4, 0.65, 0.05, 0.1, 0.25]
-
-
-def test_the_losses_are_timms():
-    logits, labels = torch.randn(6, 10), torch.arange(6)
-    soft = torch.rand(6, 10).softmax(dim=1)
-    torch.testing.assert_close(
-        F.cross_entropy(logits, soft), SoftTargetCrossEntropy()(logits, soft)
-    )
-    torch.testing.assert_close(
-        F.cross_entropy(logits, labels, label_smoothing=0.1),
-        LabelSmoothingCrossEntropy(smoothing=0.1)(logits, labels),
-    )
 
 
 def transform(seed: int = 0, **changes) -> FinetuneTransform:

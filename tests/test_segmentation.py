@@ -24,10 +24,11 @@ from eval.metrics_segmentation import (
 from eval.patch_head import class_counts, start, train_epoch
 from eval.segmentation import to_pixels
 from tests.backbones import digits_checkpoint
-from tests.runs import LAUNCHER, finish, run_together, start_process
+from tests.runs import run_together
 from tests.test_masks import blocks, save, write_blocks
 from util.config import ConfigError, compose_config
 from util.distributed import Ranks
+from util.validate import check_config
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -298,16 +299,6 @@ def test_more_segments_than_patches_is_an_error(tmp_path):
         evaluate(tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}", "segments=[37]")
 
 
-@pytest.mark.slow
-def test_the_command_ends_with_one_sentence_and_exit_code_2(tmp_path):
-    root = write_blocks(tmp_path / "data")
-    wrong_size(root)
-    checkpoint = digits_checkpoint(tmp_path)
-    settings = [f"pretrained={checkpoint}", f"data_path={root}", f"output_dir={tmp_path}"]
-    command = [*LAUNCHER, "--config-name=segmentation", "dataset=masks", *settings]
-    code, output = finish(start_process(command))
-    assert code == 2 and "Traceback" not in output
-    assert output.splitlines()[-1].startswith("error: the mask of ")
-    code, output = finish(start_process([*command, "clustering.linkage=ward"]))
-    assert code == 2
-    assert "valid with clustering.linkage=ward is euclidean" in output
+def test_ward_is_euclidean():
+    with pytest.raises(ConfigError, match="valid with clustering.linkage=ward is euclidean"):
+        check_config(compose_config("segmentation", ["clustering.linkage=ward"]))

@@ -25,7 +25,7 @@ from eval.networks import Backbone, Tokens, cut_patches
 from eval.run import EvalRun
 from eval.video import frame_size, pixel_objects, propagate_labels
 from tests.backbones import digits_checkpoint
-from tests.runs import LAUNCHER, finish, run_together, start_process
+from tests.runs import run_together
 from util.config import compose_config
 from util.distributed import Ranks
 
@@ -379,13 +379,3 @@ def test_bad_videos_are_named(tmp_path, damage):
     with pytest.raises(DataError, match=DAMAGES[damage]) as caught:
         evaluate_pixels(root, tmp_path)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_the_command_ends_with_one_sentence_and_exit_code_2(tmp_path):
-    checkpoint = digits_checkpoint(tmp_path)
-    settings = settings_for(tmp_path / "nowhere", tmp_path, f"pretrained={checkpoint}")
-    command = [*LAUNCHER, "--config-name=video", *settings]
-    code, output = finish(start_process(command))
-    assert code == 2 and "Traceback" not in output
-    assert output.splitlines()[-1].startswith("error: data_path=")

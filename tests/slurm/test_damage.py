@@ -1,12 +1,10 @@
 """On a real Slurm: what happens to the files of a job, and what the next start makes of them."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.runs import LAUNCHER, ROOT, assert_same_state, environment, final_state, records, succeed
+from tests.runs import LAUNCHER, assert_same_state, final_state, records, succeed
 from tests.slurm.cluster import cancel, wait_for
 from tests.slurm.jobs import (
     LONG,
@@ -70,15 +68,3 @@ def test_a_full_disk(tmp_path, small_disk):
     assert_same_state(final_state(job), final_state(tmp_path / "demo"))
     steps = [record["step"] for record in records(job)]
     assert steps == [record["step"] for record in records(tmp_path / "demo")]
-
-
-def test_kills_while_checkpoints_are_written(tmp_path):
-    command = [sys.executable, "-m", "tests.kills", str(tmp_path)]
-    options = ["--parsable", f"--output={tmp_path}/log", "--chdir", str(ROOT)]
-    script = "#!/bin/sh\nexec " + " ".join(f"'{word}'" for word in command) + "\n"
-    ran = subprocess.run(
-        ["sbatch", *options], input=script, env=environment(), capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert wait_for_end(ran.stdout.strip(), 150) == "COMPLETED", (tmp_path / "log").read_text()
-    assert "20 kills" in (tmp_path / "log").read_text()
