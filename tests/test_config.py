@@ -87,29 +87,6 @@ def test_the_defaults_are_the_published_recipe():
     assert defaults["loss.name"] == "infonce_patches"
 
 
-def test_the_configured_numbers_are_the_published_ones():
-    """Those that the published command line leaves to the defaults."""
-    expected = {
-        "grid_size": 14,
-        "patch_size": 16,
-        "num_vis": 20,
-        "decoder_embed_dim": 512,
-        "decoder_num_heads": 16,
-        "proj.mlp_dim": 4096,
-        "proj.mlp_depth": 3,
-        "tau": 0.2,
-        "sim_init": 0.75,
-        "sim_end": 0.25,
-        "target_mom": 0.99,
-        "min_crop": 0.2,
-        "target.name": "ema",
-        "decoder.name": "cross",
-        "clip_grad": None,
-    }
-    defaults = compose_flat("lmim")
-    assert {key: defaults[key] for key in expected} == expected
-
-
 def test_each_file_of_a_group_says_whether_it_changes_results():
     for group, choice in CHOICES:
         if group != "local":
