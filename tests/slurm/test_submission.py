@@ -143,7 +143,7 @@ def test_of_two_submissions_that_start_together_one_runs(tmp_path):
     (runs,) = set(ids) - {refused}
     said = (job / "logs" / f"{refused}_0_log.err").read_text()
     assert f"of Slurm job {runs} is running in" in said, said
-    assert [r["step"] for r in records(job)] == list(range(5, 517, 5))
+    assert [r["step"] for r in records(job)] == [*range(5, 516, 5), 516]
 
 
 def test_of_two_runs_inside_one_allocation_one_runs(tmp_path):
@@ -154,7 +154,7 @@ def test_of_two_runs_inside_one_allocation_one_runs(tmp_path):
     log = (tmp_path / "log").read_text()
     assert {line for line in log.splitlines() if line.isdecimal()} == {"0", "4"}, log
     assert log.count("is running in") == 1
-    assert [r["step"] for r in records(tmp_path / "demo")] == list(range(5, 517, 5))
+    assert [r["step"] for r in records(tmp_path / "demo")] == [*range(5, 516, 5), 516]
 
 
 def test_an_owner_on_another_machine_is_followed_when_slurm_says_that_its_job_is_over(tmp_path):
