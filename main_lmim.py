@@ -5,7 +5,6 @@ torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -37,8 +36,7 @@ from util.preemption import StopFlag, stoppable
 from util.record import check_same_steps, find_checkpoint
 from util.run_record import RunRecord
 from util.schedules import Schedule, peak_learning_rate
-
-VIEWS_STREAM = 3  # keeps these random numbers apart from the data's, which start from the same seed
+from util.streams import Stream, seed_of
 
 
 def main(cfg: DictConfig) -> None:
@@ -205,8 +203,7 @@ def view_source(cfg: DictConfig, ranks: Ranks) -> Callable[[int, int, int], View
     generator = torch.Generator(ranks.device)
 
     def draw_views(step: int, micro_step: int, batch_size: int) -> Views:
-        counter = np.random.SeedSequence([VIEWS_STREAM, cfg.seed, step])
-        generator.manual_seed(int(counter.generate_state(1, np.uint64)[0]))
+        generator.manual_seed(seed_of(Stream.VIEWS, cfg.seed, step))
         images = batch_size * ranks.world_size * cfg.accum_iter
         first = (micro_step * ranks.world_size + ranks.rank) * batch_size  # as data/loader.py
         own = slice(first, first + batch_size)

@@ -4,39 +4,15 @@ timm's transforms, which draw from the generators of the process; here these are
 image, so that its augmentation is a pure function of (seed, epoch, index).
 """
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.auto_augment import RandAugment
 from torch import Tensor
 
 from data.picture import Picture, to_image
-
-# Keeps these random streams apart from others that start from the same seed.
-FINETUNE_STREAM = 4
-
-
-@contextmanager
-def seeded(*counter: int) -> Iterator[None]:
-    """Inside, the CPU generators of python, numpy and torch start from the counter; afterwards they
-    are as before."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    for_python, for_numpy, for_torch = np.random.SeedSequence(counter).generate_state(3).tolist()
-    random.seed(for_python)
-    np.random.seed(for_numpy)
-    # Not torch.manual_seed, which would seed the GPU as well.
-    torch.default_generator.manual_seed(for_torch)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+from util.streams import Stream, seeded
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -82,5 +58,5 @@ class FinetuneTransform:
                         operation.aug_fn = posterize
 
     def __call__(self, picture: Picture, epoch: int, index: int) -> Tensor:
-        with seeded(FINETUNE_STREAM, self.seed, epoch, index):
+        with seeded(Stream.FINETUNE_AUGMENTATION, self.seed, epoch, index):
             return self.augment(to_image(picture))

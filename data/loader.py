@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.base import UNREADABLE, DataError, ImageDataset, first_few
 from data.picture import Picture
+from util.streams import Stream, generator
 
 logger = logging.getLogger("lmim.data")
 
-# Keeps these random streams apart from others that start from the same seed.
-ORDER_STREAM = 2
 # So many unreadable images in a row are no accident: the file server is gone, or the code is wrong.
 MOST_NEIGHBOURS = 20
 NO_LABEL = -1
@@ -45,8 +43,7 @@ class EvalBatch(NamedTuple):
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     """The order of the images in one epoch: int64 [size]."""
-    rng = np.random.default_rng([ORDER_STREAM, seed, epoch])
-    return torch.from_numpy(rng.permutation(size))
+    return torch.from_numpy(generator(Stream.ORDER, seed, epoch).permutation(size))
 
 
 class TrainLoader:

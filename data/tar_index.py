@@ -11,7 +11,6 @@ import os
 import sys
 import tarfile
 import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ import numpy as np
 
 from data.base import DataError, first_few
 from data.files import EXTENSIONS, SCAN_THREADS, PathList
+from util.files import write_whole
 
 logger = logging.getLogger("lmim.data")
 
@@ -204,18 +204,10 @@ def read_index(path: Path) -> TarIndex | None:
 
 
 def write_index(index: TarIndex, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
     try:
-        with open(unfinished, "wb") as file:
-            np.savez(file, **index.arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write_whole(path, lambda file: np.savez(file, **index.arrays))
     except OSError as error:
         logger.warning("cannot write %s (%s): the next start scans again", path, error)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 # ---- Scanning. -----------------------------------------------------------------------------------

@@ -14,16 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from data.picture import Box, Picture, crop_and_resize, size_of
+from util.streams import Stream, generator
 
-# Keeps these random streams apart from others that start from the same seed.
-AUGMENTATION_STREAM = 1
 CROP_ATTEMPTS = 10
 NARROWEST, WIDEST = 3 / 4, 4 / 3
-
-
-def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers that belong to one image in one epoch."""
-    return np.random.default_rng([AUGMENTATION_STREAM, seed, epoch, index])
 
 
 def random_resized_crop_box(
@@ -64,7 +58,7 @@ class TrainTransform:
         self.seed = seed
 
     def __call__(self, picture: Picture, epoch: int, index: int) -> Tensor:
-        rng = sample_generator(self.seed, epoch, index)
+        rng = generator(Stream.CROPS, self.seed, epoch, index)
         box = random_resized_crop_box(*size_of(picture), self.min_crop, rng)
         image = crop_and_resize(picture, box, self.side, self.side)
         if self.flip and rng.random() < 0.5:

@@ -12,7 +12,6 @@ python launcher.py --config-name=export pretrained=checkpoints/lmim-vit_base
 """
 
 import json
-import os
 from pathlib import Path
 
 import timm
@@ -25,6 +24,7 @@ from eval.networks import OwnBackbone
 from eval.run import EvalRun, colours, joined_processes, load_for_all
 from models.vit import Encoder
 from util.command import run_worker
+from util.files import write_whole
 
 # Beside the file of weights: what timm.create_model needs to build the rest.
 TIMM_NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
@@ -98,11 +98,9 @@ def export(cfg: DictConfig, backbone: OwnBackbone, run: EvalRun) -> None:
 
 
 def write_safetensors(path: Path, weights: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    unfinished = path.with_name(f"{path.name}.writing")
-    save_file(weights, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, path)
+    write_whole(path, save(weights, metadata={"format": "pt"}))
 
 
 def timm_weights(encoder: Encoder) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from eval.weights import BackboneError
 from models.views import extract_patches
 from models.vit import Encoder
 from util.distributed import Ranks, barrier, broadcast_object
+from util.files import write_whole
 from util.precision import choose_precision
 
 ROWS = 65536  # features that are copied, sent or normalised at a time: bounds the memory
@@ -182,12 +182,8 @@ def cache_path(
 
 
 def save_features(path: Path, features: Tensor) -> None:
-    """Whole or not at all, also where two jobs do the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.writing")
-    with open(unfinished, "wb") as file:
-        np.save(file, features.numpy())
-    os.replace(unfinished, path)
+    write_whole(path, lambda file: np.save(file, features.numpy()))
 
 
 # --- while pre-training -------------------------------------------------------------------------

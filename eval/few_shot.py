@@ -19,8 +19,8 @@ from eval.run import EvalRun, run_evaluation
 from eval.training import count_classes, labelled_images
 from util.command import run_worker
 from util.distributed import Ranks, gather_objects
+from util.streams import Stream, generator
 
-SHOTS_STREAM = 8  # keeps these random numbers apart from others that start from the same seed
 QUERIES = 8192  # evaluation images at a time: bounds the memory
 
 
@@ -62,7 +62,7 @@ def check_shots(labels: np.ndarray, shots: int) -> None:
 
 def choose_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
     """Positions of so many images of each class. Those of fewer shots are among those of more."""
-    order = np.random.default_rng([SHOTS_STREAM, seed, draw]).permutation(len(labels))
+    order = generator(Stream.SHOTS, seed, draw).permutation(len(labels))
     shuffled = labels.numpy()[order]
     by_class = np.argsort(shuffled, kind="stable")
     first = np.searchsorted(shuffled[by_class], np.unique(shuffled))

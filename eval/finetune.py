@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
@@ -12,7 +11,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.augmentation import FinetuneTransform, seeded
+from data.augmentation import FinetuneTransform
 from data.loader import TrainLoader
 from eval.features import autocast, pool
 from eval.networks import Backbone
@@ -35,10 +34,9 @@ from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
 from util.record import TrainingRecord, TrainingStopped, check_same_steps, find_checkpoint
 from util.schedules import peak_learning_rate, warmup_cosine
+from util.streams import Stream, seed_of, seeded
 
 HEAD_STD = 2e-5  # the head starts with almost equal logits
-# Keep these random streams apart from others that start from the same seed.
-MIXUP_STREAM, DROP_STREAM, HEAD_STREAM = 5, 6, 7
 
 
 class Classifier(nn.Module):
@@ -51,7 +49,7 @@ class Classifier(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(HEAD_STREAM, seed))
+            torch.manual_seed(seed_of(Stream.CLASSIFIER, seed))
             nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
 
@@ -156,9 +154,9 @@ def train_window(
         position = micro * ranks.world_size + ranks.rank
         images, targets = batch.images, batch.labels
         if training.mixup is not None:
-            with seeded(MIXUP_STREAM, cfg.seed, step, position):
+            with seeded(Stream.MIXUP, cfg.seed, step, position):
                 images, targets = training.mixup(images, targets)
-        torch.manual_seed(seed_of(DROP_STREAM, cfg.seed, step, position))
+        torch.manual_seed(seed_of(Stream.DROP_PATH, cfg.seed, step, position))
         last = micro == cfg.accum_iter - 1
         keep_local = isinstance(training.network, DistributedDataParallel) and not last
         with training.network.no_sync() if keep_local else nullcontext():
@@ -208,10 +206,6 @@ def accuracy(
 
 
 # --- what is built ------------------------------------------------------------------------------
-
-
-def seed_of(*counter: int) -> int:
-    return int(np.random.SeedSequence(counter).generate_state(1)[0])
 
 
 def build_loader(cfg: DictConfig, ranks: Ranks, backbone: Backbone) -> TrainLoader:

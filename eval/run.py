@@ -105,7 +105,7 @@ class EvalRun:
 
 
 def write_json(path: Path, contents: dict) -> None:
-    write_whole(path, json.dumps(contents, indent=2) + "\n")
+    write_whole(path, json.dumps(contents, indent=2).encode() + b"\n")
 
 
 # --- an evaluation from beginning to end --------------------------------------------------------

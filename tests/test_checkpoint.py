@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import socket
 import struct
 import time
 import zipfile
@@ -157,7 +158,7 @@ def test_a_failed_write_is_reported_and_leaves_the_older_file(tmp_path):
     writer = CheckpointWriter(tmp_path, reports.append)
     writer.save(contents(1), 1)
     writer.wait()
-    (tmp_path / checkpoint_name(2)).with_suffix(".writing").mkdir()
+    (tmp_path / f"{checkpoint_name(2)}.{socket.gethostname()}-{os.getpid()}.writing").mkdir()
     writer.save(contents(2), 2)
     writer.wait()
     assert len(reports) == 1

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from data.augmentation import FinetuneTransform, posterize, seeded
+from data.augmentation import FinetuneTransform, posterize
 from data.base import DataError
 from data.digits import build_digits
 from eval.backbone import load_backbone
@@ -37,6 +37,7 @@ from tests.runs import (
 from tests.test_distributed import spawn
 from util.config import ConfigError
 from util.optim import layer_decay_groups
+from util.streams import Stream, seeded
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +167,9 @@ def test_other_random_numbers_go_on_as_if_nothing_had_been_drawn():
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()
 
-    with seeded(1):
+    with seeded(Stream.MIXUP, 1):
         expected = [draw(), draw()]
-    with seeded(1):
+    with seeded(Stream.MIXUP, 1):
         found = [draw()]
         transform()(picture(), 0, 0)
         found.append(draw())

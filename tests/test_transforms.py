@@ -12,8 +12,8 @@ from data.transforms import (
     TrainTransform,
     normalise,
     random_resized_crop_box,
-    sample_generator,
 )
+from util.streams import Stream, generator
 
 
 def noise_image(width: int, height: int) -> Image.Image:
@@ -79,21 +79,11 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
         assert not torch.equal(other(image, epoch, index), first)
 
 
-def test_sample_generators_are_distinct():
-    draws = {
-        float(sample_generator(seed, epoch, index).random())
-        for seed in range(3)
-        for epoch in range(10)
-        for index in range(30)
-    }
-    assert len(draws) == 3 * 10 * 30
-
-
 def test_train_transform_crops_before_it_resizes():
     image = noise_image(90, 70)
     transform = TrainTransform(side=24, min_crop=0.3, flip=False, seed=0)
     for index in range(5):
-        box = random_resized_crop_box(90, 70, 0.3, sample_generator(0, 2, index))
+        box = random_resized_crop_box(90, 70, 0.3, generator(Stream.CROPS, 0, 2, index))
         expected = image.crop(box).resize((24, 24), Image.Resampling.BICUBIC)
         result = transform(image, 2, index)
         assert result.shape == (3, 24, 24) and result.dtype == torch.uint8

@@ -6,17 +6,17 @@ names. `epoch` and `step` count what is finished; resuming needs nothing else, b
 randomness is a function of the seed and these two.
 """
 
-import os
 import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from util.files import write_whole
 from util.job import checkpoint_name, list_checkpoints
 
 FORMAT = 1
@@ -165,19 +165,11 @@ class CheckpointWriter:
             self.writing = None
 
     def write(self, contents: dict, path: Path) -> None:
-        unfinished = path.with_suffix(".writing")
         try:
-            with open(unfinished, "wb") as file:
-                torch.save(contents, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-            sync_directory(self.folder)
+            write_whole(path, partial(torch.save, contents))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = " ".join(str(error).split())[:200]
             self.report(f"checkpoint {path} could not be written ({reason}); training goes on")
-            with suppress(OSError):
-                unfinished.unlink()
             self.failures += 1
             return
         if self.failures:  # once more: a log on the same full disk has lost the reports
@@ -189,15 +181,6 @@ class CheckpointWriter:
         rolling = [p for p in list_checkpoints(self.folder) if p.name.startswith("step-")]
         for path in rolling[KEEP_ROLLING:]:
             path.unlink(missing_ok=True)
-
-
-def sync_directory(folder: Path) -> None:
-    """Make the new name itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def copy_to_cpu(value):

@@ -1,11 +1,37 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, whatever happens while they are written."""
 
 import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_whole(path: Path, contents: str) -> None:
-    """Also where several processes write the same file: the last one wins."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.writing")
-    unfinished.write_text(contents)
-    os.replace(unfinished, path)
+def write_whole(path: Path, contents: bytes | Callable[[BinaryIO], object]) -> None:
+    """contents: what to write, or what writes it to a file. Of several processes that write the
+    same file the last one wins. Raises what the writing raises, and leaves the old file then."""
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.writing")
+    try:
+        with open(unfinished, "wb") as file:
+            if callable(contents):
+                contents(file)
+            else:
+                file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(folder: Path) -> None:
+    """Make the new name itself durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

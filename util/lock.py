@@ -93,7 +93,7 @@ def lock(job: Path) -> None:
     for _ in range(ATTEMPTS):
         reason = why_busy(folder, me, kernel_lock)
         if reason is None:
-            write_whole(file, json.dumps(asdict(me)) + "\n")
+            write_whole(file, json.dumps(asdict(me)).encode())
             reason = why_busy(folder, me, kernel_lock)
             if reason is None:
                 HELD[job] = file, kernel_lock

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.losses import METRICS
+from util.files import write_whole
 
 
 class DeviceMeters:
@@ -151,9 +152,7 @@ def keep_until_step(path: Path, last_step: int) -> None:
         with suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= last_step and last_step > 0:
                 kept.append(line + "\n")
-    unfinished = path.with_suffix(".writing")
-    unfinished.write_text("".join(kept))
-    unfinished.replace(path)
+    write_whole(path, "".join(kept).encode())
 
 
 class ProgressBar:
