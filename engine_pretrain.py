@@ -1,5 +1,5 @@
-"""The training step of Latent MIM: one window (accum_iter micro-steps, one optimiser step) and one
-epoch of windows.
+"""The training step of Latent MIM: one window, which is accum_iter micro-steps and one step of the
+optimiser.
 
 Nothing in here waits for the device: losses and similarities stay where they were computed until a
 log point reads them.
@@ -120,25 +120,21 @@ def end_window(training: Training, step: int) -> None:
     training.meters.add_window(step, grad_norm)
 
 
-def train_epoch(
+def train_step(
     training: Training,
     batches: Iterator[Tensor],
     draw_views: Callable[[int, int, int], Views],
-    steps: range,
-    windows_per_epoch: int,
-    after_window: Callable[[int], None],
+    step: int,
+    epoch: float,
 ) -> None:
-    """Run the windows `steps` (numbered from the start of training) of one epoch.
+    """One step of the optimiser, numbered from the start of training, at a fractional epoch.
 
     batches yields normalised images [N, 3, side, side]; draw_views(step, micro_step, N) gives their
-    views; after_window(step) logs, saves and may raise to stop.
+    views.
     """
-    training.network.train()
-    for step in steps:
-        begin_window(training, step / windows_per_epoch)
-        for micro in range(training.accum_iter):
-            images = next(batches)
-            views = draw_views(step, micro, len(images))
-            micro_step(training, images, views, last_of_window=micro == training.accum_iter - 1)
-        end_window(training, step)
-        after_window(step)
+    begin_window(training, epoch)
+    for micro in range(training.accum_iter):
+        images = next(batches)
+        views = draw_views(step, micro, len(images))
+        micro_step(training, images, views, last_of_window=micro == training.accum_iter - 1)
+    end_window(training, step)

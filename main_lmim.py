@@ -3,7 +3,10 @@
 torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 """
 
+import json
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -13,28 +16,29 @@ from torch.nn.parallel import DistributedDataParallel
 from data.datasets import build_dataset
 from data.loader import EvalLoader, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
-from engine_pretrain import Training, train_epoch
+from engine_pretrain import Training, train_step
 from eval.nn import leave_one_out_accuracy
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import Views, sample_views
-from util import checkpoint
+from util.checkpoint import load_weights
 from util.command import run_worker
 from util.distributed import (
     Ranks,
     default_workers,
+    gather_objects,
     join_processes,
     leave_processes,
     on_main,
     synchronised,
 )
-from util.job import job_directory, prepare_job_directory
+from util.job import job_directory, list_checkpoints, prepare_job_directory
 from util.lock import unlock
+from util.loop import Line, Loop, Task, TrainingStopped, sum_over_processes, train
+from util.metrics import memory_in_use
 from util.optim import build_adamw
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
-from util.record import check_same_steps, find_checkpoint
-from util.run_record import RunRecord
 from util.schedules import Schedule, peak_learning_rate
 from util.streams import Stream, seed_of
 
@@ -50,51 +54,122 @@ def main(cfg: DictConfig) -> None:
 
 
 def pretrain(cfg: DictConfig, ranks: Ranks, stop_flag: StopFlag) -> None:
-    # 1. Data and networks.
-    precision = choose_precision(cfg.precision, ranks.device)
-    loader, evaluation = build_data(cfg, ranks)
+    task = Pretraining(cfg, ranks)
     job = on_main(lambda: prepare_job_directory(cfg), ranks)
-    torch.manual_seed(cfg.seed)
-    model = build_model(cfg).to(ranks.device)
+    loop = train(task, cfg, ranks, job, stop_flag)
+    if loop is not None:
+        if ranks.is_main:
+            summarise(cfg, loop)
+        loop.log.close()
 
-    # 2. The training state: new, or the newest checkpoint's.
-    resumed = find_checkpoint(cfg, job, ranks)
-    if resumed is not None:
-        checkpoint.load_weights(model, resumed["state_dict"], job / "checkpoints")
-    training = build_training(cfg, model, precision, ranks)
-    step = 0 if resumed is None else restore(training, resumed, loader)
-    del resumed  # gigabytes, in each process
-    if cfg.compile:
-        training.compile()
 
-    # 3. Epochs, from wherever that is to the end.
-    run = RunRecord(cfg, ranks, job, training, loader, stop_flag, step)
-    run.introduce()
-    total_steps = cfg.epochs * loader.windows_per_epoch
-    if step == total_steps:
-        run.say_finished()
-        return
-    if cfg.eval_at_start and step == 0:
-        evaluate(cfg, ranks, run, model, evaluation, epoch=0)
-    if isinstance(training.network, DistributedDataParallel):
-        settle_gradient_buckets(cfg, training)
-    images = normalised_images(cfg, run.speed.timed(loader.stream(step, total_steps)))
-    draw_views = view_source(cfg, ranks)
-    for epoch in range(step // loader.windows_per_epoch, cfg.epochs):
-        end = (epoch + 1) * loader.windows_per_epoch
-        train_epoch(
-            training,
-            images,
-            draw_views,
-            steps=range(step, end),
-            windows_per_epoch=loader.windows_per_epoch,
-            after_window=run.after_window,
+class Pretraining(Task):
+    def __init__(self, cfg: DictConfig, ranks: Ranks):
+        self.cfg, self.ranks = cfg, ranks
+        precision = choose_precision(cfg.precision, ranks.device)
+        self.loader, self.evaluation = build_data(cfg, ranks)
+        torch.manual_seed(cfg.seed)
+        self.model = build_model(cfg).to(ranks.device)
+        self.training = build_training(cfg, self.model, precision, ranks)
+        self.draw_views = view_source(cfg, ranks)
+        self.evaluates_at_end = False
+
+    def introduction(self) -> str:
+        parameters = list(self.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        everything = sum(p.numel() for p in parameters)
+        return (
+            f"{self.cfg.job_name}: {self.cfg.encoder.name} on {self.cfg.dataset.name}, "
+            f"{len(self.loader.dataset)} images, {trained / 1e6:.1f} M trainable parameters "
+            f"({everything / 1e6:.1f} M in all), {self.training.precision} on "
+            f"{self.ranks.world_size} x {self.ranks.device.type}"
         )
-        step, finished = end, epoch + 1
-        if cfg.eval_freq and (finished % cfg.eval_freq == 0 or finished == cfg.epochs):
-            evaluate(cfg, ranks, run, model, evaluation, finished)
-        run.after_epoch(finished)
-    run.finish()
+
+    def prepare(self) -> None:
+        if self.cfg.compile:
+            self.training.compile()
+        if isinstance(self.training.network, DistributedDataParallel):
+            settle_gradient_buckets(self.cfg, self.training)
+        self.training.network.train()
+
+    def batches(self, first: int, last: int) -> Iterator[Tensor]:
+        return map(self.normalised, (batch.images for batch in self.loader.stream(first, last)))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return normalise(images, self.cfg.dataset.mean, self.cfg.dataset.std)
+
+    def step(self, step: int, batches: Iterator[Tensor]) -> None:
+        epoch = step / self.loader.windows_per_epoch
+        train_step(self.training, batches, self.draw_views, step, epoch)
+
+    def log_line(self, done: int, steps: int) -> Line:
+        meters, schedule = self.training.meters, self.training.schedule
+        means = meters.read()
+        mine = torch.tensor([*means.values(), meters.count_faults()], dtype=torch.float64)
+        *sums, faults = sum_over_processes(mine.to(self.ranks.device), self.loader, self.ranks)
+        if faults:
+            self.check_faults()
+        means = {name: sum / self.ranks.world_size for name, sum in zip(means, sums, strict=True)}
+        # The schedules as they stood at the start of this step.
+        epoch = (done - 1) / self.loader.windows_per_epoch
+        values = {
+            **means,
+            "lr": schedule.learning_rate(epoch),
+            "momentum": schedule.target_momentum(epoch),
+            "sim_goal": schedule.similarity_goal(epoch),
+            "memory_gb": memory_in_use(self.ranks.device),
+        }
+        return values, (
+            f"loss {values['loss']:.4f}  similarity pred {values['sim_pred']:.3f} "
+            f"vis {values['sim_vis']:.3f} target {values['sim_trg']:.3f}  lr {values['lr']:.2e}  "
+            f"momentum {values['momentum']:.4f}  {values['memory_gb']:.1f} GB"
+        )
+
+    def check_faults(self) -> None:
+        """Steps with a loss or gradient that is not finite were left out: max_bad_steps of them."""
+        reports = gather_objects(self.training.meters.faults(), self.ranks)
+        found = [(*fault, rank) for rank, faults in enumerate(reports) for fault in faults]
+        step, what, count, rank = min(found)
+        left_out = max(count for _, _, count, _ in found)
+        if left_out <= self.cfg.max_bad_steps:
+            return
+        epoch = step / self.loader.windows_per_epoch
+        raise TrainingStopped(
+            f"the {what} is not finite at step {step} (epoch {epoch:.2f}) on rank {rank}, "
+            f"lr {self.training.schedule.learning_rate(epoch):.3e}; {left_out} steps were left "
+            f"out and max_bad_steps={self.cfg.max_bad_steps}"
+        )
+
+    def evaluate(self, epoch: int) -> Line | None:
+        """Nearest neighbours, if the evaluation images have labels."""
+        if self.evaluation is None:
+            return None
+        # Not compiled: an evaluation has other shapes, and runs too rarely to pay for that.
+        with torch.compiler.set_stance("force_eager"):
+            accuracy, images = leave_one_out_accuracy(
+                self.model.encoder, self.evaluation, self.normalised, self.ranks
+            )
+        return {"nn_accuracy": accuracy}, (
+            f"nearest neighbour {accuracy:.2f} % (leave-one-out inside the {images} evaluation "
+            f"images)"
+        )
+
+    def state(self) -> dict:
+        return {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.training.optimizer.state_dict(),
+            "loss_scaler": self.training.scaler.state_dict(),
+        }
+
+    def restore(self, contents: dict, source: Path) -> None:
+        optimizer = self.training.optimizer
+        load_weights(self.model, contents["state_dict"], source)
+        weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(contents["optimizer"])
+        for group, weight_decay in zip(optimizer.param_groups, weight_decays, strict=True):
+            group["weight_decay"] = weight_decay  # the config's, as the learning rate is
+        if contents["loss_scaler"]:  # empty unless that run was in fp16
+            self.training.scaler.load_state_dict(contents["loss_scaler"])
 
 
 # --- what is built ------------------------------------------------------------------------------
@@ -212,47 +287,33 @@ def view_source(cfg: DictConfig, ranks: Ranks) -> Callable[[int, int, int], View
     return draw_views
 
 
-def normalised_images(cfg: DictConfig, batches: Iterator) -> Iterator[Tensor]:
-    for batch in batches:
-        yield normalise(batch.images, cfg.dataset.mean, cfg.dataset.std)
+# --- at the end ---------------------------------------------------------------------------------
 
 
-# --- going on from a checkpoint -----------------------------------------------------------------
-
-
-def restore(training: Training, resumed: dict, loader: TrainLoader) -> int:
-    """Optimiser and scaler as they were. -> the number of finished steps"""
-    weight_decays = [group["weight_decay"] for group in training.optimizer.param_groups]
-    training.optimizer.load_state_dict(resumed["optimizer"])
-    for group, weight_decay in zip(training.optimizer.param_groups, weight_decays, strict=True):
-        group["weight_decay"] = weight_decay  # the config's, as the learning rate is
-    if resumed["loss_scaler"]:  # empty unless that run was in fp16
-        training.scaler.load_state_dict(resumed["loss_scaler"])
-    check_same_steps(resumed, loader.windows_per_epoch)
-    return resumed["step"]
-
-
-# --- nearest neighbours while it trains ---------------------------------------------------------
-
-
-def evaluate(
-    cfg: DictConfig,
-    ranks: Ranks,
-    run: RunRecord,
-    model: LatentMIM,
-    evaluation: EvalLoader | None,
-    epoch: int,
-) -> None:
-    if evaluation is None:
-        return
-
-    def normalised(images: Tensor) -> Tensor:
-        return normalise(images, cfg.dataset.mean, cfg.dataset.std)
-
-    # Not compiled: an evaluation has other shapes, and runs too rarely to pay for its compilation.
-    with run.speed.pause(), torch.compiler.set_stance("force_eager"):
-        accuracy, images = leave_one_out_accuracy(model.encoder, evaluation, normalised, ranks)
-    run.record_accuracy(accuracy, images, epoch)
+def summarise(cfg: DictConfig, loop: Loop) -> None:
+    seconds = time.perf_counter() - loop.start
+    accuracies = loop.log.values_of("nn_accuracy")
+    result = {
+        "before": accuracies.get(0),
+        "after": accuracies.get(loop.total_steps),
+        "seconds": round(seconds, 1),
+        "seed": cfg.seed,
+        "protocol": "nearest neighbour, leave-one-out inside the evaluation images, percent",
+        "steps": loop.total_steps,
+    }
+    path = loop.job / "results" / f"{cfg.job_name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    if result["before"] is not None and result["after"] is not None:
+        change = f"{result['before']:.2f} % -> {result['after']:.2f} %"
+        loop.log.say(f"\nnearest neighbour {change} in {seconds:.0f} s (seed {cfg.seed})")
+    newest = list_checkpoints(loop.job / "checkpoints")
+    loop.log.say(
+        f"checkpoint   {newest[0] if newest else 'none could be written'}\n"
+        f"log          {loop.job / 'log.txt'}\n"
+        f"tensorboard  tensorboard --logdir {loop.job / 'tensorboard'}\n"
+        f"result       {path}\n"
+        f"time spent on checkpoints: {loop.writer.seconds_waited:.1f} s"
+    )
 
 
 if __name__ == "__main__":

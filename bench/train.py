@@ -19,7 +19,7 @@ from bench.step import ENCODERS, MATRIX_TYPES, VISIBLE, Setting, build_training,
 from data.datasets import build_dataset
 from data.loader import TrainLoader
 from data.transforms import TrainTransform, normalise
-from engine_pretrain import train_epoch
+from engine_pretrain import train_step
 from models.views import sample_views
 from util.distributed import Ranks, default_workers, join_processes, leave_processes
 from util.metrics import Speed
@@ -58,8 +58,10 @@ def measure(data: Path, setting: Setting, workers: int, windows: int, ranks: Ran
             measured.update(speed.read(steps_there, setting.batch * ranks.world_size, 0))
 
     measured: dict = {}
-    steps = range(WARM_UP + windows)
-    train_epoch(training, images(), draw_views, steps, len(steps), after_window)
+    batches = images()
+    for step in range(WARM_UP + windows):
+        train_step(training, batches, draw_views, step, step / (WARM_UP + windows))
+        after_window(step)
     return {
         "encoder": setting.encoder,
         "batch": setting.batch,

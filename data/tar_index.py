@@ -10,16 +10,15 @@ import logging
 import os
 import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from threading import Lock
 from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
+from tqdm import tqdm
 
 from data.base import DataError, first_few
 from data.files import EXTENSIONS, SCAN_THREADS, PathList
@@ -244,7 +243,10 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
     unchanged = {tar.name for tar in set(tars) & set(known.tars)} if known else set()
     members = [member for member in known.members() if member.tar in unchanged] if known else []
     pieces = [Piece(tar.name, "", 0, tar.size) for tar in tars if tar.name not in unchanged]
-    progress = Progress(f"indexing {len(pieces)} tar files in {folder}")
+    title, on_terminal = f"indexing {len(pieces)} tar files in {folder}", sys.stderr.isatty()
+    if not on_terminal:
+        logger.info(title)
+    progress = tqdm(desc=title, unit=" images", leave=False, disable=not on_terminal)
     # Threads, because a scan mostly waits for the file server. Forked processes would read headers
     # in memory faster, but would also copy a process that uses a GPU, and could outlive it.
     try:
@@ -254,7 +256,7 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
                 members.extend(member for images, _ in results for member in images)
                 pieces = [inner for _, inner_tars in results for inner in inner_tars]
     finally:
-        progress.clear()
+        progress.close()
     empty = sorted({tar.name for tar in tars} - {member.tar for member in members})
     if empty:
         raise DataError(
@@ -264,32 +266,7 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
     return make_index(tars, members)
 
 
-class Progress:
-    """One line on a terminal, drawn again at most ten times a second; elsewhere one in the log."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.images = 0
-        self.drawn_at = 0.0
-        self.lock = Lock()
-        self.on_terminal = sys.stderr.isatty()
-        if not self.on_terminal:
-            logger.info(title)
-
-    def add_image(self) -> None:
-        with self.lock:
-            self.images += 1
-            if self.on_terminal and time.monotonic() - self.drawn_at > 0.1:
-                line = f"\r\033[K{self.title}: {self.images} images"
-                print(line, end="", file=sys.stderr, flush=True)
-                self.drawn_at = time.monotonic()
-
-    def clear(self) -> None:
-        if self.on_terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def scan(folder: Path, progress: Progress, piece: Piece) -> tuple[list[Member], list[Piece]]:
+def scan(folder: Path, progress: tqdm, piece: Piece) -> tuple[list[Member], list[Piece]]:
     """The images and the inner tars of one tar."""
     path = path_of(folder, piece)
     own_class = PurePosixPath(path).stem
@@ -306,7 +283,7 @@ def scan(folder: Path, progress: Progress, piece: Piece) -> tuple[list[Member], 
                 raise DataError(f"{path} holds {member.name} with holes: pack without --sparse")
             category = parts[-2] if len(parts) > 1 else own_class
             images[name] = Member(category, name, piece.tar, member.offset_data, member.size)
-            progress.add_image()
+            progress.update()
         elif ending.endswith(".tar"):
             start = member.offset_data
             inner_tars.append(Piece(piece.tar, name, start, start + member.size))

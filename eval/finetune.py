@@ -1,7 +1,7 @@
 """Fine-tuning: the whole backbone and a linear layer on its pooled tokens, by MAE's recipe."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,27 +12,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.augmentation import FinetuneTransform
-from data.loader import TrainLoader
+from data.loader import TrainBatch, TrainLoader
 from eval.features import autocast, pool
 from eval.networks import Backbone
 from eval.run import EvalRun, colours, eval_batches, normalised, run_evaluation
 from eval.training import (
-    LabelledImages,
     check_same_backbone,
     count_classes,
     count_hits,
     labelled_images,
     train_loader,
 )
-from util import checkpoint
+from util.checkpoint import load_weights
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce, synchronised
-from util.metrics import FaultCounter, readable_time
+from util.loop import Line, Task, TrainingStopped, sum_over_processes, train
+from util.metrics import FaultCounter
 from util.optim import layer_decay_groups
 from util.precision import choose_precision
-from util.preemption import StopFlag, stoppable
-from util.record import TrainingRecord, TrainingStopped, check_same_steps, find_checkpoint
+from util.preemption import stoppable
 from util.schedules import peak_learning_rate, warmup_cosine
 from util.streams import Stream, seed_of, seeded
 
@@ -58,151 +57,159 @@ class Classifier(nn.Module):
         return self.head(self.norm(pool(self.backbone(images), self.pooling)))
 
 
-@dataclass
-class Training:
-    model: Classifier
-    network: nn.Module  # the model, or DistributedDataParallel around it
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler  # does something for fp16 only
-    mixup: Mixup | None
-    precision: str
-    peak_lr: float
-
-
 def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "finetune", evaluate)
 
 
 def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
+    task = Finetuning(cfg, ranks, backbone, run)
     with stoppable(ranks) as stop_flag:
-        finetune(cfg, ranks, backbone, run, stop_flag)
-
-
-def finetune(
-    cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun, stop_flag: StopFlag
-) -> None:
-    # 1. Data, network, optimiser.
-    evaluation = labelled_images(cfg, "eval", "finetune")
-    loader = build_loader(cfg, ranks, backbone)
-    classes = count_classes(loader.dataset.labels, evaluation.labels)
-    model = Classifier(backbone, cfg.pooling, classes, cfg.seed).to(ranks.device)
-    backbone.set_drop_path(cfg.drop_path)
-    freeze_what_is_not_used(model)
-
-    # 2. New, or as in the newest checkpoint.
-    resumed = find_checkpoint(cfg, run.job, ranks)
-    if resumed is not None:
-        check_same_backbone(resumed, backbone)
-        checkpoint.load_weights(model, resumed["state_dict"], run.job / "checkpoints")
-    training = build_training(cfg, ranks, model, classes)
-    step = 0
-    if resumed is not None:
-        training.optimizer.load_state_dict(resumed["optimizer"])
-        if resumed["loss_scaler"]:  # empty unless that run was in fp16
-            training.scaler.load_state_dict(resumed["loss_scaler"])
-        check_same_steps(resumed, loader.windows_per_epoch)
-        step = resumed["step"]
-
-    # 3. Epochs, from wherever that is to the end.
-    record = FinetuneRecord(cfg, ranks, run.job, loader, stop_flag, step, training)
-    record.introduce(classes)
-    settle_gradient_buckets(training)
-    batches = record.speed.timed(loader.stream(step, record.total_steps))
-    per_epoch = loader.windows_per_epoch
-    hits = None
-    while step < record.total_steps:
-        training.network.train()
-        end = (step // per_epoch + 1) * per_epoch
-        for current in range(step, end):
-            train_window(cfg, ranks, training, batches, current, per_epoch, record)
-            record.after_window(current)
-        step, finished = end, end // per_epoch
-        if (cfg.eval_freq and finished % cfg.eval_freq == 0) or finished == cfg.epochs:
-            with record.speed.pause():
-                hits = accuracy(cfg, ranks, training, evaluation, run)
-            record.record_accuracy(hits, finished)
-        record.after_epoch(finished)
-    if hits is None:  # the run that is resumed had come to its end
-        hits = accuracy(cfg, ranks, training, evaluation, run)
-    record.finish()
-    record.log.close()
+        loop = train(task, cfg, ranks, run.job, stop_flag)
+    if loop is None:  # the run that is resumed had come to its end
+        task.evaluate(cfg.epochs)
+    else:
+        loop.log.close()
+    top1, top5 = task.accuracies
     run.finish(
-        {"top1": hits[0], "top5": hits[1]},
+        {"top1": top1, "top5": top5},
         protocol=f"fine-tuning, {cfg.epochs} epochs, top-1 of the last one",
-        images=len(evaluation),
+        images=len(task.evaluation),
     )
 
 
-# --- one step -----------------------------------------------------------------------------------
+class Finetuning(Task):
+    def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun):
+        self.cfg, self.ranks, self.run = cfg, ranks, run
+        self.evaluation = labelled_images(cfg, "eval", "finetune")
+        self.loader = build_loader(cfg, ranks, backbone)
+        self.classes = count_classes(self.loader.dataset.labels, self.evaluation.labels)
+        self.model = Classifier(backbone, cfg.pooling, self.classes, cfg.seed).to(ranks.device)
+        backbone.set_drop_path(cfg.drop_path)
+        freeze_what_is_not_used(self.model)
+        self.network = synchronised(self.model, ranks)
+        self.precision = choose_precision(cfg.precision, ranks.device)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
+        self.optimizer = build_optimizer(cfg, self.model)
+        self.mixup = build_mixup(cfg, self.classes)
+        self.peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
+        self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self.bad_steps = FaultCounter(ranks.device)
+        self.accuracies: list[float] = []  # the last ones: first, among the first five
 
+    def introduction(self) -> str:
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return (
+            f"finetune: {len(self.loader.dataset)} images of {self.classes} classes, "
+            f"{trained / 1e6:.1f} M trainable parameters, {self.precision}"
+        )
 
-def train_window(
-    cfg: DictConfig,
-    ranks: Ranks,
-    training: Training,
-    batches,
-    step: int,
-    windows_per_epoch: int,
-    record: "FinetuneRecord",
-) -> None:
-    """accum_iter micro-steps and one optimiser step."""
-    set_learning_rates(cfg, training, step / windows_per_epoch)
-    for micro in range(cfg.accum_iter):
-        batch = next(batches)
-        # The same numbers for the same images, however a window is split into micro-steps and
+    def prepare(self) -> None:
+        self.settle_gradient_buckets()
+        self.network.train()
+
+    def step(self, step: int, batches: Iterator) -> None:
+        """accum_iter micro-steps and one step of the optimiser."""
+        self.set_learning_rates(step / self.loader.windows_per_epoch)
+        for micro in range(self.cfg.accum_iter):
+            self.micro_step(step, micro, next(batches))
+        self.optimizer_step(step)
+
+    def micro_step(self, step: int, micro: int, batch: TrainBatch) -> None:
+        # The same numbers for the same images, however a step is split into micro-steps and
         # processes.
-        position = micro * ranks.world_size + ranks.rank
+        counter = (self.cfg.seed, step, micro * self.ranks.world_size + self.ranks.rank)
         images, targets = batch.images, batch.labels
-        if training.mixup is not None:
-            with seeded(Stream.MIXUP, cfg.seed, step, position):
-                images, targets = training.mixup(images, targets)
-        torch.manual_seed(seed_of(Stream.DROP_PATH, cfg.seed, step, position))
-        last = micro == cfg.accum_iter - 1
-        keep_local = isinstance(training.network, DistributedDataParallel) and not last
-        with training.network.no_sync() if keep_local else nullcontext():
-            with autocast(ranks.device, training.precision):
-                logits = training.network(images)
-            smoothing = cfg.label_smoothing if training.mixup is None else 0.0
+        if self.mixup is not None:
+            with seeded(Stream.MIXUP, *counter):
+                images, targets = self.mixup(images, targets)
+        torch.manual_seed(seed_of(Stream.DROP_PATH, *counter))
+        is_last = micro == self.cfg.accum_iter - 1
+        keep_local = isinstance(self.network, DistributedDataParallel) and not is_last
+        with self.network.no_sync() if keep_local else nullcontext():
+            with autocast(self.ranks.device, self.precision):
+                logits = self.network(images)
+            smoothing = self.cfg.label_smoothing if self.mixup is None else 0.0
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-            training.scaler.scale(loss / cfg.accum_iter).backward()
-        record.add(step, loss.detach())
-    optimiser_step(training, step, record)
+            self.scaler.scale(loss / self.cfg.accum_iter).backward()
+        self.loss += loss.detach()
+        self.bad_steps.add(step, ~loss.detach().isfinite())
 
+    def optimizer_step(self, step: int) -> None:
+        """Left out on the device if the gradient is not finite; the run stops at its next log
+        line."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        bad = ~nn.utils.get_total_norm(gradients, foreach=True).isfinite()
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = bad.float()
+            self.bad_steps.add(step, bad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
-def optimiser_step(training: Training, step: int, record: "FinetuneRecord") -> None:
-    """Left out on the device if the gradient is not finite; the run stops at its next log line."""
-    training.scaler.unscale_(training.optimizer)
-    gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
-    bad = ~nn.utils.get_total_norm(gradients, foreach=True).isfinite()
-    if not training.scaler.is_enabled():
-        training.optimizer.found_inf = bad.float()
-        record.bad_steps.add(step, bad)
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
-    training.optimizer.zero_grad(set_to_none=True)
+    def set_learning_rates(self, epoch: float) -> None:
+        floor_share = min(1.0, self.cfg.min_lr / self.peak_lr)
+        share = warmup_cosine(epoch, floor_share, self.cfg.warmup_epochs, self.cfg.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak_lr * share * group["lr_scale"]
 
+    def log_line(self, done: int, steps: int) -> Line:
+        mine = torch.stack([self.loss, self.bad_steps.count.double()])
+        loss, faults = sum_over_processes(mine, self.loader, self.ranks)
+        if faults:
+            raise TrainingStopped(
+                f"the loss or gradient is not finite before step {done}: a smaller blr may help"
+            )
+        self.loss.zero_()
+        values = {
+            "loss": loss / steps / self.cfg.accum_iter / self.ranks.world_size,
+            # The head's learning rate, as it was in this step.
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+        }
+        return values, f"loss {values['loss']:.4f}  lr {values['lr']:.2e}"
 
-def set_learning_rates(cfg: DictConfig, training: Training, epoch: float) -> None:
-    floor_share = min(1.0, cfg.min_lr / training.peak_lr)
-    share = warmup_cosine(epoch, floor_share, cfg.warmup_epochs, cfg.epochs)
-    for group in training.optimizer.param_groups:
-        group["lr"] = training.peak_lr * share * group["lr_scale"]
+    @torch.no_grad()
+    def evaluate(self, epoch: int) -> Line:
+        """Percent of the evaluation images, of all processes."""
+        self.model.eval()
+        hits = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)
+        backbone = self.model.backbone
+        loader = eval_batches(self.cfg, self.ranks, self.evaluation, backbone.image_side)
+        for number, batch in enumerate(loader):
+            self.run.progress(number, len(loader), "evaluation batches:")
+            with autocast(self.ranks.device, self.precision):
+                logits = self.model(normalised(self.cfg, backbone, batch.images))
+            hits += count_hits(logits, batch.labels)
+        self.model.train()
+        top1, top5 = (100 * all_reduce(hits).double() / len(self.evaluation)).tolist()
+        self.accuracies = [top1, top5]
+        return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"
 
+    def settle_gradient_buckets(self) -> None:
+        """One pass before the first step, of a new run and of a resumed one alike: processes sum
+        gradients in another order after their first backward pass (as in main_lmim)."""
+        if not isinstance(self.network, DistributedDataParallel):
+            return
+        side = self.model.backbone.image_side
+        with autocast(self.ranks.device, self.precision):
+            logits = self.network(torch.zeros(1, 3, side, side, device=self.ranks.device))
+        logits.float().sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
-@torch.no_grad()
-def accuracy(
-    cfg: DictConfig, ranks: Ranks, training: Training, evaluation: LabelledImages, run: EvalRun
-) -> list[float]:
-    """Percent of the evaluation images, of all processes: first, among the first five."""
-    model = training.model.eval()
-    hits = torch.zeros(2, dtype=torch.int64, device=ranks.device)
-    loader = eval_batches(cfg, ranks, evaluation, model.backbone.image_side)
-    for number, batch in enumerate(loader):
-        run.progress(number, len(loader), "evaluation batches:")
-        with autocast(ranks.device, training.precision):
-            logits = model(normalised(cfg, model.backbone, batch.images))
-        hits += count_hits(logits, batch.labels)
-    return (100 * all_reduce(hits).double() / len(evaluation)).tolist()
+    def state(self) -> dict:
+        return {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_scaler": self.scaler.state_dict(),
+            "backbone": self.model.backbone.describe(),
+        }
+
+    def restore(self, contents: dict, source: Path) -> None:
+        check_same_backbone(contents, self.model.backbone)
+        load_weights(self.model, contents["state_dict"], source)
+        self.optimizer.load_state_dict(contents["optimizer"])
+        if contents["loss_scaler"]:  # empty unless that run was in fp16
+            self.scaler.load_state_dict(contents["loss_scaler"])
 
 
 # --- what is built ------------------------------------------------------------------------------
@@ -221,20 +228,12 @@ def build_loader(cfg: DictConfig, ranks: Ranks, backbone: Backbone) -> TrainLoad
     return train_loader(cfg, ranks, labelled_images(cfg, "train", "finetune"), transform)
 
 
-def build_training(cfg: DictConfig, ranks: Ranks, model: Classifier, classes: int) -> Training:
-    precision = choose_precision(cfg.precision, ranks.device)
+def build_optimizer(cfg: DictConfig, model: Classifier) -> torch.optim.AdamW:
+    backbone = model.backbone
     groups = layer_decay_groups(
-        model, model.backbone.layer_of, model.backbone.depth + 1, cfg.weight_decay, cfg.layer_decay
+        model, backbone.layer_of, backbone.depth + 1, cfg.weight_decay, cfg.layer_decay
     )
-    return Training(
-        model=model,
-        network=synchronised(model, ranks),
-        optimizer=torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True),
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
-        mixup=build_mixup(cfg, classes),
-        precision=precision,
-        peak_lr=peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size),
-    )
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
 
 
 def build_mixup(cfg: DictConfig, classes: int) -> Mixup | None:
@@ -266,94 +265,6 @@ def freeze_what_is_not_used(model: Classifier) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
         parameter.grad = None
-
-
-def settle_gradient_buckets(training: Training) -> None:
-    """One pass before the first step, of a new run and of a resumed one alike: processes sum
-    gradients in another order after their first backward pass (as in main_lmim)."""
-    if not isinstance(training.network, DistributedDataParallel):
-        return
-    side = training.model.backbone.image_side
-    device = training.model.head.weight.device
-    with autocast(device, training.precision):
-        logits = training.network(torch.zeros(1, 3, side, side, device=device))
-    logits.float().sum().backward()
-    training.optimizer.zero_grad(set_to_none=True)
-
-
-# --- what is left behind ------------------------------------------------------------------------
-
-
-class FinetuneRecord(TrainingRecord):
-    def __init__(
-        self,
-        cfg: DictConfig,
-        ranks: Ranks,
-        job: Path,
-        loader: TrainLoader,
-        stop_flag: StopFlag,
-        first_step: int,
-        training: Training,
-    ):
-        super().__init__(cfg, ranks, job, loader, stop_flag, first_step)
-        self.training = training
-        self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self.bad_steps = FaultCounter(ranks.device)
-
-    def introduce(self, classes: int) -> None:
-        trained = sum(p.numel() for p in self.training.model.parameters() if p.requires_grad)
-        self.log.say(
-            f"finetune: {len(self.loader.dataset)} images of {classes} classes, "
-            f"{trained / 1e6:.1f} M trainable parameters, {self.training.precision}, "
-            f"{self.images_per_step} images per step, {self.total_steps} steps, {self.where()}"
-        )
-
-    def add(self, step: int, loss: Tensor) -> None:
-        self.loss += loss
-        self.bad_steps.add(step, ~loss.isfinite())
-
-    def write_log(self, done: int) -> None:
-        """Waits for the device."""
-        micro_steps = (done - self.last_logged) * self.cfg.accum_iter
-        faults = self.bad_steps.count.double()
-        bad_images = torch.tensor(len(self.loader.bad_images)).to(faults)
-        loss, faults, bad_images = all_reduce(torch.stack([self.loss, faults, bad_images])).tolist()
-        if bad_images:
-            self.check_bad_images()
-        if faults:
-            raise TrainingStopped(
-                f"the loss or gradient is not finite before step {done}: a smaller blr may help; "
-                f"{self.last_good_checkpoint()}"
-            )
-        self.loss.zero_()
-        epoch = done / self.loader.windows_per_epoch
-        # The head's learning rate, as it was in this step.
-        values = {
-            "epoch": epoch,
-            "loss": loss / micro_steps / self.ranks.world_size,
-            "lr": max(group["lr"] for group in self.training.optimizer.param_groups),
-            **self.read_speed(done),
-        }
-        summary = (
-            f"epoch {epoch:.2f}/{self.cfg.epochs}  step {done}/{self.total_steps}  "
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-            f"{values['images_per_second']:.0f} images/s  "
-            f"waiting {values['data_wait']:.0%}  eta {readable_time(values['eta_seconds'])}"
-        )
-        self.log.record(values, done, summary)
-
-    def record_accuracy(self, hits: list[float], epoch: int) -> None:
-        step = epoch * self.loader.windows_per_epoch
-        values = {"epoch": epoch, "top1": hits[0], "top5": hits[1]}
-        self.log.record(values, step, f"epoch {epoch}: {hits[0]:.2f} % (top-5 {hits[1]:.2f} %)")
-
-    def contents(self) -> dict:
-        return {
-            "state_dict": self.training.model.state_dict(),
-            "optimizer": self.training.optimizer.state_dict(),
-            "loss_scaler": self.training.scaler.state_dict(),
-            "backbone": self.training.model.backbone.describe(),
-        }
 
 
 if __name__ == "__main__":

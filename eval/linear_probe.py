@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from data.base import DataError
-from data.loader import TrainLoader, epoch_order
+from data.loader import TrainBatch, TrainLoader, epoch_order
 from data.transforms import TrainTransform
 from eval.features import Features, autocast, extract
 from eval.heads import ATTENTIVE, ProbeHead, probe_features
@@ -27,15 +27,14 @@ from eval.training import (
     labelled_images,
     train_loader,
 )
-from util import checkpoint
+from util.checkpoint import load_weights
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce
 from util.lars import LARS
-from util.metrics import readable_time
+from util.loop import Line, Task, sum_over_processes, train
 from util.precision import choose_precision
-from util.preemption import StopFlag, stoppable
-from util.record import TrainingRecord, check_same_steps, find_checkpoint
+from util.preemption import stoppable
 from util.schedules import peak_learning_rate, warmup_cosine
 
 
@@ -51,55 +50,74 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
+    task = Probe(cfg, ranks, backbone, run)
     with stoppable(ranks) as stop_flag:
-        probe(cfg, ranks, backbone, run, stop_flag)
+        loop = train(task, cfg, ranks, run.job, stop_flag)
+    if loop is None:  # the run that is resumed had come to its end
+        task.evaluate(cfg.epochs)
+    else:
+        loop.log.close()
+    report(cfg, run, task)
 
 
-def probe(
-    cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun, stop_flag: StopFlag
-) -> None:
-    # 1. Features of the training and the evaluation images, and the heads on them.
-    backbone.requires_grad_(False)
-    choices = CachedFeatures if cfg.cached else LiveFeatures
-    data = choices(cfg, ranks, backbone, run)
-    heads = build_heads(cfg, ranks, backbone, data.classes)
-    optimizer = build_optimizer(cfg, ranks, heads)
+class Probe(Task):
+    def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun):
+        self.cfg, self.ranks, self.backbone = cfg, ranks, backbone
+        backbone.requires_grad_(False)
+        choices = CachedFeatures if cfg.cached else LiveFeatures
+        self.data = choices(cfg, ranks, backbone, run)
+        self.loader = self.data.loader
+        self.heads = build_heads(cfg, ranks, backbone, self.data.classes)
+        self.optimizer = build_optimizer(cfg, ranks, self.heads)
+        self.names = [head_name(pooling, blr) for pooling in cfg.poolings for blr in cfg.blrs]
+        self.losses = torch.zeros(len(self.heads), dtype=torch.float64, device=ranks.device)
+        self.accuracies: Tensor | None = None  # the last ones, [heads, 2]: first, first five
 
-    # 2. New, or as in the newest checkpoint.
-    step = 0
-    resumed = find_checkpoint(cfg, run.job, ranks)
-    if resumed is not None:
-        check_same_backbone(resumed, backbone)
-        checkpoint.load_weights(heads, resumed["state_dict"], run.job / "checkpoints")
-        optimizer.load_state_dict(resumed["optimizer"])
-        check_same_steps(resumed, data.loader.windows_per_epoch)
-        step = resumed["step"]
+    def introduction(self) -> str:
+        source = "features without augmentation" if self.cfg.cached else "augmented images"
+        return f"linear_probe: {len(self.heads)} heads, {self.data.classes} classes, {source}"
 
-    # 3. Epochs, from wherever that is to the end.
-    record = ProbeRecord(cfg, ranks, run.job, data, stop_flag, step, heads, optimizer)
-    record.backbone = backbone.describe()
-    record.introduce()
-    per_epoch = data.loader.windows_per_epoch
-    windows = data.windows(record, step, record.total_steps)
-    final = None
-    while step < record.total_steps:
-        heads.train()
-        end = (step // per_epoch + 1) * per_epoch
-        for current in range(step, end):
-            set_learning_rates(cfg, optimizer, current / per_epoch)
-            record.add(train_step(heads, optimizer, next(windows), ranks))
-            record.after_window(current)
-        step, finished = end, end // per_epoch
-        if (cfg.eval_freq and finished % cfg.eval_freq == 0) or finished == cfg.epochs:
-            with record.speed.pause():
-                final = accuracies(heads, data, ranks)
-            record.record_accuracies(final, finished)
-        record.after_epoch(finished)
-    if final is None:  # the run that is resumed had come to its end
-        final = accuracies(heads, data, ranks)
-    record.finish()
-    record.log.close()
-    report(cfg, run, data, final)
+    def batches(self, first: int, last: int) -> Iterator:
+        return self.data.batches(first, last)
+
+    def step(self, step: int, batches: Iterator) -> None:
+        set_learning_rates(self.cfg, self.optimizer, step / self.loader.windows_per_epoch)
+        window = self.data.window(batches)
+        self.losses += train_step(self.heads, self.optimizer, window, self.ranks)
+
+    def log_line(self, done: int, steps: int) -> Line:
+        losses = sum_over_processes(self.losses, self.loader, self.ranks)
+        self.losses.zero_()
+        means = [loss / steps / self.ranks.world_size for loss in losses]
+        values = {f"loss/{name}": mean for name, mean in zip(self.names, means, strict=True)}
+        return values, f"loss {min(means):.4f} to {max(means):.4f}"
+
+    @torch.no_grad()
+    def evaluate(self, epoch: int) -> Line:
+        """Percent of the evaluation images, of all processes."""
+        self.heads.eval()
+        hits = torch.zeros(len(self.heads), 2, dtype=torch.int64, device=self.ranks.device)
+        for window in self.data.evaluation_windows():
+            for position, head in enumerate(self.heads.values()):
+                hits[position] += count_hits(head(window.features), window.labels)
+        self.heads.train()
+        self.accuracies = 100 * all_reduce(hits).double() / self.data.eval_images
+        first = dict(zip(self.names, self.accuracies[:, 0].tolist(), strict=True))
+        summary = "  ".join(f"{name} {value:.2f} %" for name, value in first.items())
+        return {f"top1/{name}": value for name, value in first.items()}, summary
+
+    def state(self) -> dict:
+        return {
+            "state_dict": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_scaler": {},  # heads are float32
+            "backbone": self.backbone.describe(),
+        }
+
+    def restore(self, contents: dict, source: Path) -> None:
+        check_same_backbone(contents, self.backbone)
+        load_weights(self.heads, contents["state_dict"], source)
+        self.optimizer.load_state_dict(contents["optimizer"])
 
 
 # --- heads --------------------------------------------------------------------------------------
@@ -156,17 +174,6 @@ def train_step(heads: nn.ModuleDict, optimizer: LARS, window: Window, ranks: Ran
     return torch.stack(losses).detach()
 
 
-@torch.no_grad()
-def accuracies(heads: nn.ModuleDict, data, ranks: Ranks) -> Tensor:
-    """Percent of the evaluation images, of all processes. -> float64 [heads, 2]: first, first 5"""
-    heads.eval()
-    hits = torch.zeros(len(heads), 2, dtype=torch.int64, device=ranks.device)
-    for window in data.evaluation_windows():
-        for position, head in enumerate(heads.values()):
-            hits[position] += count_hits(head(window.features), window.labels)
-    return 100 * all_reduce(hits).double() / data.eval_images
-
-
 # --- features -----------------------------------------------------------------------------------
 
 
@@ -189,18 +196,18 @@ class LiveFeatures:
             tokens = self.backbone(normalised(self.cfg, self.backbone, images))
         return {pooling: probe_features(tokens, pooling) for pooling in self.cfg.poolings}
 
-    def windows(self, record: "ProbeRecord", first: int, last: int) -> Iterator[Window]:
-        """The micro-steps of a window together: batch norm sees all its images."""
-        parts = []
-        for batch in record.speed.timed(self.loader.stream(first, last)):
-            parts.append((self.features(batch.images), batch.labels))
-            if len(parts) == self.cfg.accum_iter:
-                features = {
-                    pooling: torch.cat([features[pooling] for features, _ in parts])
-                    for pooling in self.cfg.poolings
-                }
-                yield Window(features, torch.cat([labels for _, labels in parts]))
-                parts = []
+    def batches(self, first: int, last: int) -> Iterator[TrainBatch]:
+        return self.loader.stream(first, last)
+
+    def window(self, batches: Iterator[TrainBatch]) -> Window:
+        """The micro-steps of a step together: batch norm sees all its images."""
+        parts = [next(batches) for _ in range(self.cfg.accum_iter)]
+        features = [self.features(batch.images) for batch in parts]
+        together = {
+            pooling: torch.cat([part[pooling] for part in features])
+            for pooling in self.cfg.poolings
+        }
+        return Window(together, torch.cat([batch.labels for batch in parts]))
 
     def evaluation_windows(self) -> Iterator[Window]:
         loader = eval_batches(self.cfg, self.ranks, self.evaluation, self.backbone.image_side)
@@ -248,7 +255,10 @@ class CachedFeatures:
         features = {name: part.features[indices].to(device) for name, part in source.items()}
         return Window(features, any_of(source).labels[indices].to(device))
 
-    def windows(self, record: "ProbeRecord", first: int, last: int) -> Iterator[Window]:
+    def window(self, batches: Iterator[Window]) -> Window:
+        return next(batches)
+
+    def batches(self, first: int, last: int) -> Iterator[Window]:
         """In the order in which TrainLoader would give the images."""
         share = self.batch_size * self.ranks.world_size
         own = slice(self.ranks.rank * self.batch_size, (self.ranks.rank + 1) * self.batch_size)
@@ -270,79 +280,8 @@ def any_of(features: dict[str, Features]) -> Features:
     return next(iter(features.values()))
 
 
-# --- what is left behind ------------------------------------------------------------------------
-
-
-class ProbeRecord(TrainingRecord):
-    backbone: dict
-
-    def __init__(
-        self,
-        cfg: DictConfig,
-        ranks: Ranks,
-        job: Path,
-        data: LiveFeatures | CachedFeatures,
-        stop_flag: StopFlag,
-        first_step: int,
-        heads: nn.ModuleDict,
-        optimizer: LARS,
-    ):
-        super().__init__(cfg, ranks, job, data.loader, stop_flag, first_step)
-        self.data, self.heads, self.optimizer = data, heads, optimizer
-        self.names = [head_name(pooling, blr) for pooling in cfg.poolings for blr in cfg.blrs]
-        self.losses = torch.zeros(len(heads), dtype=torch.float64, device=ranks.device)
-
-    def introduce(self) -> None:
-        source = "features without augmentation" if self.cfg.cached else "augmented images"
-        self.log.say(
-            f"linear_probe: {len(self.heads)} heads, {self.data.classes} classes, {source}, "
-            f"{self.images_per_step} images per step, {self.total_steps} steps, {self.where()}"
-        )
-
-    def add(self, losses: Tensor) -> None:
-        self.losses += losses
-
-    def write_log(self, done: int) -> None:
-        """Waits for the device."""
-        windows = done - self.last_logged
-        bad = torch.full((1,), len(self.loader.bad_images), device=self.ranks.device)
-        *losses, bad_images = all_reduce(torch.cat([self.losses, bad])).tolist()
-        if bad_images:
-            self.check_bad_images()
-        self.losses.zero_()
-        means = [loss / windows / self.ranks.world_size for loss in losses]
-        epoch = done / self.loader.windows_per_epoch
-        values = {
-            "epoch": epoch,
-            **{f"loss/{name}": mean for name, mean in zip(self.names, means, strict=True)},
-            **self.read_speed(done),
-        }
-        summary = (
-            f"epoch {epoch:.2f}/{self.cfg.epochs}  step {done}/{self.total_steps}  "
-            f"loss {min(means):.4f} to {max(means):.4f}  "
-            f"{values['images_per_second']:.0f} images/s  "
-            f"eta {readable_time(values['eta_seconds'])}"
-        )
-        self.log.record(values, done, summary)
-
-    def record_accuracies(self, values: Tensor, epoch: int) -> None:
-        first = dict(zip(self.names, values[:, 0].tolist(), strict=True))
-        summary = f"epoch {epoch}: " + "  ".join(f"{n} {value:.2f} %" for n, value in first.items())
-        step = epoch * self.loader.windows_per_epoch
-        named = {f"top1/{name}": value for name, value in first.items()}
-        self.log.record({"epoch": epoch, **named}, step, summary)
-
-    def contents(self) -> dict:
-        return {
-            "state_dict": self.heads.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss_scaler": {},  # heads are float32
-            "backbone": self.backbone,
-        }
-
-
-def report(cfg: DictConfig, run: EvalRun, data, final: Tensor) -> None:
-    names = [head_name(pooling, blr) for pooling in cfg.poolings for blr in cfg.blrs]
+def report(cfg: DictConfig, run: EvalRun, task: Probe) -> None:
+    names, final = task.names, task.accuracies
     best = int(final[:, 0].argmax())
     results = {"top1": final[best, 0].item(), "top5": final[best, 1].item()}
     for name, (first, _) in zip(names, final.tolist(), strict=True):
@@ -352,7 +291,7 @@ def report(cfg: DictConfig, run: EvalRun, data, final: Tensor) -> None:
         results,
         protocol=f"linear probe, {cfg.epochs} epochs of {source}, LARS; top1 is the best of "
         f"{len(names)} heads (pooling/learning rate), chosen on the evaluation images",
-        images=data.eval_images,
+        images=task.data.eval_images,
         extra={
             "best_head": names[best],
             "top5_by_head": dict(zip(names, final[:, 1].tolist(), strict=True)),

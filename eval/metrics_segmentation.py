@@ -2,6 +2,7 @@
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
 
 from data.masks import IGNORE
 
@@ -28,22 +29,11 @@ def matched_miou(counts: np.ndarray) -> float:
     return float(iou[rows, columns].sum() / len(iou))
 
 
-def adjusted_rand_index(counts: np.ndarray) -> float:
-    """Pairs of pixels that mask and segments treat alike, corrected for chance: 1 is the same
-    partition, 0 what chance gives. Whole numbers to the end: products of pair counts are large."""
-    together = pairs(counts)
-    in_truth, in_segments = pairs(counts.sum(axis=1)), pairs(counts.sum(axis=0))
-    of_all = pairs(counts.sum())
-    # Everything times 2 * of_all, to stay with whole numbers.
-    by_chance = 2 * in_truth * in_segments
-    most = (in_truth + in_segments) * of_all
-    if most == by_chance:  # both are one piece, or both all single pixels
-        return 1.0
-    return (2 * together * of_all - by_chance) / (most - by_chance)
-
-
-def pairs(counts: np.ndarray) -> int:
-    return sum(count * (count - 1) // 2 for count in np.ravel(counts).tolist())
+def adjusted_rand_index(truth: np.ndarray, segments: np.ndarray) -> float:
+    """Pairs of labelled pixels that mask and segments treat alike, corrected for chance: 1 is the
+    same partition, 0 what chance gives."""
+    labelled = truth != IGNORE
+    return float(adjusted_rand_score(truth[labelled], segments[labelled]))
 
 
 def confusion_matrix(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:

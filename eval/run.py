@@ -28,8 +28,8 @@ from util.distributed import (
 from util.files import write_whole
 from util.job import describe_environment, prepare_job_directory
 from util.lock import unlock
-from util.log_files import TensorBoardFile
 from util.metrics import readable_time
+from util.record import TensorBoardFile
 
 PROGRESS_SECONDS = 5
 

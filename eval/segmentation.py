@@ -117,10 +117,11 @@ def score_image(
     scores = []
     for count in cfg.segments:
         segments = cluster(cfg, vectors, grid, count)
-        counts = contingency(mask, to_pixels(segments.reshape(grid), mask.shape))
+        segments = to_pixels(segments.reshape(grid), mask.shape)
+        counts = contingency(mask, segments)
         if len(counts) == 0:  # a mask without any class
             return [0]
-        scores += [matched_miou(counts), adjusted_rand_index(counts)]
+        scores += [matched_miou(counts), adjusted_rand_index(mask, segments)]
     return [len(counts), *scores]
 
 

@@ -9,7 +9,7 @@ import torch.multiprocessing as multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from engine_pretrain import train_epoch
+from engine_pretrain import train_step
 from tests.test_engine import build_training, draw
 from util.distributed import (
     Ranks,
@@ -71,7 +71,9 @@ def count_reductions(ranks: Ranks, folder) -> None:
         before_each.append(len(reduced))
         return views
 
-    train_epoch(training, iter([images] * 4), draw_views, range(2), 2, after_window=lambda step: 0)
+    batches = iter([images] * 4)
+    for step in range(2):
+        train_step(training, batches, draw_views, step, epoch=0.0)
     torch.save([*before_each, len(reduced)], folder / f"reductions{ranks.rank}")
 
 

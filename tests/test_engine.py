@@ -11,7 +11,7 @@ from engine_pretrain import (
     begin_window,
     end_window,
     micro_step,
-    train_epoch,
+    train_step,
 )
 from models.lmim import LatentMIM
 from models.losses import Objective
@@ -218,16 +218,17 @@ def test_fp16_that_never_finds_its_scale_is_a_fault():
     assert training.meters.read()["grad_norm"] == 0  # and not NaN, which is no JSON
 
 
-def test_train_epoch_runs_exactly_the_given_windows():
+def test_a_step_takes_its_batches_and_draws_its_views():
     training = build_training(accum_iter=2)
     batches = (draw(seed, 4)[0] for seed in range(100))
-    drawn, finished = [], []
+    drawn = []
 
     def draw_views(step, micro, batch_size):
         drawn.append((step, micro))
         return draw(step, batch_size)[1]
 
-    train_epoch(training, batches, draw_views, range(5, 8), 4, finished.append)
+    for step in range(5, 8):
+        train_step(training, batches, draw_views, step, epoch=step / 4)
     assert drawn == [(5, 0), (5, 1), (6, 0), (6, 1), (7, 0), (7, 1)]
-    assert finished == [5, 6, 7]
+    assert torch.equal(next(batches), draw(6, 4)[0])
     assert training.optimizer.param_groups[0]["lr"] == training.schedule.learning_rate(7 / 4)

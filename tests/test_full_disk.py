@@ -17,7 +17,7 @@ from tests.runs import (
     wait_until,
 )
 from util.checkpoint import list_checkpoints, load_file
-from util.log_files import JsonLines, TensorBoardFile
+from util.record import JsonLines, TensorBoardFile
 
 SETTINGS = ["epochs=6", "save_minutes=0.0005"]  # a checkpoint about every second step
 

@@ -1,6 +1,8 @@
 """Whole runs of the worker: what they print, leave behind, and how they stop."""
 
 import json
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from eval.nn import leave_one_out_hits
 from tests.runs import LAUNCHER, final_state, records, run, succeed, succeed_together
 from util.checkpoint import list_checkpoints
-from util.metrics import ProgressBar, keep_until_step, readable_time
+from util.metrics import readable_time
+from util.record import RunLog, keep_until_step
 
 SHORT = ("epochs=1", "warmup_epochs=0")
 
@@ -116,13 +119,17 @@ def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
     assert path.read_text() == ""
 
 
-def test_the_progress_bar_fits_the_terminal(capsys):
-    bar = ProgressBar(total=10, width=10)
-    bar.summary = "x" * 500
-    bar.draw(5)
-    line = capsys.readouterr().err
-    assert "[#####.....] 5/10" in line
-    assert len(line) < 100
+def test_a_terminal_shows_the_lines_and_a_bar_below(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    log = RunLog(tmp_path, is_main=True, total_steps=10)
+    for step in range(1, 6):
+        log.record({"loss": 1.0}, step, f"line {step}")
+        log.progress(step)
+        time.sleep(0.03)
+    log.close()
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [f"line {step}" for step in range(1, 6)]
+    assert "0/10 [00:00<?" in shown.err and "4/10 [00:00<" in shown.err
 
 
 def test_readable_time():

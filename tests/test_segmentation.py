@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import adjusted_rand_score
 
 from data.base import DataError
 from data.masks import IGNORE
@@ -91,19 +90,16 @@ def slow_rand_index(truth: np.ndarray, found: np.ndarray) -> float:
 @pytest.mark.parametrize("seed, labels, segments", [(0, 2, 2), (1, 3, 5), (2, 4, 2), (3, 1, 3)])
 def test_rand_index_counts_pairs_of_pixels(seed, labels, segments):
     truth, found = random_maps(seed, labels, segments)
-    ours = adjusted_rand_index(contingency(truth, found))
+    ours = adjusted_rand_index(truth, found)
     assert ours == pytest.approx(slow_rand_index(truth, found), abs=1e-12)
-    labelled = truth != IGNORE
-    sklearns = adjusted_rand_score(truth[labelled], found[labelled])
-    assert ours == pytest.approx(sklearns, abs=1e-12)
 
 
 def test_measures_of_equal_partitions_are_one_whatever_the_numbers():
     truth, _ = random_maps(0, 4, 4)
-    counts = contingency(truth, (truth.astype(int) * 7 + 3) % 11)
-    assert (matched_miou(counts), adjusted_rand_index(counts)) == (1.0, 1.0)
-    one_piece = contingency(np.zeros((3, 3), np.uint8), np.zeros((3, 3)))
-    assert (matched_miou(one_piece), adjusted_rand_index(one_piece)) == (1.0, 1.0)
+    one_piece = np.zeros((3, 3), np.uint8), np.zeros((3, 3), int)
+    for found, numbers in ((truth, (truth.astype(int) * 7 + 3) % 11), one_piece):
+        assert matched_miou(contingency(found, numbers)) == 1
+        assert adjusted_rand_index(found, numbers) == 1
 
 
 def test_class_ious_are_those_of_all_images_together():

@@ -1,13 +1,12 @@
 """What makes the step fast changes nothing: no waiting for the device, compilation, recomputing."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine_pretrain import train_epoch
+from engine_pretrain import train_step
 from models.views import sample_views
 from tests.runs import LAUNCHER, records, succeed, succeed_together, torchrun
 from tests.test_engine import GAP, GRID, VISIBLE, build_training, draw, run_windows
@@ -76,9 +75,10 @@ def run_epoch(after_window: Callable[[int], None], **options) -> list[str]:
         return sample_views(batch_size, GRID, VISIBLE, GAP, generator)
 
     batches = iter([images] * 12)
-    run = partial(train_epoch, training, batches, draw_views, range(6), 6)
     with HostWaits() as waits:
-        run(lambda step: after_window(training))
+        for step in range(6):
+            train_step(training, batches, draw_views, step, step / 6)
+            after_window(training)
     assert next(batches, None) is None, "not all windows were run"
     return waits.found
 

@@ -69,7 +69,7 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     from data.base import DataError
     from util.checkpoint import CheckpointError
     from util.lock import JobBusy
-    from util.run_record import TrainingStopped
+    from util.loop import TrainingStopped
 
     try:
         main(cfg)

@@ -1,19 +1,14 @@
-"""Numbers of a run: summed on the device, then written to the console, log.txt and TensorBoard."""
+"""Numbers of a run: sums on the device that nobody waits for, speed, memory."""
 
-import json
 import resource
-import shutil
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from models.losses import METRICS
-from util.files import write_whole
 
 
 class DeviceMeters:
@@ -79,104 +74,6 @@ class FaultCounter:
         is_first = is_bad & (self.count == 0)
         self.first_step += is_first * step
         self.count += is_bad
-
-
-class RunLog:
-    """Where a run writes: lines on the console (or a progress bar on a terminal), log.txt with one
-    JSON object per line, TensorBoard. Only the first process writes; for the others this is silent.
-
-    A resumed run first drops what the interrupted one had logged beyond its checkpoint, so that no
-    step is there twice. A full disk stops nothing: what it refuses is written when there is room.
-    """
-
-    def __init__(self, job: Path, is_main: bool, total_steps: int, resumed_step: int = 0):
-        self.job, self.is_main = job, is_main
-        self.bar = ProgressBar(total_steps) if is_main and sys.stderr.isatty() else None
-        if not is_main:
-            return
-        keep_until_step(job / "log.txt", resumed_step)
-        if resumed_step == 0:
-            shutil.rmtree(job / "tensorboard", ignore_errors=True)
-        # Here, because the training step is used where there is no TensorBoard too (bench/).
-        from util.log_files import JsonLines, TensorBoardFile
-
-        self.lines = JsonLines(job / "log.txt")
-        self.scalars = TensorBoardFile(job / "tensorboard", resumed_step + 1)
-
-    def say(self, text: str) -> None:
-        """A line on the console."""
-        if self.is_main:
-            if self.bar is not None:
-                self.bar.clear()
-            with suppress(OSError):  # a log on a full disk: there is nowhere left to say so
-                print(text, flush=True)
-
-    def record(self, values: dict[str, float], step: int, summary: str) -> None:
-        """Numbers of one step: to log.txt and TensorBoard, and as a line or beside the bar."""
-        if not self.is_main:
-            return
-        for file in (self.lines, self.scalars):
-            try:
-                file.add(values, step)
-            except OSError as error:
-                self.say(f"{file.path} cannot be written ({error.strerror}); training goes on")
-        if self.bar is not None:
-            self.bar.summary = summary
-            self.bar.draw(step)
-        else:
-            self.say(summary)
-
-    def values_of(self, name: str) -> dict[int, float]:
-        """What log.txt has of one number, by step. For the first process."""
-        records = map(json.loads, self.lines.path.read_text().splitlines())
-        return {record["step"]: record[name] for record in records if name in record}
-
-    def progress(self, step: int) -> None:
-        if self.bar is not None:
-            self.bar.update(step)
-
-    def close(self) -> None:
-        if self.is_main:
-            if self.bar is not None:
-                self.bar.clear()
-            self.lines.close()
-            self.scalars.close()
-
-
-def keep_until_step(path: Path, last_step: int) -> None:
-    """Drop what a log has beyond a step, and a last line that was cut off by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= last_step and last_step > 0:
-                kept.append(line + "\n")
-    write_whole(path, "".join(kept).encode())
-
-
-class ProgressBar:
-    """One line on stderr, drawn again at most ten times a second."""
-
-    def __init__(self, total: int, width: int = 24):
-        self.total, self.width = total, width
-        self.summary = ""
-        self.drawn_at = 0.0
-
-    def update(self, step: int) -> None:
-        if time.monotonic() - self.drawn_at > 0.1:
-            self.draw(step)
-
-    def draw(self, step: int) -> None:
-        filled = self.width * step // self.total
-        bar = "#" * filled + "." * (self.width - filled)
-        line = f"[{bar}] {step}/{self.total}  {self.summary}"
-        columns = shutil.get_terminal_size().columns
-        print(f"\r\033[K{line[: columns - 1]}", end="", file=sys.stderr, flush=True)
-        self.drawn_at = time.monotonic()
-
-    def clear(self) -> None:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 class Speed:

@@ -1,166 +1,145 @@
-"""What every training leaves behind, whatever it trains: log lines, checkpoints, and an answer to
-signals. Pre-training adds its own numbers (util/run_record.py), and so do the evaluations that
-train."""
+"""What a run says: lines on the console or a progress bar, log.txt, TensorBoard.
 
+A full disk stops no training: what it refuses is kept, and written when there is room again.
+"""
+
+import io
+import json
+import os
+import shutil
+import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
 
-from util import checkpoint
-from util.distributed import Ranks, barrier, gather_objects, on_main
-from util.job import checkpoint_name, list_checkpoints
-from util.metrics import RunLog, Speed
-from util.preemption import Interrupted, StopFlag
-
-
-class TrainingStopped(Exception):
-    """The run cannot go on; the message says why and from where it can be taken up."""
+from util.files import write_whole
 
 
-class TrainingRecord:
-    """loader: a TrainLoader, or what has its windows_per_epoch, batch_size, accum_iter and bad
-    images."""
+class RunLog:
+    """Where a run writes: the console (on a terminal above a progress bar), log.txt with one
+    JSON object per line, TensorBoard. Only the first process writes; for the others this is silent.
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        ranks: Ranks,
-        job: Path,
-        loader,
-        stop_flag: StopFlag,
-        first_step: int,
-    ):
-        self.cfg, self.ranks, self.job, self.loader = cfg, ranks, job, loader
-        self.stop_flag, self.first_step = stop_flag, first_step
-        self.total_steps = cfg.epochs * loader.windows_per_epoch
-        self.images_per_step = loader.batch_size * loader.accum_iter * ranks.world_size
-        self.last_logged = self.last_saved_step = first_step
-        self.last_saved = time.monotonic()
-        self.start = time.perf_counter()
-        self.speed = Speed()
-        self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
-        self.writer = None
-        if ranks.is_main:
-            self.writer = checkpoint.CheckpointWriter(job / "checkpoints", report=self.log.say)
+    A resumed run first drops what the interrupted one had logged beyond its checkpoint, so that no
+    step is there twice. A full disk stops nothing: what it refuses is written when there is room.
+    """
 
-    def write_log(self, done: int) -> None:
-        """The numbers since the last log point. All processes come here together."""
-        raise NotImplementedError
-
-    def contents(self) -> dict:
-        """What a checkpoint holds besides what all checkpoints do: state_dict, optimizer, ..."""
-        raise NotImplementedError
-
-    def where(self) -> str:
-        return "from the beginning" if self.first_step == 0 else f"from step {self.first_step}"
-
-    def after_window(self, step: int) -> None:
-        """step: the one just finished, counted from 0."""
-        done = step + 1
-        if done % self.cfg.print_freq == 0 or done == self.total_steps:
-            self.write_log(done)
-        self.log.progress(done)
-        if done % self.loader.windows_per_epoch:
-            self.between_windows(done)
-
-    def after_epoch(self, epoch: int) -> None:
-        done = epoch * self.loader.windows_per_epoch
-        if epoch % self.cfg.save_freq == 0 or done == self.total_steps:
-            self.save(done, epoch)
-        if done < self.total_steps:
-            self.between_windows(done)
-
-    def between_windows(self, done: int) -> None:
-        """Save now and then; stop if asked to. Not between an epoch's last window and its
-        evaluation: a run that resumes there would leave the evaluation out."""
-        number = self.stop_flag.agreed()
-        if number:
-            self.save(done)
-            self.finish_writing()
-            raise Interrupted(number)
-        if (time.monotonic() - self.last_saved) / 60 > self.cfg.save_minutes:
-            self.save(done)
-
-    def read_speed(self, done: int) -> dict[str, float]:
-        """Since the last log point."""
-        windows, self.last_logged = done - self.last_logged, done
-        return self.speed.read(windows, self.images_per_step, self.total_steps - done)
-
-    def check_bad_images(self) -> None:
-        """Stop if there are too many unreadable images, counting those that any rank met."""
-        self.loader.bad_images = set().union(*gather_objects(self.loader.bad_images, self.ranks))
-        self.loader.check_bad_images()
-
-    def last_good_checkpoint(self) -> str:
-        """For the message of a training that stops. On the first process."""
-        if self.writer is not None:
-            self.writer.wait()
-        newest = next(iter(list_checkpoints(self.job / "checkpoints")), None)
-        return f"last good checkpoint: {newest or 'none was written yet'}"
-
-    def save(self, done: int, epoch: int | None = None) -> None:
-        """epoch: given at the end of one whose checkpoint is kept for good."""
-        self.last_saved = time.monotonic()
-        if self.writer is None or done == self.last_saved_step:
-            return
-        self.last_saved_step = done
-        contents = {
-            **self.contents(),
-            "epoch": done // self.loader.windows_per_epoch,
-            "step": done,
-            "windows_per_epoch": self.loader.windows_per_epoch,
-            "config": OmegaConf.to_container(self.cfg),
-            "format": checkpoint.FORMAT,
-        }
-        self.writer.save(contents, done, epoch)
-
-    def finish_writing(self) -> None:
-        """Until the last checkpoint is on the disk; all processes wait for it."""
-        if self.writer is not None:
-            self.writer.wait()
-        barrier()
-
-    def finish(self) -> None:
-        """At the end of training. Without its last checkpoint a job is not finished, however far
-        training has come."""
-        self.finish_writing()
-        last = self.job / "checkpoints" / checkpoint_name(self.total_steps, self.cfg.epochs)
-        if self.ranks.is_main and not last.exists():
-            raise TrainingStopped(
-                f"training has ended, but its last checkpoint {last} could not be written: make "
-                f"room, and the same command with resume=True trains again what is missing"
-            )
-
-
-# --- going on from a checkpoint -----------------------------------------------------------------
-
-
-def find_checkpoint(cfg: DictConfig, job: Path, ranks: Ranks) -> dict | None:
-    """Rank 0 chooses the newest readable file, all ranks read that one. None: a new run."""
-    if not cfg.resume:
-        return None
-    chosen: dict[Path, dict] = {}  # gigabytes, which only their path leaves this process for
-
-    def choose() -> Path | None:
-        newest = checkpoint.newest_readable(job / "checkpoints", print_error)
-        chosen.update([newest] if newest else [])
-        return next(iter(chosen), None)
-
-    path = on_main(choose, ranks)
-    return chosen.get(path) if ranks.is_main or path is None else checkpoint.load_file(path)
-
-
-def check_same_steps(resumed: dict, windows_per_epoch: int) -> None:
-    """A step of the checkpoint must be a step of this run."""
-    if resumed["windows_per_epoch"] != windows_per_epoch:
-        raise checkpoint.CheckpointError(
-            f"the checkpoint's epochs have {resumed['windows_per_epoch']} steps and this run's "
-            f"{windows_per_epoch}: use the same dataset and the same "
-            f"batch_size * accum_iter * processes"
+    def __init__(self, job: Path, is_main: bool, total_steps: int, resumed_step: int = 0):
+        self.job, self.is_main = job, is_main
+        self.bar = tqdm(
+            total=total_steps,
+            initial=resumed_step,
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not (is_main and sys.stderr.isatty()),
         )
+        if not is_main:
+            return
+        keep_until_step(job / "log.txt", resumed_step)
+        if resumed_step == 0:
+            shutil.rmtree(job / "tensorboard", ignore_errors=True)
+        self.lines = JsonLines(job / "log.txt")
+        self.scalars = TensorBoardFile(job / "tensorboard", resumed_step + 1)
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self.is_main:
+            # A log on a full disk: there is nowhere left to say so.
+            with tqdm.external_write_mode(), suppress(OSError):
+                print(text, flush=True)
+
+    def record(self, values: dict[str, float], step: int, summary: str) -> None:
+        """Numbers of one step: to log.txt, TensorBoard and the console."""
+        if not self.is_main:
+            return
+        for file in (self.lines, self.scalars):
+            try:
+                file.add(values, step)
+            except OSError as error:
+                self.say(f"{file.path} cannot be written ({error.strerror}); training goes on")
+        self.say(summary)
+
+    def values_of(self, name: str) -> dict[int, float]:
+        """What log.txt has of one number, by step. For the first process."""
+        records = map(json.loads, self.lines.path.read_text().splitlines())
+        return {record["step"]: record[name] for record in records if name in record}
+
+    def progress(self, step: int) -> None:
+        self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.is_main:
+            self.lines.close()
+            self.scalars.close()
 
 
-def print_error(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def keep_until_step(path: Path, last_step: int) -> None:
+    """Drop what a log has beyond a step, and a last line that was cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= last_step and last_step > 0:
+                kept.append(line + "\n")
+    write_whole(path, "".join(kept).encode())
+
+
+# --- files that a run adds to ---
+
+
+class AppendedFile:
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
+        self.unwritten = b""
+
+    def append(self, contents: bytes) -> None:
+        """Raises OSError where not all of it, and of what was refused before, could be written."""
+        self.unwritten += contents
+        while self.unwritten:  # the last free bytes of a disk take a part of it
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class JsonLines(AppendedFile):
+    """One JSON object per line."""
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        self.append(json.dumps({"step": step, **values}).encode() + b"\n")
+
+
+class TensorBoardFile(AppendedFile):
+    """Scalars in TensorBoard's format. Its own writer works in a thread that ends with the first
+    error, and takes what it was given with it."""
+
+    def __init__(self, folder: Path, first_step: int | None = None):
+        """first_step: of older files in the folder TensorBoard will show only what is before it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        unique = f"{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        super().__init__(folder / f"events.out.tfevents.{unique}")
+        now = time.time()
+        self.unwritten = as_record(Event(wall_time=now, file_version="brain.Event:2"))
+        if first_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self.unwritten += as_record(Event(wall_time=now, step=first_step, session_log=start))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+        self.append(as_record(event))
+
+
+def as_record(event: Event) -> bytes:
+    record = io.BytesIO()
+    RecordWriter(record).write(event.SerializeToString())
+    return record.getvalue()

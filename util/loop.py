@@ -1,0 +1,258 @@
+"""The loop of everything that is trained: resume, steps, evaluations, log lines, checkpoints, stop.
+
+Pre-training (main_lmim.py), the linear probe and fine-tuning (eval/) are tasks of it: they say what
+a step is, and this file keeps them alive.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from util import checkpoint
+from util.distributed import Ranks, all_reduce, barrier, gather_objects, on_main
+from util.job import checkpoint_name, list_checkpoints
+from util.metrics import Speed, readable_time
+from util.preemption import Interrupted, StopFlag
+from util.record import RunLog
+
+Line = tuple[dict[str, float], str]  # numbers for the log, and how the console puts them
+
+
+class TrainingStopped(Exception):
+    """The run cannot go on; the message says why and from where it can be taken up."""
+
+
+class Task:
+    """What is trained. All processes call each of these together."""
+
+    loader = None  # a TrainLoader, or what has its windows_per_epoch, batch_size, ...
+    evaluates_at_end = True  # also where eval_freq is 0
+
+    def introduction(self) -> str:
+        """One line about what is trained on what."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """When everything is built and restored, before the first step."""
+
+    def batches(self, first: int, last: int) -> Iterator:
+        """What the steps first .. last - 1 are made from."""
+        return self.loader.stream(first, last)
+
+    def step(self, step: int, batches: Iterator) -> None:
+        """One step of the optimiser. Does not wait for the device."""
+        raise NotImplementedError
+
+    def log_line(self, done: int, steps: int) -> Line:
+        """The last `steps` steps, of which `done` are done in all; may raise TrainingStopped. The
+        only place that waits for the device."""
+        raise NotImplementedError
+
+    def evaluate(self, epoch: int) -> Line | None:
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """state_dict, optimizer, loss_scaler, and what else a checkpoint of it holds."""
+        raise NotImplementedError
+
+    def restore(self, contents: dict, source: Path) -> None:
+        """In place, from what state() has given. source: for messages."""
+        raise NotImplementedError
+
+
+def train(
+    task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopFlag
+) -> "Loop | None":
+    """From the newest checkpoint, or from the beginning, to the end. None: there was nothing left
+    to do."""
+    per_epoch, first_step = task.loader.windows_per_epoch, resume(task, cfg, ranks, job)
+    loop = Loop(task, cfg, ranks, job, stop_flag, first_step)
+    loop.log.say(f"{task.introduction()}, {loop.images_per_step} images per step, {loop.length()}")
+    step = first_step
+    if step == loop.total_steps:
+        loop.log.say("already finished: nothing is left to train")
+        loop.log.close()
+        return None
+    task.prepare()
+    if step == 0 and cfg.get("eval_at_start"):
+        loop.evaluate(0)
+    batches = loop.speed.timed(task.batches(step, loop.total_steps))
+    while step < loop.total_steps:
+        task.step(step, batches)
+        step += 1
+        loop.after_step(step)
+        if step % per_epoch:
+            loop.between_steps(step)
+            continue
+        epoch = step // per_epoch
+        at_end = epoch == cfg.epochs and (task.evaluates_at_end or cfg.eval_freq)
+        if at_end or (cfg.eval_freq and epoch % cfg.eval_freq == 0):
+            loop.evaluate(epoch)
+        loop.after_epoch(epoch)
+    loop.finish()
+    return loop
+
+
+def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
+    """-> the number of finished steps"""
+    contents = find_checkpoint(cfg, job, ranks)
+    if contents is None:
+        return 0
+    per_epoch = task.loader.windows_per_epoch
+    if contents["windows_per_epoch"] != per_epoch:
+        raise checkpoint.CheckpointError(
+            f"the checkpoint's epochs have {contents['windows_per_epoch']} steps and this run's "
+            f"{per_epoch}: use the same dataset and the same batch_size * accum_iter * processes"
+        )
+    task.restore(contents, job / "checkpoints")
+    return contents["step"]
+
+
+def find_checkpoint(cfg: DictConfig, job: Path, ranks: Ranks) -> dict | None:
+    """Rank 0 chooses the newest readable file, all ranks read that one. None: a new run."""
+    if not cfg.resume:
+        return None
+    chosen: dict[Path, dict] = {}  # gigabytes, which only their path leaves this process for
+
+    def choose() -> Path | None:
+        newest = checkpoint.newest_readable(job / "checkpoints", print_error)
+        chosen.update([newest] if newest else [])
+        return next(iter(chosen), None)
+
+    path = on_main(choose, ranks)
+    return chosen.get(path) if ranks.is_main or path is None else checkpoint.load_file(path)
+
+
+class Loop:
+    """What a training leaves behind: its log, its checkpoints, its answer to signals."""
+
+    def __init__(
+        self,
+        task: Task,
+        cfg: DictConfig,
+        ranks: Ranks,
+        job: Path,
+        stop_flag: StopFlag,
+        first_step: int,
+    ):
+        self.task, self.cfg, self.ranks, self.job = task, cfg, ranks, job
+        self.stop_flag, self.first_step = stop_flag, first_step
+        self.steps_per_epoch = task.loader.windows_per_epoch
+        self.total_steps = cfg.epochs * self.steps_per_epoch
+        self.images_per_step = task.loader.batch_size * task.loader.accum_iter * ranks.world_size
+        self.last_logged = self.last_saved_step = first_step
+        self.last_saved = time.monotonic()
+        self.start = time.perf_counter()
+        self.speed = Speed()
+        self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
+        self.writer = None
+        if ranks.is_main:
+            self.writer = checkpoint.CheckpointWriter(job / "checkpoints", report=self.log.say)
+
+    def length(self) -> str:
+        where = f"from step {self.first_step}" if self.first_step else "from the beginning"
+        return f"{self.total_steps} steps, {where}"
+
+    def after_step(self, done: int) -> None:
+        if done % self.cfg.print_freq == 0 or done == self.total_steps:
+            self.write_log(done)
+        self.log.progress(done)
+
+    def write_log(self, done: int) -> None:
+        steps, self.last_logged = done - self.last_logged, done
+        try:
+            numbers, summary = self.task.log_line(done, steps)
+        except TrainingStopped as stopped:
+            raise TrainingStopped(f"{stopped}; {self.last_good_checkpoint()}") from stopped
+        speed = self.speed.read(steps, self.images_per_step, self.total_steps - done)
+        epoch = done / self.steps_per_epoch
+        summary = (
+            f"epoch {epoch:.2f}/{self.cfg.epochs}  step {done}/{self.total_steps}  {summary}  "
+            f"{speed['images_per_second']:.0f} images/s  waiting {speed['data_wait']:.0%}  "
+            f"eta {readable_time(speed['eta_seconds'])}"
+        )
+        self.log.record({"epoch": epoch, **numbers, **speed}, done, summary)
+
+    def evaluate(self, epoch: int) -> None:
+        with self.speed.pause():
+            found = self.task.evaluate(epoch)
+        if found is not None:
+            numbers, summary = found
+            step = epoch * self.steps_per_epoch
+            self.log.record({"epoch": epoch, **numbers}, step, f"epoch {epoch}: {summary}")
+
+    def after_epoch(self, epoch: int) -> None:
+        done = epoch * self.steps_per_epoch
+        if epoch % self.cfg.save_freq == 0 or done == self.total_steps:
+            self.save(done, epoch)
+        if done < self.total_steps:
+            self.between_steps(done)
+
+    def between_steps(self, done: int) -> None:
+        """Save now and then; stop if asked to. Not between an epoch's last step and its evaluation:
+        a run that resumes there would leave the evaluation out."""
+        number = self.stop_flag.agreed()
+        if number:
+            self.save(done)
+            self.finish_writing()
+            raise Interrupted(number)
+        if (time.monotonic() - self.last_saved) / 60 > self.cfg.save_minutes:
+            self.save(done)
+
+    def last_good_checkpoint(self) -> str:
+        if self.writer is not None:
+            self.writer.wait()
+        newest = next(iter(list_checkpoints(self.job / "checkpoints")), None)
+        return f"last good checkpoint: {newest or 'none was written yet'}"
+
+    def save(self, done: int, epoch: int | None = None) -> None:
+        """epoch: given at the end of one whose checkpoint is kept for good."""
+        self.last_saved = time.monotonic()
+        if self.writer is None or done == self.last_saved_step:
+            return
+        self.last_saved_step = done
+        contents = {
+            **self.task.state(),
+            "epoch": done // self.steps_per_epoch,
+            "step": done,
+            "windows_per_epoch": self.steps_per_epoch,
+            "config": OmegaConf.to_container(self.cfg),
+            "format": checkpoint.FORMAT,
+        }
+        self.writer.save(contents, done, epoch)
+
+    def finish_writing(self) -> None:
+        """Until the last checkpoint is on the disk; all processes wait for it."""
+        if self.writer is not None:
+            self.writer.wait()
+        barrier()
+
+    def finish(self) -> None:
+        """Without its last checkpoint a job is not finished, however far training has come."""
+        self.finish_writing()
+        last = self.job / "checkpoints" / checkpoint_name(self.total_steps, self.cfg.epochs)
+        if self.ranks.is_main and not last.exists():
+            raise TrainingStopped(
+                f"training has ended, but its last checkpoint {last} could not be written: make "
+                f"room, and the same command with resume=True trains again what is missing"
+            )
+
+
+def sum_over_processes(numbers: Tensor, loader, ranks: Ranks) -> list[float]:
+    """Of each number, over all processes. Stops the training if too many images were unreadable,
+    counting those that any process met."""
+    bad = torch.tensor([len(loader.bad_images)]).to(numbers)
+    *sums, bad_images = all_reduce(torch.cat([numbers, bad])).tolist()
+    if bad_images:
+        loader.bad_images = set().union(*gather_objects(loader.bad_images, ranks))
+        loader.check_bad_images()
+    return sums
+
+
+def print_error(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
