@@ -22,8 +22,8 @@ from torch import Tensor
 
 from data.base import DataError, ImageDataset
 from eval.backbone import Backbone
+from eval.common import EvalRun, build_eval_data, eval_batches, normalised, run_evaluation
 from eval.features import ROWS, autocast, extract
-from eval.run import EvalRun, build_eval_data, eval_batches, normalised, run_evaluation
 from models.losses import average_similarity
 from util.command import run_worker
 from util.distributed import Ranks, all_reduce

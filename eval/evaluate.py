@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from eval.run import EvalRun, joined_processes, load_for_all, write_json
+from eval.common import EvalRun, joined_processes, load_for_all, write_json
 from util.command import run_worker
 from util.config import ConfigError, compose_config
 from util.distributed import barrier

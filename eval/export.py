@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from eval.backbone import BackboneError
+from eval.common import EvalRun, colours, joined_processes, load_for_all
 from eval.networks import OwnBackbone
-from eval.run import EvalRun, colours, joined_processes, load_for_all
 from models.vit import Encoder
 from util.command import run_worker
 from util.files import write_whole

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from data.base import ImageDataset
+from eval.common import EvalRun, build_eval_data, colours, eval_batches, normalised
 from eval.networks import Backbone, Tokens
-from eval.run import EvalRun, build_eval_data, colours, eval_batches, normalised
 from eval.weights import BackboneError
 from models.views import extract_patches
 from models.vit import Encoder

@@ -13,10 +13,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from data.base import DataError
+from eval.common import EvalRun, count_classes, labelled_images, run_evaluation
 from eval.features import Features, extract
 from eval.networks import Backbone
-from eval.run import EvalRun, run_evaluation
-from eval.training import count_classes, labelled_images
 from util.command import run_worker
 from util.distributed import Ranks, gather_objects
 from util.streams import Stream, generator

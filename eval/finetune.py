@@ -13,16 +13,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.augmentation import FinetuneTransform
 from data.loader import TrainBatch, TrainLoader
-from eval.features import autocast, pool
-from eval.networks import Backbone
-from eval.run import EvalRun, colours, eval_batches, normalised, run_evaluation
-from eval.training import (
+from eval.common import (
+    EvalRun,
     check_same_backbone,
+    colours,
     count_classes,
     count_hits,
+    eval_batches,
     labelled_images,
+    normalised,
+    run_evaluation,
     train_loader,
 )
+from eval.features import autocast, pool
+from eval.networks import Backbone
 from util.checkpoint import load_weights
 from util.command import run_worker
 from util.config import ConfigError

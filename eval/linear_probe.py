@@ -16,17 +16,21 @@ from torch import Tensor, nn
 from data.base import DataError
 from data.loader import TrainBatch, TrainLoader, epoch_order
 from data.transforms import TrainTransform
-from eval.features import Features, autocast, extract
-from eval.heads import ATTENTIVE, ProbeHead, probe_features
-from eval.networks import Backbone
-from eval.run import EvalRun, eval_batches, normalised, run_evaluation, share_of
-from eval.training import (
+from eval.common import (
+    EvalRun,
     check_same_backbone,
     count_classes,
     count_hits,
+    eval_batches,
     labelled_images,
+    normalised,
+    run_evaluation,
+    share_of,
     train_loader,
 )
+from eval.features import Features, autocast, extract
+from eval.heads import ATTENTIVE, ProbeHead, probe_features
+from eval.networks import Backbone
 from util.checkpoint import load_weights
 from util.command import run_worker
 from util.config import ConfigError

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from data.loader import EvalLoader
 from eval.backbone import Backbone
+from eval.common import EvalRun, build_eval_data, require_labels, run_evaluation, share_of
 from eval.features import Features, extract, pooled_features
-from eval.run import EvalRun, build_eval_data, require_labels, run_evaluation, share_of
 from eval.search import Neighbours, nearest
 from models.vit import Encoder
 from util.command import run_worker

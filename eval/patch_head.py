@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from data.base import DataError
 from data.loader import epoch_order
 from data.masks import IGNORE
+from eval.common import EvalRun
 from eval.networks import Tokens
-from eval.run import EvalRun
 from util.distributed import Ranks, broadcast_object, gather_objects
 
 

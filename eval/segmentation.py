@@ -19,6 +19,7 @@ from torch import Tensor
 from data.base import DataError, ImageDataset
 from data.masks import IGNORE, MaskTransform, WithMasks
 from eval.backbone import Backbone, Tokens
+from eval.common import EvalRun, build_eval_data, eval_batches, normalised, run_evaluation
 from eval.features import autocast
 from eval.metrics_segmentation import (
     CLASSES,
@@ -31,7 +32,6 @@ from eval.metrics_segmentation import (
 from eval.metrics_video import mean
 from eval.networks import cut_patches
 from eval.patch_head import PatchHead, train_patch_head
-from eval.run import EvalRun, build_eval_data, eval_batches, normalised, run_evaluation
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce, gather_objects

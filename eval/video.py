@@ -20,9 +20,9 @@ from torch import Tensor
 from data.davis import VOID, Video, read_videos
 from data.picture import to_tensor
 from eval.backbone import Backbone
+from eval.common import EvalRun, normalised, run_evaluation
 from eval.features import autocast
 from eval.metrics_video import mean, score_sequence, summarise
-from eval.run import EvalRun, normalised, run_evaluation
 from util.command import run_worker
 from util.distributed import Ranks, gather_objects
 from util.precision import choose_precision

@@ -11,6 +11,7 @@ from torch import nn
 
 from data.base import DataError
 from eval.backbone import load_backbone
+from eval.common import LabelledImages, check_same_backbone, count_classes, count_hits
 from eval.heads import AttentivePool, GlobalBatchNorm, ProbeHead, probe_features
 from eval.linear_probe import (
     Window,
@@ -21,7 +22,6 @@ from eval.linear_probe import (
     train_step,
 )
 from eval.networks import Tokens
-from eval.training import LabelledImages, check_same_backbone, count_classes, count_hits
 from tests.backbones import digits_checkpoint
 from tests.evaluations import (
     arguments,

@@ -16,13 +16,13 @@ from torch import nn, tensor
 
 from data import datasets, davis, imagenet, masks, transforms
 from eval import collapse, evaluate, families, finetune, linear_probe, patch_head
+from eval.common import count_hits
 from eval.features import Features
 from eval.few_shot import Ridge, ridge_accuracies
 from eval.heads import ProbeHead
 from eval.metrics_video import boundary_accuracy, score_object
 from eval.networks import OwnBackbone
 from eval.nn import knn
-from eval.training import count_hits
 from main_lmim import build_model, build_training
 from models.lmim import LatentMIM
 from models.losses import Objective, prediction_loss
@@ -306,18 +306,18 @@ def test_finetuning():
     model = finetune.Classifier(backbone(), config.pooling, 1000, 0)
     assert model.head.weight.std().item() == approx(2e-5, rel=0.02)
     assert not model.head.bias.any() and model.norm.eps == 1e-6
-    training = finetune.build_training(config, ALONE, model, 1000)
-    groups = training.optimizer.param_groups
-    assert type(training.optimizer) is torch.optim.AdamW
+    task = finetune.Finetuning(config, ALONE, backbone(), run=None)
+    groups = task.optimizer.param_groups
+    assert type(task.optimizer) is torch.optim.AdamW
     assert {(group["betas"], group["eps"]) for group in groups} == {((0.9, 0.999), 1e-8)}
     for decay in (0.05, 0):
         found = sorted(group["lr_scale"] for group in groups if group["weight_decay"] == decay)
         assert found == approx([0.65**5, 0.65**4, 0.65**3, 0.65**2, 0.65, 1])
     for epoch, rate in {0: 0, 5: 2.5e-4, 52.5: 1.255e-4, 100: 1e-6}.items():
-        finetune.set_learning_rates(config, training, epoch)
+        task.set_learning_rates(epoch)
         assert max(group["lr"] for group in groups) == approx(rate)
     names = "mixup_alpha cutmix_alpha label_smoothing mix_prob switch_prob mode correct_lam"
-    found = [getattr(training.mixup, name) for name in names.split()]
+    found = [getattr(task.mixup, name) for name in names.split()]
     assert found == [0.8, 1.0, 0.1, 1.0, 0.5, "batch", True]
 
 

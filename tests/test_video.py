@@ -14,6 +14,7 @@ from PIL import Image
 from data.base import DataError
 from data.davis import VOID, voc_palette
 from eval import video
+from eval.common import EvalRun
 from eval.metrics_video import (
     boundary_accuracy,
     region_similarity,
@@ -22,7 +23,6 @@ from eval.metrics_video import (
     summarise,
 )
 from eval.networks import Backbone, Tokens, cut_patches
-from eval.run import EvalRun
 from eval.video import frame_size, pixel_objects, propagate_labels
 from tests.backbones import digits_checkpoint
 from tests.runs import run_together
