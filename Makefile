@@ -3,9 +3,16 @@ PYTHON ?= python3
 SEED ?= 0
 BIN = .venv/bin
 # Three tests at a time, also on two cores: many only wait, for Slurm or for other processes.
-BESIDE = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+TOGETHER = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint clean
+.PHONY: help demo test test-fast lint clean
+
+help:
+	@echo "make demo       see it learn: digits on a CPU, two minutes (SEED=1: another seed)"
+	@echo "make test       the whole test suite"
+	@echo "make test-fast  without the slow tests"
+	@echo "make lint       ruff"
+	@echo "make clean      remove .venv"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
@@ -18,10 +25,10 @@ demo: .venv/installed
 	mkdir -p results && cp checkpoints/demo/results/demo.json results/demo.json
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(BESIDE)
+	$(BIN)/python -m pytest $(TOGETHER)
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest $(BESIDE) -m "not slow"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

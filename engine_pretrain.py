@@ -1,5 +1,4 @@
-"""The training step of Latent MIM: one window, which is accum_iter micro-steps and one step of the
-optimiser.
+"""The training step of Latent MIM: accum_iter micro-steps and one update.
 
 Nothing in here waits for the device: losses and similarities stay where they were computed until a
 log point reads them.
@@ -49,7 +48,7 @@ class Training:
         self.moving_average = self.model.moving_average()
         self.similarity_goal = torch.zeros((), device=self.device)
         self.meters = DeviceMeters(self.device)
-        if self.device.type == "cpu":  # bench/RESULTS.md has the figures
+        if self.device.type == "cpu":  # docs/results.md has the figures
             multiply_by_convolution(self.model)
             if self.precision == "bf16":
                 write_out_attention(self.model)  # the fused one takes up to twice as long
@@ -71,7 +70,7 @@ class Training:
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
 
-def begin_window(training: Training, epoch: float) -> None:
+def begin_step(training: Training, epoch: float) -> None:
     """Step 1: the schedules at this fractional epoch; the target moves towards the encoder."""
     learning_rate = training.schedule.learning_rate(epoch)
     for group in training.optimizer.param_groups:
@@ -81,11 +80,11 @@ def begin_window(training: Training, epoch: float) -> None:
         training.moving_average.step(training.schedule.target_momentum(epoch))
 
 
-def micro_step(training: Training, images: Tensor, views: Views, last_of_window: bool) -> Tensor:
+def micro_step(training: Training, images: Tensor, views: Views, last_of_step: bool) -> Tensor:
     """Step 2: predict the latents of the masked patches, and add to the gradient."""
     network = training.network
-    # Gradients need to be summed over the processes only once per window, at its last micro-step.
-    keep_local = isinstance(network, DistributedDataParallel) and not last_of_window
+    # Gradients need to be summed over the processes only once per step, at its last micro-step.
+    keep_local = isinstance(network, DistributedDataParallel) and not last_of_step
     with network.no_sync() if keep_local else nullcontext():
         with training.autocast():
             latents = network(images, views)
@@ -95,7 +94,7 @@ def micro_step(training: Training, images: Tensor, views: Views, last_of_window:
     return metrics
 
 
-def end_window(training: Training, step: int) -> None:
+def end_step(training: Training, step: int) -> None:
     """Step 3: one optimiser step, left out on the device if the gradient is not finite."""
     parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
     training.scaler.unscale_(training.optimizer)
@@ -117,7 +116,7 @@ def end_window(training: Training, step: int) -> None:
     # DistributedDataParallel has the gradients inside its buckets, and loses them there for None.
     is_alone = not isinstance(training.network, DistributedDataParallel)
     training.optimizer.zero_grad(set_to_none=is_alone)
-    training.meters.add_window(step, grad_norm)
+    training.meters.add_step(step, grad_norm)
 
 
 def train_step(
@@ -132,9 +131,9 @@ def train_step(
     batches yields normalised images [N, 3, side, side]; draw_views(step, micro_step, N) gives their
     views.
     """
-    begin_window(training, epoch)
+    begin_step(training, epoch)
     for micro in range(training.accum_iter):
         images = next(batches)
         views = draw_views(step, micro, len(images))
-        micro_step(training, images, views, last_of_window=micro == training.accum_iter - 1)
-    end_window(training, step)
+        micro_step(training, images, views, last_of_step=micro == training.accum_iter - 1)
+    end_step(training, step)

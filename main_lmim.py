@@ -99,7 +99,7 @@ class Pretraining(Task):
         return normalise(images, self.cfg.dataset.mean, self.cfg.dataset.std)
 
     def step(self, step: int, batches: Iterator[Tensor]) -> None:
-        epoch = step / self.loader.windows_per_epoch
+        epoch = step / self.loader.steps_per_epoch
         train_step(self.training, batches, self.draw_views, step, epoch)
 
     def log_line(self, done: int, steps: int) -> Line:
@@ -111,7 +111,7 @@ class Pretraining(Task):
             self.check_faults()
         means = {name: sum / self.ranks.world_size for name, sum in zip(means, sums, strict=True)}
         # The schedules as they stood at the start of this step.
-        epoch = (done - 1) / self.loader.windows_per_epoch
+        epoch = (done - 1) / self.loader.steps_per_epoch
         values = {
             **means,
             "lr": schedule.learning_rate(epoch),
@@ -133,7 +133,7 @@ class Pretraining(Task):
         left_out = max(count for _, _, count, _ in found)
         if left_out <= self.cfg.max_bad_steps:
             return
-        epoch = step / self.loader.windows_per_epoch
+        epoch = step / self.loader.steps_per_epoch
         raise TrainingStopped(
             f"the {what} is not finite at step {step} (epoch {epoch:.2f}) on rank {rank}, "
             f"lr {self.training.schedule.learning_rate(epoch):.3e}; {left_out} steps were left "
@@ -257,7 +257,7 @@ def build_training(cfg: DictConfig, model: LatentMIM, precision: str, ranks: Ran
 
 
 def settle_gradient_buckets(cfg: DictConfig, training: Training) -> None:
-    """DistributedDataParallel groups gradients anew after the first backward pass, which changes
+    """DistributedDataParallel regroups gradients after the first backward pass, which changes
     the order of summation over more than two processes. One pass on blank images settles this
     before the first step, of a new run and of a resumed one alike: both then sum in the same order.
     """

@@ -23,7 +23,7 @@ def make_plain(training: Training) -> Training:
 
 
 def plain_step(training: Training, images: Tensor, views: Views, epoch: float) -> list[float]:
-    """One window of one micro-step."""
+    """A step of one micro-step."""
     learning_rate = training.schedule.learning_rate(epoch)
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate

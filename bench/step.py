@@ -1,4 +1,4 @@
-"""How fast is a training step? On synthetic images, beside the matrix products of the same machine:
+"""How fast is a training step? On synthetic images, against matrix products of the same machine:
 
 python -m bench.step --encoder vit_small --batch 48 --precision bf16 --plain fp32
 torchrun --nproc-per-node=2 -m bench.step --batch 24       # several processes
@@ -25,7 +25,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plain import make_plain, plain_step
-from engine_pretrain import Training, begin_window, end_window, micro_step
+from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.linear import PixelProduct
 from models.lmim import LatentMIM
 from models.losses import Objective
@@ -105,9 +105,9 @@ def our_step(setting: Setting, ranks: Ranks) -> Callable[[], None]:
     images, draw_views = draw_batch(training, setting, torch.Generator(ranks.device))
 
     def step() -> None:
-        begin_window(training, EPOCH)
-        micro_step(training, images, draw_views(), last_of_window=True)
-        end_window(training, 0)
+        begin_step(training, EPOCH)
+        micro_step(training, images, draw_views(), last_of_step=True)
+        end_step(training, 0)
 
     return step
 

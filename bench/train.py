@@ -25,10 +25,10 @@ from util.distributed import Ranks, default_workers, join_processes, leave_proce
 from util.metrics import Speed
 
 GRID, PATCH_GAP = 14, 4
-WARM_UP = 3  # windows
+WARM_UP = 3  # steps
 
 
-def measure(data: Path, setting: Setting, workers: int, windows: int, ranks: Ranks) -> dict:
+def measure(data: Path, setting: Setting, workers: int, steps: int, ranks: Ranks) -> dict:
     training = build_training(setting, ranks)
     loader = TrainLoader(
         dataset=build_dataset("imagefolder", "train", str(data)),
@@ -48,20 +48,20 @@ def measure(data: Path, setting: Setting, workers: int, windows: int, ranks: Ran
         return sample_views(batch_size, GRID, round(VISIBLE * GRID**2), PATCH_GAP, generator)
 
     def images() -> Iterator[Tensor]:
-        for batch in speed.timed(loader.stream(0, WARM_UP + windows)):
+        for batch in speed.timed(loader.stream(0, WARM_UP + steps)):
             yield normalise(batch.images, MEAN, STD)
 
-    def after_window(step: int) -> None:
-        if step + 1 in (WARM_UP, WARM_UP + windows):
+    def after_step(step: int) -> None:
+        if step + 1 in (WARM_UP, WARM_UP + steps):
             training.meters.read()  # waits for the device, as a log point does
-            steps_there = WARM_UP if step + 1 == WARM_UP else windows
+            steps_there = WARM_UP if step + 1 == WARM_UP else steps
             measured.update(speed.read(steps_there, setting.batch * ranks.world_size, 0))
 
     measured: dict = {}
     batches = images()
-    for step in range(WARM_UP + windows):
-        train_step(training, batches, draw_views, step, step / (WARM_UP + windows))
-        after_window(step)
+    for step in range(WARM_UP + steps):
+        train_step(training, batches, draw_views, step, step / (WARM_UP + steps))
+        after_step(step)
     return {
         "encoder": setting.encoder,
         "batch": setting.batch,
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=MATRIX_TYPES)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, help="default: as in training")
-    parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     ranks = join_processes()
@@ -99,7 +99,7 @@ def main() -> None:
         if data is None:
             data = Path(folder)
             write_photos(data, max(options.photos, options.batch * ranks.world_size))
-        result = measure(data, setting, workers, options.windows, ranks)
+        result = measure(data, setting, workers, options.steps, ranks)
     if ranks.is_main:
         print(
             f"{result['encoder']} batch {result['batch']} {result['precision']}, {workers} loader "

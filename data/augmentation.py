@@ -1,6 +1,6 @@
 """The augmentation of fine-tuning: random crop, mirror image, RandAugment, random erasing.
 
-timm's transforms, which draw from the generators of the process; here these are set anew for each
+timm's transforms, which draw from the generators of the process; here these are seeded for each
 image, so that its augmentation is a pure function of (seed, epoch, index).
 """
 

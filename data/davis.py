@@ -32,7 +32,7 @@ class Video:
         sizes = {annotation.shape[::-1] for annotation in annotations}
         if len(sizes) > 1:
             shown = " and ".join(f"{width} x {height}" for width, height in sorted(sizes))
-            raise DataError(f"video {self.name} has frames of {shown} pixels: valid is one size")
+            raise DataError(f"video {self.name} has frames of {shown} pixels: expected one size")
         if not set(np.unique(annotations[0]).tolist()) - {0, VOID}:
             raise DataError(f"{self.annotations[0]} marks no object: there is nothing to follow")
         return np.stack(annotations)
@@ -62,7 +62,7 @@ def read_video(root: Path, name: str) -> Video:
         raise DataError(f"{folder} does not exist; data_path needs {LAYOUT}")
     frames = [folder / image for image in list_folder(folder)[1]]
     if len(frames) < FEWEST_FRAMES:
-        raise DataError(f"{folder} holds {len(frames)} frames: valid are {FEWEST_FRAMES} or more")
+        raise DataError(f"{folder} holds {len(frames)} frames: expected {FEWEST_FRAMES} or more")
     annotations = [annotated / f"{frame.stem}.png" for frame in frames]
     if not annotations[0].is_file():
         raise DataError(

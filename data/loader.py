@@ -49,8 +49,8 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
 class TrainLoader:
     """An endless shuffled stream of batches for one process (`rank`) of `world_size`.
 
-    A window is what one optimiser step sees: accum_iter micro-steps of all processes. Windows are
-    always whole: the images that are left over at the end of an epoch are not run.
+    A step is one update of the optimiser: accum_iter micro-steps of all processes. Steps are always
+    whole: the images that are left over at the end of an epoch are not run.
     """
 
     def __init__(
@@ -78,19 +78,19 @@ class TrainLoader:
         self.max_bad_images = max_bad_images
         self.bad_images: set[str] = set()
 
-        images_per_window = batch_size * accum_iter * world_size
-        self.windows_per_epoch = len(dataset) // images_per_window
-        self.iterations_per_epoch = self.windows_per_epoch * accum_iter
-        if self.windows_per_epoch == 0:
+        images_per_step = batch_size * accum_iter * world_size
+        self.steps_per_epoch = len(dataset) // images_per_step
+        self.iterations_per_epoch = self.steps_per_epoch * accum_iter
+        if self.steps_per_epoch == 0:
             raise DataError(
-                f"the dataset has {len(dataset)} images, but one step needs {images_per_window}: "
+                f"the dataset has {len(dataset)} images, but one step needs {images_per_step}: "
                 f"batch_size={batch_size} x accum_iter={accum_iter} x {world_size} processes"
             )
 
     def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
-        """One batch for each micro-step of the windows first_step .. last_step - 1.
+        """One batch for each micro-step of the steps first_step .. last_step - 1.
 
-        Windows are counted from the start of training. The workers stay busy across epochs.
+        Steps are counted from the start of training. The workers stay busy across epochs.
         """
         micro_steps = self._micro_steps(first_step, last_step)
         batches = _load(self.samples, micro_steps, self.num_workers, self.device)
@@ -116,10 +116,10 @@ class TrainLoader:
         """For each micro-step the (epoch, index) of this process's images."""
         order_epoch, order = None, None
         for step in range(first_step, last_step):
-            epoch, window = divmod(step, self.windows_per_epoch)
+            epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order_epoch, order = epoch, epoch_order(len(self.dataset), self.seed, epoch)
-            for micro_step in range(window * self.accum_iter, (window + 1) * self.accum_iter):
+            for micro_step in range(place * self.accum_iter, (place + 1) * self.accum_iter):
                 start = (micro_step * self.world_size + self.rank) * self.batch_size
                 indices = order[start : start + self.batch_size].tolist()
                 yield [(epoch, index) for index in indices]
@@ -254,7 +254,7 @@ def _load(
         collate_fn=_collate,
         num_workers=num_workers,
         worker_init_fn=_start_worker,
-        # The launcher's processes would otherwise start theirs anew, with five seconds of imports.
+        # The launcher's processes would otherwise spawn theirs, with five seconds of imports.
         multiprocessing_context="fork" if num_workers > 0 else None,
         pin_memory=device.type == "cuda",
         # torch draws a seed for each set of workers: not from the generator that others use.
@@ -276,12 +276,12 @@ def _one_ahead(
 ) -> Iterator[tuple[Tensor, Tensor, tuple]]:
     """The next batch is copied to the GPU, from pinned memory and on a stream of its own, while the
     current one is being computed with."""
-    beside = torch.cuda.Stream(device)
+    copying = torch.cuda.Stream(device)
     copies = deque()
     for images, labels, rest in batches:
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(copying):
             moved = [part.to(device, non_blocking=True) for part in (images, labels)]
-        copies.append((moved, rest, beside.record_event()))
+        copies.append((moved, rest, copying.record_event()))
         if len(copies) == 2:
             yield _copied(*copies.popleft())
     if copies:

@@ -48,7 +48,7 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     with opened(path) as image:
         if image.mode not in ("P", "L", "1"):
             raise DataError(
-                f"the mask {path} is stored as {image.mode}: valid are palette or 8-bit grey "
+                f"the mask {path} is stored as {image.mode}: expected palette or 8-bit grey "
                 f"images whose values are class numbers"
             )
         return np.array(image).astype(np.uint8)
@@ -149,7 +149,7 @@ def require_same_size(name: object, image: Image.Image, mask: Image.Image) -> No
     if image.size != mask.size:
         (width, height), (mask_width, mask_height) = image.size, mask.size
         raise DataError(
-            f"the mask of {name} has {mask_width} x {mask_height} pixels: valid is the size of the "
+            f"the mask of {name} has {mask_width} x {mask_height} pixels: expected the size of the "
             f"image, {width} x {height}"
         )
 

@@ -24,7 +24,7 @@ JPEG = b"\xff\xd8\xff"
 
 def check_decoder(name: str) -> str:
     if name not in DECODERS:
-        raise DataError(f"dataset.options.decoder={name}: valid is one of {', '.join(DECODERS)}")
+        raise DataError(f"dataset.options.decoder={name}: expected one of {', '.join(DECODERS)}")
     return name
 
 

@@ -1,6 +1,6 @@
 """The index of a folder of .tar files: where each image lies. Built once, saved, used by all.
 
-It is valid as long as the tars have the same names, sizes and times. It lies beside them, or where
+It is valid as long as the tars have the same names, sizes and times. It lies next to them, or where
 that is not allowed, in ~/.cache/latent-mim.
 """
 
@@ -198,7 +198,7 @@ def read_index(path: Path) -> TarIndex | None:
             index = TarIndex(dict(arrays))
         return index if index.arrays["format"] == INDEX_FORMAT else None
     except Exception as error:  # damage shows in many ways, and a new index mends them all
-        logger.info("the index %s cannot be read (%s): it is made anew", path, error)
+        logger.info("the index %s cannot be read (%s): it is made again", path, error)
         return None
 
 
@@ -235,7 +235,7 @@ def list_tars(folder: Path) -> list[TarFile]:
 
 
 def compressed(path: str) -> DataError:
-    return DataError(f"{path} is compressed; valid are plain .tar files: decompress it first")
+    return DataError(f"{path} is compressed; expected plain .tar files: decompress it first")
 
 
 def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarIndex:

@@ -88,7 +88,7 @@ class EvalTransform:
         return torch.from_numpy(np.array(mask))[None]
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Rounding down the longer side, like torchvision, gives the very same pixels."""
+        """Rounding down the longer side, like torchvision, gives the same pixels."""
         scale = min(width, height)
         return int(self.shorter * width / scale), int(self.shorter * height / scale)
 

@@ -58,13 +58,13 @@ def load_backbone(
     block, others counted from 0. random_init: the same architecture with fresh weights."""
     if pretrained is None:
         raise BackboneError(
-            "pretrained=null: valid is a checkpoint or job folder, timm:NAME, or one of "
+            "pretrained=null: expected a checkpoint or job folder, timm:NAME, or one of "
             f"{', '.join(f'{family}:FILE' for family in FAMILIES)}"
         )
     family, colon, rest = pretrained.partition(":")
     if pretrained_weights is not None and family != "timm":
         raise BackboneError(
-            f"pretrained_weights={pretrained_weights}: valid with pretrained=timm:NAME only"
+            f"pretrained_weights={pretrained_weights}: expected with pretrained=timm:NAME only"
         )
     # Fresh weights follow from the seed, and the numbers of others do not change.
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +83,7 @@ def load_backbone(
         backbone.image_side = image_side
     if backbone.is_vit and backbone.image_side % backbone.patch_size:
         raise BackboneError(
-            f"image_side={backbone.image_side}: valid is a multiple of the patch size "
+            f"image_side={backbone.image_side}: expected a multiple of the patch size "
             f"{backbone.patch_size}"
         )
     backbone.eval()
@@ -140,7 +140,7 @@ def load_own(
     if not weights and which == "target" and config:
         raise BackboneError(
             f"which=target: {path} holds no target encoder (target={config['target']['name']}); "
-            f"valid is encoder"
+            f"expected encoder"
         )
     if not weights:
         raise BackboneError(
@@ -202,7 +202,7 @@ def load_timm(
         backbone = TimmBackbone(model, family="timm", name=name, layer=layer, final_norm=final_norm)
     except (AttributeError, TypeError) as error:
         raise BackboneError(
-            f"pretrained=timm:{name}: valid are ViTs and models with feature maps ({error})"
+            f"pretrained=timm:{name}: expected ViTs and models with feature maps ({error})"
         ) from error
     is_file = weights_file is not None and not random_init
     backbone.fingerprint = (
@@ -221,7 +221,7 @@ def create_timm_model(name: str, from_hub: bool) -> torch.nn.Module:
         reason = " ".join(str(error).split())[:200]
         raise BackboneError(
             f"pretrained=timm:{name}: its weights could not be fetched ({type(error).__name__}: "
-            f"{reason}); valid is a file of them, pretrained_weights=FILE"
+            f"{reason}); expected a file of them, pretrained_weights=FILE"
         ) from error
 
 

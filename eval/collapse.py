@@ -8,8 +8,8 @@ channel_std       of the pooled features of length 1, times the square root of t
 token_similarity  s of the training log: cosine of two patch tokens of an image, each with itself
                   included
 position_probe    percent of the patch tokens whose place a linear map reads off them, on images
-                  that it was not fitted to; beside position_chance. A network may satisfy the loss
-                  by writing positions into its tokens, and nothing else
+                  that it was not fitted to; chance is position_chance. A network may satisfy the
+                  loss by writing positions into its tokens, and nothing else
 
 python launcher.py --config-name=collapse pretrained=checkpoints/lmim-vit_base \\
     data_path=/path/to/imagenet

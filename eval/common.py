@@ -168,7 +168,7 @@ def build_eval_data(cfg: DictConfig, split: str) -> ImageDataset:
 def require_labels(cfg: DictConfig, dataset: ImageDataset, purpose: str) -> None:
     if dataset.labels is None:
         raise DataError(
-            f"dataset={cfg.dataset.name} has no labels, and {purpose} needs them; valid is a "
+            f"dataset={cfg.dataset.name} has no labels, and {purpose} needs them; expected a "
             f"labelled one, such as imagefolder"
         )
 

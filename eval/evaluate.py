@@ -73,14 +73,14 @@ def main(cfg: DictConfig) -> None:
 def check_settings(cfg: DictConfig) -> None:
     if not cfg.final_norm:
         raise ConfigError(
-            "final_norm=False: valid here is settings=['NAME.final_norm=False'], because each "
+            "final_norm=False: expected settings=['NAME.final_norm=False'], because each "
             "evaluation has its own"
         )
     for setting in cfg.settings:
         name = setting.partition(".")[0]
         if name not in cfg.evals:
             raise ConfigError(
-                f"settings: {setting}: valid is NAME.key=value with NAME one of "
+                f"settings: {setting}: expected NAME.key=value with NAME one of "
                 f"{', '.join(cfg.evals)}"
             )
 
@@ -98,7 +98,7 @@ def compose(cfg: DictConfig, name: str, label: str, random_init: bool) -> DictCo
     own.output_dir = str(Path(cfg.output_dir) / cfg.job_name)
     own.job_name = name if label == "trained" else f"{name}-random-init"
     if "overwrite" in own:
-        # Each start trains anew, but for a job that was requeued: it goes on where it was.
+        # From the beginning, unless Slurm has requeued the job: then it goes on where it was.
         own.resume = own.resume or is_restart()
         own.overwrite = not own.resume
     check_config(own)

@@ -26,7 +26,7 @@ from models.vit import Encoder
 from util.command import run_worker
 from util.files import write_whole
 
-# Beside the file of weights: what timm.create_model needs to build the rest.
+# Next to the file of weights: what timm.create_model needs to build the rest.
 TIMM_NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 TIMM_CLASSES = 1000
 TOLERANCE = 1e-5
@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
         run.backbone = backbone
         if not isinstance(backbone, OwnBackbone):
             raise BackboneError(
-                f"pretrained={cfg.pretrained}: valid for an export is a checkpoint of this project"
+                f"pretrained={cfg.pretrained}: expected a checkpoint of this project"
             )
         if ranks.is_main:
             export(cfg, backbone, run)
@@ -60,7 +60,7 @@ def main(cfg: DictConfig) -> None:
 def export(cfg: DictConfig, backbone: OwnBackbone, run: EvalRun) -> None:
     if not backbone.final_norm:
         raise BackboneError(
-            "final_norm=False: valid for an export is True, timm's ViT has the norm"
+            "final_norm=False: expected True for an export: timm's ViT has the norm"
         )
     folder = run.job / backbone.name
     folder.mkdir(parents=True, exist_ok=True)

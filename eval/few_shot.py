@@ -54,7 +54,7 @@ def check_shots(labels: np.ndarray, shots: int) -> None:
     if counts.min() < shots:
         small = int(present[counts.argmin()])
         raise DataError(
-            f"shots={shots}: valid is at most {counts.min()}, because class {small} has only "
+            f"shots={shots}: expected at most {counts.min()}, because class {small} has only "
             f"{counts.min()} training images"
         )
 

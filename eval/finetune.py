@@ -113,7 +113,7 @@ class Finetuning(Task):
 
     def step(self, step: int, batches: Iterator) -> None:
         """accum_iter micro-steps and one step of the optimiser."""
-        self.set_learning_rates(step / self.loader.windows_per_epoch)
+        self.set_learning_rates(step / self.loader.steps_per_epoch)
         for micro in range(self.cfg.accum_iter):
             self.micro_step(step, micro, next(batches))
         self.optimizer_step(step)
@@ -245,7 +245,7 @@ def build_mixup(cfg: DictConfig, classes: int) -> Mixup | None:
         return None
     if cfg.batch_size % 2:
         raise ConfigError(
-            f"batch_size={cfg.batch_size}: valid is an even number, because mixup={cfg.mixup} and "
+            f"batch_size={cfg.batch_size}: expected an even number, because mixup={cfg.mixup} and "
             f"cutmix={cfg.cutmix} mix the images of a batch in pairs"
         )
     return Mixup(

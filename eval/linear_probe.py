@@ -42,7 +42,7 @@ from util.preemption import stoppable
 from util.schedules import peak_learning_rate, warmup_cosine
 
 
-class Window(NamedTuple):
+class StepData(NamedTuple):
     """What one optimiser step of this process sees."""
 
     features: dict[str, Tensor]  # by pooling: [B, D] or [B, L, D], on the device
@@ -85,9 +85,9 @@ class Probe(Task):
         return self.data.batches(first, last)
 
     def step(self, step: int, batches: Iterator) -> None:
-        set_learning_rates(self.cfg, self.optimizer, step / self.loader.windows_per_epoch)
-        window = self.data.window(batches)
-        self.losses += train_step(self.heads, self.optimizer, window, self.ranks)
+        set_learning_rates(self.cfg, self.optimizer, step / self.loader.steps_per_epoch)
+        data = self.data.of_step(batches)
+        self.losses += train_step(self.heads, self.optimizer, data, self.ranks)
 
     def log_line(self, done: int, steps: int) -> Line:
         losses = sum_over_processes(self.losses, self.loader, self.ranks)
@@ -101,9 +101,9 @@ class Probe(Task):
         """Percent of the evaluation images, of all processes."""
         self.heads.eval()
         hits = torch.zeros(len(self.heads), 2, dtype=torch.int64, device=self.ranks.device)
-        for window in self.data.evaluation_windows():
+        for part in self.data.evaluation_parts():
             for position, head in enumerate(self.heads.values()):
-                hits[position] += count_hits(head(window.features), window.labels)
+                hits[position] += count_hits(head(part.features), part.labels)
         self.heads.train()
         self.accuracies = 100 * all_reduce(hits).double() / self.data.eval_images
         first = dict(zip(self.names, self.accuracies[:, 0].tolist(), strict=True))
@@ -162,9 +162,9 @@ def set_learning_rates(cfg: DictConfig, optimizer: LARS, epoch: float) -> None:
         group["lr"] = group["peak_lr"] * share
 
 
-def train_step(heads: nn.ModuleDict, optimizer: LARS, window: Window, ranks: Ranks) -> Tensor:
+def train_step(heads: nn.ModuleDict, optimizer: LARS, data: StepData, ranks: Ranks) -> Tensor:
     """-> each head's loss on the images of this process"""
-    losses = [F.cross_entropy(head(window.features), window.labels) for head in heads.values()]
+    losses = [F.cross_entropy(head(data.features), data.labels) for head in heads.values()]
     # The sum trains each head as if it were alone: no parameter is in two of them.
     (sum(losses) / ranks.world_size).backward()
     gradients = [parameter.grad for parameter in heads.parameters()]
@@ -203,7 +203,7 @@ class LiveFeatures:
     def batches(self, first: int, last: int) -> Iterator[TrainBatch]:
         return self.loader.stream(first, last)
 
-    def window(self, batches: Iterator[TrainBatch]) -> Window:
+    def of_step(self, batches: Iterator[TrainBatch]) -> StepData:
         """The micro-steps of a step together: batch norm sees all its images."""
         parts = [next(batches) for _ in range(self.cfg.accum_iter)]
         features = [self.features(batch.images) for batch in parts]
@@ -211,13 +211,13 @@ class LiveFeatures:
             pooling: torch.cat([part[pooling] for part in features])
             for pooling in self.cfg.poolings
         }
-        return Window(together, torch.cat([batch.labels for batch in parts]))
+        return StepData(together, torch.cat([batch.labels for batch in parts]))
 
-    def evaluation_windows(self) -> Iterator[Window]:
+    def evaluation_parts(self) -> Iterator[StepData]:
         loader = eval_batches(self.cfg, self.ranks, self.evaluation, self.backbone.image_side)
         for number, batch in enumerate(loader):
             self.run.progress(number, len(loader), "evaluation batches:")
-            yield Window(self.features(batch.images), batch.labels)
+            yield StepData(self.features(batch.images), batch.labels)
 
 
 class CachedFeatures:
@@ -226,7 +226,7 @@ class CachedFeatures:
     def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun):
         if ATTENTIVE in cfg.poolings:
             raise ConfigError(
-                "cached=True: valid poolings are cls, mean and cls+mean, because attentive needs "
+                "cached=True: expected poolings: cls, mean and cls+mean, because attentive needs "
                 "all tokens"
             )
         self.cfg, self.ranks, self.loader = cfg, ranks, self
@@ -246,34 +246,34 @@ class CachedFeatures:
         self.batch_size, self.accum_iter = cfg.batch_size, cfg.accum_iter
         self.bad_images: set[str] = set()  # an evaluation leaves no image out
         images_per_step = cfg.batch_size * cfg.accum_iter * ranks.world_size
-        self.windows_per_epoch = self.train_images // images_per_step
-        if self.windows_per_epoch == 0:
+        self.steps_per_epoch = self.train_images // images_per_step
+        if self.steps_per_epoch == 0:
             raise DataError(
                 f"the dataset has {self.train_images} images, but one step needs "
                 f"{images_per_step}: batch_size={cfg.batch_size} x accum_iter={cfg.accum_iter} x "
                 f"{ranks.world_size} processes"
             )
 
-    def rows(self, source: dict[str, Features], indices: Tensor) -> Window:
+    def rows(self, source: dict[str, Features], indices: Tensor) -> StepData:
         device = self.ranks.device
         features = {name: part.features[indices].to(device) for name, part in source.items()}
-        return Window(features, any_of(source).labels[indices].to(device))
+        return StepData(features, any_of(source).labels[indices].to(device))
 
-    def window(self, batches: Iterator[Window]) -> Window:
+    def of_step(self, batches: Iterator[StepData]) -> StepData:
         return next(batches)
 
-    def batches(self, first: int, last: int) -> Iterator[Window]:
+    def batches(self, first: int, last: int) -> Iterator[StepData]:
         """In the order in which TrainLoader would give the images."""
         share = self.batch_size * self.ranks.world_size
         own = slice(self.ranks.rank * self.batch_size, (self.ranks.rank + 1) * self.batch_size)
         for step in range(first, last):
-            epoch, window = divmod(step, self.windows_per_epoch)
+            epoch, place = divmod(step, self.steps_per_epoch)
             order = epoch_order(self.train_images, self.cfg.seed, epoch)
             size = share * self.accum_iter
-            indices = order[window * size : (window + 1) * size]
+            indices = order[place * size : (place + 1) * size]
             yield self.rows(self.train, indices.view(-1, share)[:, own].flatten())
 
-    def evaluation_windows(self) -> Iterator[Window]:
+    def evaluation_parts(self) -> Iterator[StepData]:
         first, last = share_of(self.eval_images, self.ranks)
         for indices in torch.arange(first, last).split(self.batch_size):
             yield self.rows(self.evaluation, indices)

@@ -46,7 +46,7 @@ class Backbone(nn.Module):
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise BackboneError(
-                f"images of {height} x {width} pixels: valid are multiples of the patch size "
+                f"images of {height} x {width} pixels: expected multiples of the patch size "
                 f"{self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size
@@ -101,7 +101,7 @@ def block_index(layer: int, depth: int) -> int:
     """The last block that is run, counted from 0; -1 is the last of all."""
     if not -1 <= layer < depth:
         raise BackboneError(
-            f"layer={layer}: valid is -1 (the last) or 0 to {depth - 1}, the blocks of the backbone"
+            f"layer={layer}: expected -1 (the last) or 0 to {depth - 1}, the blocks of the backbone"
         )
     return depth - 1 if layer == -1 else layer
 
@@ -174,7 +174,7 @@ class TimmBackbone(Backbone):
             model.blocks = model.blocks[: self.layer + 1]
             self.depth = len(model.blocks)
         elif layer != -1:
-            raise BackboneError(f"layer={layer}: valid for {family}:{name} is -1, it is no ViT")
+            raise BackboneError(f"layer={layer}: expected -1 for {family}:{name}, which is no ViT")
         else:
             self.layer = self.depth = len(model.feature_info)
         has_norm = not isinstance(getattr(model, "norm", None), nn.Identity)
@@ -199,7 +199,7 @@ class TimmBackbone(Backbone):
         if self.is_vit:
             height, width = self.model.patch_embed.patch_size
             if height != width:
-                raise BackboneError(f"{self.family}:{self.name}: valid are square patches")
+                raise BackboneError(f"{self.family}:{self.name}: expected square patches")
             return height
         return self.model.feature_info[-1]["reduction"]
 
@@ -222,7 +222,7 @@ class TimmBackbone(Backbone):
             return Tokens(features[:, 0] if self.has_cls else None, features[:, prefix:], grid)
         features = self.model.forward_features(images)
         if features.ndim != 4:
-            raise BackboneError(f"{self.family}:{self.name}: valid are ViTs and feature maps")
+            raise BackboneError(f"{self.family}:{self.name}: expected ViTs and feature maps")
         if getattr(self.model, "output_fmt", "NCHW") == "NCHW":
             features = features.permute(0, 2, 3, 1)
         return Tokens(None, features.flatten(1, 2), tuple(features.shape[1:3]))

@@ -68,7 +68,7 @@ def check_bank(wanted: int, present: int, what: str) -> None:
     if wanted > present:
         raise ConfigError(
             f"neighbours: {wanted} nearest neighbours are asked for, but there are {present} "
-            f"{what}; valid is 1 to {present}"
+            f"{what}; expected 1 to {present}"
         )
 
 

@@ -51,7 +51,7 @@ def masked_data(cfg: DictConfig, split: str) -> ImageDataset:
     dataset = build_eval_data(cfg, split)
     if not hasattr(dataset, "mask"):
         raise DataError(
-            f"dataset={cfg.dataset.name} has no masks, and segmentation needs them; valid is one "
+            f"dataset={cfg.dataset.name} has no masks, and segmentation needs them; expected one "
             f"of shapes, masks, voc"
         )
     return dataset
@@ -98,7 +98,7 @@ def cluster_images(
     if not any(score[0] > 1 for score in scored):
         raise DataError(
             f"none of the {len(scores)} masks holds two classes, so that there is nothing to tell "
-            f"apart; valid are masks whose values are class numbers, such as 0 and 1 ({IGNORE} "
+            f"apart; expected masks whose values are class numbers, such as 0 and 1 ({IGNORE} "
             f"marks pixels without a class)"
         )
     results = {}
@@ -131,7 +131,7 @@ def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: 
     from sklearn.feature_extraction.image import grid_to_graph
 
     if count > len(vectors):
-        raise ConfigError(f"segments: {count} of {len(vectors)} patches; valid is 1 to that number")
+        raise ConfigError(f"segments: {count} of {len(vectors)} patches; expected 1 to that number")
     # Blank patches of raw pixels may be all zero, which has no direction: they get a common one.
     blank = ~vectors.any(axis=1)
     vectors = np.where(blank[:, None], vectors.shape[1] ** -0.5, vectors)
@@ -171,7 +171,7 @@ def linear_head(
     if train_set.describe(0) == dataset.describe(0):
         raise DataError(
             f"dataset={cfg.dataset.name}: both splits are the same images, and method=linear "
-            f"trains on one of them; valid are images/train/ and images/val/"
+            f"trains on one of them; expected images/train/ and images/val/"
         )
     parts = list(token_batches(cfg, ranks, backbone, train_set))
     run.say(f"segmentation: the patches of {len(train_set)} training images are encoded")

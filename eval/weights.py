@@ -14,7 +14,7 @@ StateDict = dict[str, Tensor]
 
 
 class BackboneError(ConfigError):
-    """The backbone cannot be had as it was asked for; the message says what would be valid."""
+    """The backbone is not available as it was asked for; the message says what is."""
 
 
 def read_file(path: Path) -> dict:
@@ -30,12 +30,12 @@ def read_file(path: Path) -> dict:
         if wanted:
             raise BackboneError(
                 f"{path} is refused, because reading it would run code: it wants "
-                f"{', '.join(wanted)}; valid is a file of tensors and plain types, so save its "
+                f"{', '.join(wanted)}; expected a file of tensors and plain types, so save its "
                 f"weights alone where you trust it"
             ) from error
         raise BackboneError(str(error)) from error
     if not isinstance(contents, dict):
-        raise BackboneError(f"{path} holds a {type(contents).__name__}; valid is a state_dict")
+        raise BackboneError(f"{path} holds a {type(contents).__name__}; expected a state_dict")
     return contents
 
 

@@ -2,7 +2,7 @@
 
 A linear layer is a convolution with one pixel, tokens in place of pixels. torch hands convolutions
 to oneDNN, and float32 matrix products to a library that is slower on some processors; in bf16 its
-convolutions are the better tuned ones too (bench/RESULTS.md). The gradient of the weights stays a
+convolutions are the better tuned ones too (docs/results.md). The gradient of the weights stays a
 matrix product: there that is the faster.
 """
 

@@ -205,7 +205,7 @@ def test_the_only_norm_of_a_vit_may_stand_behind_its_pooling():
     [("vit_tiny_r_s16_p8_224", None), ("xcit_nano_12_p16_224", None), ("mixer_s32_224", 64)],
 )
 def test_models_that_give_no_grid_are_refused(name, side):
-    with pytest.raises(BackboneError, match=f"timm:{name}.*(no grid|no image|valid are ViTs)"):
+    with pytest.raises(BackboneError, match=f"timm:{name}.*(no grid|no image|expected ViTs)"):
         load_backbone(f"timm:{name}", random_init=True, image_side=side)
 
 
@@ -284,9 +284,7 @@ def test_other_sizes_resample_the_positions(tmp_path):
     table[1:] = torch.arange(6.0).repeat_interleave(6)[:, None]
     rows = backbone.positions((12, 6))[0, 1:].view(12, 6, 24)
     torch.testing.assert_close(rows[3:9, 2, 0], (torch.arange(3.0, 9) + 0.5) / 2 - 0.5)
-    with pytest.raises(
-        BackboneError, match="images of 25 x 24 pixels: valid are multiples of .* 4"
-    ):
+    with pytest.raises(BackboneError, match="images of 25 x 24 pixels: expected multiples of .* 4"):
         backbone(images(25, 24))
 
 
@@ -329,7 +327,7 @@ class Harmful:
 def test_a_pickle_with_code_is_refused_by_name(tmp_path, capsys):
     torch.save({"state_dict": {}, "args": Harmful()}, tmp_path / "harm.pth")
     with pytest.raises(
-        BackboneError, match=r"refused.*it wants builtins.print; valid is a file of"
+        BackboneError, match=r"refused.*it wants builtins.print; expected a file of"
     ):
         load_backbone(str(tmp_path / "harm.pth"))
     with open(tmp_path / "plain.pth", "wb") as file:
@@ -359,16 +357,16 @@ def test_mistakes_are_one_sentence(tmp_path):
     published(tmp_path / "short.pth", **{"module.encoder.norm.bias": torch.zeros(7)})
     (tmp_path / "empty").mkdir()
     for pretrained, options, expected in [
-        (None, {}, "pretrained=null: valid is a checkpoint or job folder, timm:NAME"),
+        (None, {}, "pretrained=null: expected a checkpoint or job folder, timm:NAME"),
         (tmp_path / "none.pth", {}, "there is no file"),
         (truncated, {}, "cannot be read"),
         (tmp_path / "empty", {}, "holds no checkpoint"),
         (f"mae:{path}", {}, "digits.pth holds no weights where they are expected; it"),
-        (joint, {"which": "target"}, "holds no target encoder .target=joint.; valid is encoder"),
+        (joint, {"which": "target"}, "holds no target encoder .target=joint.; expected encoder"),
         (tmp_path / "short.pth", {}, r"norm.bias is \[7\] there and \[192\] here"),
-        (path, {"layer": 3}, "layer=3: valid is -1 .the last. or 0 to 2"),
-        (path, {"image_side": 30}, "image_side=30: valid is a multiple of the patch size 4"),
-        (path, {"pretrained_weights": "x"}, "pretrained_weights=x: valid with pretrained=timm"),
+        (path, {"layer": 3}, "layer=3: expected -1 .the last. or 0 to 2"),
+        (path, {"image_side": 30}, "image_side=30: expected a multiple of the patch size 4"),
+        (path, {"pretrained_weights": "x"}, "pretrained_weights=x: expected with pretrained=timm"),
         ("moco:x.pth", {}, "no such family; valid: timm, mae, ijepa"),
         ("timm:vit_tinny_patch16_224", {}, "timm has no such model; did you mean vit_tiny_patch16"),
     ]:

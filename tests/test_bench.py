@@ -12,7 +12,7 @@ from bench.photos import SIZES, write_photos
 from bench.plain import make_plain, plain_step
 from bench.step import EPOCH, Setting, build_training, count_flops
 from data.datasets import build_dataset
-from engine_pretrain import begin_window, end_window, micro_step
+from engine_pretrain import begin_step, end_step, micro_step
 from models.views import sample_views
 from tests.runs import ROOT, environment
 from util.distributed import Ranks
@@ -40,9 +40,9 @@ def test_the_plain_formulation_takes_the_same_step():
     for _ in range(3):
         images = torch.randn(4, 3, 80, 80, generator=generator)
         views = sample_views(4, 4, SMALL.visible, 4, generator)
-        begin_window(ours, EPOCH)
-        metrics = micro_step(ours, images, views, last_of_window=True)
-        end_window(ours, 0)
+        begin_step(ours, EPOCH)
+        metrics = micro_step(ours, images, views, last_of_step=True)
+        end_step(ours, 0)
         numbers = plain_step(plain, images, views, EPOCH)
         assert numbers == pytest.approx(metrics.tolist(), rel=1e-4)
     # As one vector: Adam turns rounding in gradients that are nearly zero into full steps.
@@ -120,7 +120,7 @@ def test_step_bench_runs_where_only_torch_and_timm_are():
 def test_loader_and_training_bench():
     output = run("bench.loader", "--photos", "40", "--images", "32", "--rounds", "1")
     assert output.count("tar in place") == 2
-    options = ["--photos", "40", "--encoder", "vit_tiny", "--batch", "4", "--windows", "2"]
+    options = ["--photos", "40", "--encoder", "vit_tiny", "--batch", "4", "--steps", "2"]
     assert "waiting" in run("bench.train", *options, "--precision", "fp32")
 
 

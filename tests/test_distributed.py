@@ -1,6 +1,4 @@
-"""Several processes: the same step as one process with a larger batch, and one all-reduce per
-window.
-"""
+"""Several processes: one all-reduce per step, and how they exchange numbers."""
 
 import pytest
 import torch

@@ -8,8 +8,8 @@ import torch
 from engine_pretrain import (
     SCALER_SEARCHES,
     Training,
-    begin_window,
-    end_window,
+    begin_step,
+    end_step,
     micro_step,
     train_step,
 )
@@ -65,18 +65,18 @@ def half(views: Views, which: int) -> Views:
     return Views(*(part[which * size : (which + 1) * size] for part in views))
 
 
-def run_windows(training: Training, steps: int, batch_size: int = 8) -> None:
-    """Each window sees the same images, in accum_iter equal parts."""
+def run_steps(training: Training, steps: int, batch_size: int = 8) -> None:
+    """Each step sees the same images, in accum_iter equal parts."""
     for step in range(steps):
         images, views = draw(step, batch_size)
-        begin_window(training, step / 4)
+        begin_step(training, step / 4)
         if training.accum_iter == 1:
-            micro_step(training, images, views, last_of_window=True)
+            micro_step(training, images, views, last_of_step=True)
         else:
             for part in range(2):
                 share = images[part * batch_size // 2 : (part + 1) * batch_size // 2]
-                micro_step(training, share, half(views, part), last_of_window=part == 1)
-        end_window(training, step)
+                micro_step(training, share, half(views, part), last_of_step=part == 1)
+        end_step(training, step)
 
 
 def weights(training: Training) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_accumulating_two_halves_equals_the_whole_batch():
     gradients = {}
     for training in (whole, halves):
         gradients[training.accum_iter] = note_gradients(training)
-        run_windows(training, 6)
+        run_steps(training, 6)
     first, expected = gradients[2][0], gradients[1][0]
     assert relative_difference(first, expected) < 1e-5
     # Adam turns the rounding of near-zero gradients into full steps, hence the wider bound.
@@ -114,16 +114,16 @@ def test_accumulating_two_halves_equals_the_whole_batch():
     assert halves.meters.read() == pytest.approx(whole.meters.read(), rel=1e-4)
 
 
-def test_a_window_is_one_optimiser_step():
+def test_accumulated_micro_steps_are_one_optimiser_step():
     training = build_training(accum_iter=2)
-    run_windows(training, 3)
+    run_steps(training, 3)
     steps = {float(state["step"]) for state in training.optimizer.state.values()}
     assert steps == {3.0}
 
 
-def test_the_target_moves_before_the_forward_pass_and_only_once_per_window():
+def test_the_target_moves_before_the_forward_pass_and_only_once_per_step():
     training = build_training(accum_iter=2)
-    run_windows(training, 1)  # target and encoder differ from here on
+    run_steps(training, 1)  # target and encoder differ from here on
     expected = copy.deepcopy(training.model.target_encoder)
     online = dict(training.model.encoder.named_parameters())
     momentum = training.schedule.target_momentum(0.25)
@@ -131,9 +131,9 @@ def test_the_target_moves_before_the_forward_pass_and_only_once_per_window():
         for name, parameter in expected.named_parameters():
             parameter.mul_(momentum).add_(online[name], alpha=1 - momentum)
     images, views = draw(1, 4)
-    begin_window(training, 0.25)
-    micro_step(training, images, views, last_of_window=False)
-    micro_step(training, images, views, last_of_window=True)
+    begin_step(training, 0.25)
+    micro_step(training, images, views, last_of_step=False)
+    micro_step(training, images, views, last_of_step=True)
     for name, parameter in training.model.target_encoder.named_parameters():
         torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
 
@@ -141,21 +141,21 @@ def test_the_target_moves_before_the_forward_pass_and_only_once_per_window():
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(poison):
     training = build_training()
-    run_windows(training, 2)
+    run_steps(training, 2)
     before = weights(training).clone()
     state_before = copy.deepcopy(training.optimizer.state_dict()["state"])
     images, views = draw(2, 8)
     images[3] = poison
-    training.moving_average = None  # it moves the target at each window, good or bad
-    begin_window(training, 0.5)
-    micro_step(training, images, views, last_of_window=True)
-    end_window(training, 2)
+    training.moving_average = None  # it moves the target at each step, good or bad
+    begin_step(training, 0.5)
+    micro_step(training, images, views, last_of_step=True)
+    end_step(training, 2)
     assert torch.equal(weights(training), before)
     for index, state in training.optimizer.state_dict()["state"].items():
         for name, value in state.items():
             assert torch.equal(value, state_before[index][name]), (index, name)
     assert training.meters.faults() == [(2, "loss", 1), (2, "gradient", 1)]
-    run_windows(training, 1)
+    run_steps(training, 1)
     assert not torch.equal(weights(training), before), "the next good step is taken"
     assert weights(training).isfinite().all()
 
@@ -164,9 +164,9 @@ def test_faults_count_and_remember_the_first_step():
     training = build_training()
     for step, bad in enumerate([False, True, False, True, True]):
         images, views = draw(step, 4)
-        begin_window(training, 0.0)
+        begin_step(training, 0.0)
         micro_step(training, images * float("nan") if bad else images, views, True)
-        end_window(training, step)
+        end_step(training, step)
     assert training.meters.faults() == [(1, "loss", 3), (1, "gradient", 3)]
     assert training.meters.count_faults() == 6
 
@@ -175,7 +175,7 @@ def test_clip_grad_bounds_the_step_but_logs_the_true_norm():
     def gradient_norms(clip_grad):
         training = build_training(clip_grad=clip_grad)
         seen = note_gradients(training)
-        run_windows(training, 1)
+        run_steps(training, 1)
         return float(seen[0].norm()), training.meters.read()["grad_norm"]
 
     free, logged = gradient_norms(None)
@@ -189,8 +189,8 @@ def test_clip_grad_bounds_the_step_but_logs_the_true_norm():
 def test_low_precision_stays_near_fp32(precision, tolerance):
     exact, rounded = build_training(), build_training(precision=precision)
     rounded.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=256.0)
-    run_windows(exact, 8)
-    run_windows(rounded, 8)
+    run_steps(exact, 8)
+    run_steps(rounded, 8)
     means, expected = rounded.meters.read(), exact.meters.read()
     assert means["loss"] == pytest.approx(expected["loss"], rel=tolerance)
     assert means["loss"] != expected["loss"], "autocast was not on"
@@ -201,7 +201,7 @@ def test_fp16_overflow_lowers_the_scale_and_is_no_fault():
     training = build_training(precision="fp16")
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = weights(training).clone()
-    run_windows(training, 1)
+    run_steps(training, 1)
     assert training.scaler.get_scale() == 2.0**39
     assert training.meters.count_faults() == 0
     assert torch.equal(weights(training)[: len(before)], before)
@@ -211,9 +211,9 @@ def test_fp16_that_never_finds_its_scale_is_a_fault():
     training = build_training(precision="fp16")
     with torch.no_grad():
         training.model.encoder.cls_token.fill_(torch.inf)
-    run_windows(training, SCALER_SEARCHES)
+    run_steps(training, SCALER_SEARCHES)
     assert training.meters.bad_gradients.count == 0
-    run_windows(training, 2)
+    run_steps(training, 2)
     assert training.meters.bad_gradients.count == 2
     assert training.meters.read()["grad_norm"] == 0  # and not NaN, which is no JSON
 

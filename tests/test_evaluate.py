@@ -43,10 +43,10 @@ def test_published_numbers_stand_beside_imagenet():
 def test_a_wrong_setting_ends_it_before_anything_runs(tmp_path, capfd):
     common = [f"output_dir={tmp_path}", f"pretrained={digits_checkpoint(tmp_path)}", "evals=[nn]"]
     for settings, expected in [
-        ("settings=['knn.neighbours=3']", "valid is NAME.key=value with NAME one of nn"),
+        ("settings=['knn.neighbours=3']", "expected NAME.key=value with NAME one of nn"),
         ("settings=['nn.neighbors=3']", "neighbors: unknown key; did you mean neighbours"),
-        ("settings=['nn.temperature=0']", "temperature=0: valid is a number above 0"),
-        ("evals=[nm]", "evals=['nm']: valid is a list of different ones of nn, knn"),
+        ("settings=['nn.temperature=0']", "temperature=0: expected a number above 0"),
+        ("evals=[nm]", "evals=['nm']: expected a list of different ones of nn, knn"),
     ]:
         assert run_command("evaluate", *common, settings) == 2
         output = capfd.readouterr()

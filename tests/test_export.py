@@ -58,8 +58,8 @@ def test_the_readme_of_the_folder_runs(tmp_path):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("final_norm=False", "final_norm=False: valid for an export is True"),
-        ("pretrained=timm:resnet10t", "valid for an export is a checkpoint of this project"),
+        ("final_norm=False", "final_norm=False: expected True for an export"),
+        ("pretrained=timm:resnet10t", "expected a checkpoint of this project"),
     ],
 )
 def test_what_cannot_be_exported(tmp_path, capfd, override, expected):

@@ -87,7 +87,7 @@ def test_mean_and_spread():
 
 
 def test_a_class_with_fewer_images_is_named():
-    with pytest.raises(DataError, match="shots=3: valid is at most 2, because class 1 has only 2"):
+    with pytest.raises(DataError, match="shots=3: expected at most 2, because class 1 has only 2"):
         check_shots(torch.tensor([0, 0, 0, 1, 1]).numpy(), 3)
 
 
@@ -128,7 +128,7 @@ def test_two_processes_give_the_very_same_numbers(checkpoint, tmp_path):
 
 def test_too_many_shots_are_refused(checkpoint, tmp_path):
     cfg = config("few_shot", checkpoint, tmp_path, "shots=[1,500]")
-    assert_bad_input(main, cfg, DataError, "shots=500: valid is at most")
+    assert_bad_input(main, cfg, DataError, "shots=500: expected at most")
 
 
 def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):

@@ -265,19 +265,19 @@ def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):
 
 def test_mixing_needs_pairs(checkpoint, tmp_path):
     cfg = config("finetune", checkpoint, tmp_path, "batch_size=33")
-    assert_bad_input(main, cfg, ConfigError, "batch_size=33: valid is an even number")
+    assert_bad_input(main, cfg, ConfigError, "batch_size=33: expected an even number")
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("auto_augment=strong", "auto_augment=strong: valid is a RandAugment of timm"),
-        ("auto_augment=rand-x9", "auto_augment=rand-x9: valid is a RandAugment of timm"),
-        ("drop_path=1", "drop_path=1: valid is a number from 0 to 0.99"),
-        ("layer_decay=0", "layer_decay=0: valid is a number above 0"),
-        ("label_smoothing=1", "label_smoothing=1: valid is a number from 0 to 0.99"),
-        ("erase=2", "erase=2: valid is a number from 0 to 1"),
-        ("warmup_epochs=101", "warmup_epochs=101: valid is 0 to 100"),
+        ("auto_augment=strong", "auto_augment=strong: expected a RandAugment of timm"),
+        ("auto_augment=rand-x9", "auto_augment=rand-x9: expected a RandAugment of timm"),
+        ("drop_path=1", "drop_path=1: expected a number from 0 to 0.99"),
+        ("layer_decay=0", "layer_decay=0: expected a number above 0"),
+        ("label_smoothing=1", "label_smoothing=1: expected a number from 0 to 0.99"),
+        ("erase=2", "erase=2: expected a number from 0 to 1"),
+        ("warmup_epochs=101", "warmup_epochs=101: expected 0 to 100"),
     ],
 )
 def test_invalid_values_are_refused(checkpoint, tmp_path, override, words):

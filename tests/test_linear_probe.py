@@ -14,7 +14,7 @@ from eval.backbone import load_backbone
 from eval.common import LabelledImages, check_same_backbone, count_classes, count_hits
 from eval.heads import AttentivePool, GlobalBatchNorm, ProbeHead, probe_features
 from eval.linear_probe import (
-    Window,
+    StepData,
     build_heads,
     build_optimizer,
     main,
@@ -219,7 +219,7 @@ def train_heads(cfg, steps: int = 12) -> dict[str, torch.Tensor]:
         drawn = Tokens(tokens[:, 0], tokens[:, 1:], (2, 4))
         features = {pooling: probe_features(drawn, pooling) for pooling in cfg.poolings}
         set_learning_rates(cfg, optimizer, 90 * step / steps)
-        losses.append(train_step(heads, optimizer, Window(features, labels), ALONE))
+        losses.append(train_step(heads, optimizer, StepData(features, labels), ALONE))
     assert (losses[-1] != losses[0]).all()
     return heads.state_dict()
 
@@ -317,7 +317,7 @@ def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):
 
 def test_attentive_needs_the_tokens(checkpoint, tmp_path):
     cfg = config("linear_probe", checkpoint, tmp_path, "cached=True", "poolings=[attentive]")
-    assert_bad_input(main, cfg, ConfigError, "cached=True: valid poolings are")
+    assert_bad_input(main, cfg, ConfigError, "cached=True: expected poolings: cls")
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -343,7 +343,7 @@ def test_an_earlier_run_is_not_lost_by_accident(checkpoint, tmp_path):
         ("blrs=0.1", "a list of different numbers above 0"),
         ("poolings=[max]", "a list of different ones of cls, mean"),
         ("poolings=[cls,cls]", "a list of different ones of cls, mean"),
-        ("warmup_epochs=91", "valid is 0 to 90"),
+        ("warmup_epochs=91", "expected 0 to 90"),
     ],
 )
 def test_invalid_values_are_refused(checkpoint, tmp_path, override, words):

@@ -55,8 +55,8 @@ def indices_of(batch) -> list[int]:
     return batch.images[:, 0, 0, 0].tolist()
 
 
-def windows(loader: TrainLoader, first: int, last: int) -> list[list[int]]:
-    """The image indices of each window, micro-step after micro-step."""
+def steps(loader: TrainLoader, first: int, last: int) -> list[list[int]]:
+    """The image indices of each step, micro-step after micro-step."""
     batches = [indices_of(batch) for batch in loader.stream(first, last)]
     steps = loader.accum_iter
     return [sum(batches[start : start + steps], []) for start in range(0, len(batches), steps)]
@@ -82,11 +82,11 @@ def test_epoch_order_is_a_permutation_that_seed_and_epoch_decide():
     assert not torch.equal(order, epoch_order(100, seed=2, epoch=2))
 
 
-def test_an_epoch_runs_whole_windows_and_no_image_twice():
+def test_an_epoch_runs_whole_steps_and_no_image_twice():
     loader = train_loader(batch_size=4, accum_iter=3)
-    assert (loader.windows_per_epoch, loader.iterations_per_epoch) == (4, 12)
+    assert (loader.steps_per_epoch, loader.iterations_per_epoch) == (4, 12)
     for epoch in range(2):
-        seen = sum(windows(loader, epoch * 4, epoch * 4 + 4), [])
+        seen = sum(steps(loader, epoch * 4, epoch * 4 + 4), [])
         assert seen == epoch_order(IMAGES, 3, epoch)[:48].tolist()
 
 
@@ -102,7 +102,7 @@ def test_images_without_labels_get_minus_one():
     assert batch.labels.tolist() == [-1] * 4
 
 
-def test_a_data_set_smaller_than_one_window_is_an_error():
+def test_a_data_set_smaller_than_one_step_is_an_error():
     with pytest.raises(DataError, match="50 images, but one step needs 64: batch_size=16 x accum"):
         train_loader(batch_size=16, accum_iter=2, world_size=2)
 
@@ -118,24 +118,24 @@ def test_processes_share_the_images_of_one_large_batch():
 
 
 def test_accumulation_splits_a_batch_without_changing_it():
-    assert windows(train_loader(batch_size=4, accum_iter=2), 0, 9) == windows(
+    assert steps(train_loader(batch_size=4, accum_iter=2), 0, 9) == steps(
         train_loader(batch_size=8, accum_iter=1), 0, 9
     )
 
 
-def test_processes_and_accumulation_together_see_each_window_once():
+def test_processes_and_accumulation_together_see_each_step_once():
     ranks = [
-        windows(train_loader(batch_size=3, accum_iter=2, world_size=2, rank=rank), 2, 7)
+        steps(train_loader(batch_size=3, accum_iter=2, world_size=2, rank=rank), 2, 7)
         for rank in range(2)
     ]
-    alone = windows(train_loader(batch_size=12), 2, 7)
-    for window, parts in zip(alone, zip(*ranks, strict=True), strict=True):
-        assert sorted(parts[0] + parts[1]) == sorted(window)
+    alone = steps(train_loader(batch_size=12), 2, 7)
+    for step, parts in zip(alone, zip(*ranks, strict=True), strict=True):
+        assert sorted(parts[0] + parts[1]) == sorted(step)
 
 
 def test_pixels_do_not_depend_on_the_number_of_workers():
     dataset = build_dataset("shapes", "train", options={"image_size": 24, "train_images": 22})
-    # Five windows an epoch: the stream crosses epochs, and three workers share them unevenly.
+    # Five steps an epoch: the stream crosses epochs, and three workers share them unevenly.
     streams = [train_loader(dataset, num_workers=workers).stream(3, 14) for workers in (0, 1, 3)]
     expected, *others = (list(stream) for stream in streams)
     assert len(expected) == 11
@@ -147,7 +147,7 @@ def test_pixels_do_not_depend_on_the_number_of_workers():
 def test_resuming_continues_the_uninterrupted_stream(first_step):
     dataset = build_dataset("digits", "eval")
     dataset.images = dataset.images[:IMAGES]
-    # Six windows an epoch: the starts lie inside epochs and on their borders.
+    # Six steps an epoch: the starts lie inside epochs and on their borders.
     whole = list(train_loader(dataset, accum_iter=2).stream(0, 15))
     resumed = train_loader(dataset, accum_iter=2, num_workers=1).stream(first_step, 15)
     assert_same_batches(resumed, whole[first_step * 2 :])
@@ -171,7 +171,7 @@ class WorkerSignals(Numbered):
 
 
 def test_workers_are_forked_whatever_else_is_started_how(monkeypatch):
-    """Started anew, they would have to get the data set through a pickle, and import everything."""
+    """Spawned, they would have to get the data set through a pickle, and import everything."""
     default = multiprocessing.context._default_context
     monkeypatch.setattr(default, "_actual_context", multiprocessing.get_context("spawn"))
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from engine_pretrain import Training, begin_window, end_window, micro_step
+from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.head import ProjectionHead
 from models.lmim import LatentMIM, Latents
 from models.losses import Objective
@@ -78,8 +78,8 @@ def keep_only(images, ids, config: dict, views: Views) -> torch.Tensor:
         offsets = (views.row_offsets, views.column_offsets)
         corners = reference.patch_corners(grid, size, config["patch_gap"], *offsets, n)
         for top, left in (corners[k] for k in own):
-            window = (n, slice(None), slice(top, top + size), slice(left, left + size))
-            kept[window] = images[window]
+            square = (n, slice(None), slice(top, top + size), slice(left, left + size))
+            kept[square] = images[square]
     return kept
 
 
@@ -369,9 +369,9 @@ def test_one_training_step_of_vit_base():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     images = torch.randn(2, 3, 280, 280, generator=torch.Generator().manual_seed(8))
     views = sample_views(2, 14, 20, 4, torch.Generator().manual_seed(9))
-    begin_window(training, 0.0)
-    metrics = micro_step(training, images, views, last_of_window=True)
-    end_window(training, 0)
+    begin_step(training, 0.0)
+    metrics = micro_step(training, images, views, last_of_step=True)
+    end_step(training, 0)
     # At the start predictions know nothing: chance among 176 patches, 0.4 ln(176), and at most the
     # constraint on top.
     assert 2.0 < metrics[0].item() < 2.4

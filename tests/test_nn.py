@@ -160,8 +160,8 @@ def test_torchrun_as_in_the_readme(tmp_path):
         (["protocol=knn", "neighbours=[10,1401]"], "1401 nearest neighbours are asked for, but"),
         (["dataset=folder", "data_path={images}"], "dataset=folder has no labels, and nearest"),
         (["dataset=folder", "data_path={empty}"], "{empty}"),
-        (["protocol=loo"], "protocol=loo: valid is one of paper, knn"),
-        (["neighbours=[]"], "neighbours=[]: valid is a list of whole numbers"),
+        (["protocol=loo"], "protocol=loo: expected one of paper, knn"),
+        (["neighbours=[]"], "neighbours=[]: expected a list of whole numbers"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capfd, overrides, expected):

@@ -98,5 +98,5 @@ def test_what_pillow_cannot_read_is_unreadable_here_too(damage):
 
 def test_an_unknown_decoder_is_refused(tmp_path):
     photo().save(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match="decoder=gpu: valid is one of fast, pil"):
+    with pytest.raises(DataError, match="decoder=gpu: expected one of fast, pil"):
         build_dataset("folder", "train", str(tmp_path), {"decoder": "gpu"})

@@ -1,4 +1,4 @@
-"""Signals: one window more, everything saved, and the right exit code."""
+"""Signals: one step more, everything saved, and the right exit code."""
 
 import os
 import signal

@@ -206,6 +206,20 @@ def test_views_differ_in_each_part_of_their_counter():
     assert len({tuple(view.tolist()) for view in seen.values()}) == len(seen) == 72
 
 
+def test_a_checkpoint_of_before_the_steps_had_their_name_is_resumed(tmp_path):
+    keys = COMMON | {"eval_freq": 0, "eval_at_start": False, "epochs": 2}
+    whole = pretrain(configured(keys, tmp_path / "whole"), ALONE).state_dict()
+    pretrain(configured(keys, tmp_path / "old", save_freq=1), ALONE)
+    first, last = sorted((tmp_path / "old/run/checkpoints").iterdir())
+    last.unlink()
+    contents = torch.load(first, weights_only=True)
+    contents["windows_per_epoch"] = contents.pop("steps_per_epoch")
+    torch.save(contents, first)
+    resumed = pretrain(configured(keys, tmp_path / "old", resume=True), ALONE).state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert [line["step"] for line in records(tmp_path / "old/run")] == list(range(1, 9))
+
+
 # --- several processes --------------------------------------------------------------------------
 
 

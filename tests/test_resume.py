@@ -1,4 +1,4 @@
-"""A run that was killed at any moment and started again ends with the very weights of a run that
+"""A run that was killed at any moment and started again ends with the weights of a run that
 was never disturbed."""
 
 import random

@@ -265,8 +265,8 @@ def white_objects(root: Path) -> None:
 
 
 DAMAGES = {
-    wrong_size: "the mask of .*val/0.png has 23 x 24 pixels: valid is the size of .*, 24 x 24$",
-    colour_mask: "the mask .*0.png is stored as RGB: valid are palette or 8-bit grey",
+    wrong_size: "the mask of .*val/0.png has 23 x 24 pixels: expected the size of .*, 24 x 24$",
+    colour_mask: "the mask .*0.png is stored as RGB: expected palette or 8-bit grey",
     truncated_mask: "cannot read .*masks/val/0.png",
     no_mask: "these masks are missing: .*masks/val/0.png$",
     no_masks_folder: "has no masks/; dataset masks needs a folder with images/ and masks/",
@@ -296,5 +296,5 @@ def test_more_segments_than_patches_is_an_error(tmp_path):
 
 
 def test_ward_is_euclidean():
-    with pytest.raises(ConfigError, match="valid with clustering.linkage=ward is euclidean"):
+    with pytest.raises(ConfigError, match="expected euclidean with clustering.linkage=ward"):
         check_config(compose_config("segmentation", ["clustering.linkage=ward"]))

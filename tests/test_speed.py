@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine_pretrain import train_step
 from models.views import sample_views
 from tests.runs import LAUNCHER, records, succeed, succeed_together, torchrun
-from tests.test_engine import GAP, GRID, VISIBLE, build_training, draw, run_windows
+from tests.test_engine import GAP, GRID, VISIBLE, build_training, draw, run_steps
 
 # Operations whose result, or the size of it, the host must know before it can go on.
 WAITING_OPERATIONS = {
@@ -65,8 +65,8 @@ class HostWaits(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def run_epoch(after_window: Callable[[int], None], **options) -> list[str]:
-    """Six windows. -> what made the host wait"""
+def run_epoch(after_step: Callable[[int], None], **options) -> list[str]:
+    """Six steps. -> what made the host wait"""
     training = build_training(accum_iter=2, clip_grad=1.0, **options)
     images, _ = draw(0, 8)
     generator = torch.Generator().manual_seed(0)
@@ -78,8 +78,8 @@ def run_epoch(after_window: Callable[[int], None], **options) -> list[str]:
     with HostWaits() as waits:
         for step in range(6):
             train_step(training, batches, draw_views, step, step / 6)
-            after_window(training)
-    assert next(batches, None) is None, "not all windows were run"
+            after_step(training)
+    assert next(batches, None) is None, "not all steps were run"
     return waits.found
 
 
@@ -111,7 +111,7 @@ def test_each_way_to_wait_would_be_found(way):
 def losses_of(training, steps: int) -> torch.Tensor:
     losses = []
     for _ in range(steps):
-        run_windows(training, 1)
+        run_steps(training, 1)
         losses.append(training.meters.read()["loss"])
     return torch.tensor(losses)
 
@@ -153,8 +153,8 @@ def test_recomputing_changes_no_bit(decoder):
     saving.model.encoder.recompute = saving.model.decoder.recompute = True
     kept = [saved_bytes(training) for training in (plain, saving)]
     assert kept[1] < 0.7 * kept[0]
-    run_windows(plain, 3)
-    run_windows(saving, 3)
+    run_steps(plain, 3)
+    run_steps(saving, 3)
     for ours, expected in zip(saving.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(ours, expected)
 

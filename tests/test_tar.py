@@ -261,7 +261,7 @@ def test_what_is_missing_is_named(tmp_path, root):
     (root / "val").rename(root / "elsewhere")
     with pytest.raises(DataError, match="evaluation images: expected one named val or validation"):
         build(root, "eval")
-    with pytest.raises(DataError, match="decoder=gpu: valid is one of fast, pil"):
+    with pytest.raises(DataError, match="decoder=gpu: expected one of fast, pil"):
         build(root, decoder="gpu")
 
 

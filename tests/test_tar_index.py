@@ -252,7 +252,7 @@ def with_holes() -> bytes:
 
 DAMAGED = "is damaged or incomplete: "
 BAD_TARS = {
-    "compressed": (gzip.compress(INTACT), "is compressed; valid are plain .tar files"),
+    "compressed": (gzip.compress(INTACT), "is compressed; expected plain .tar files"),
     "empty": (b"", DAMAGED),
     "short": (INTACT[:100], DAMAGED),
     "text": (b"<html>404</html>" * 100, DAMAGED),
@@ -289,7 +289,7 @@ def test_a_tar_without_images_is_named(root):
 
 def test_compressed_tars_are_not_left_out(root):
     path = write(root / "train" / "bee.tar.gz", b"")
-    with pytest.raises(DataError, match=f"^{path} is compressed; valid are plain .tar files: dec"):
+    with pytest.raises(DataError, match=f"^{path} is compressed; expected plain .tar files: dec"):
         build(root)
     path.unlink()
     write(root / "train" / "all.tar", packed({"x/bee.tgz": b""}))

@@ -360,12 +360,12 @@ def damaged_frame(root: Path) -> None:
 DAMAGES = {
     remove_first_annotation: "slow/00000.png does not exist: the annotation of a video's first fra",
     remove_later_annotation: "these annotations are missing: .*slow/00003.png$",
-    shrink_annotation: "the mask of .*slow/00002.jpg has 47 x 32 pixels: valid is .*, 48 x 32$",
+    shrink_annotation: "the mask of .*slow/00002.jpg has 47 x 32 pixels: expected .*, 48 x 32$",
     empty_annotation: "slow/00000.png marks no object",
     empty_split: "2017/val.txt is empty",
     no_split: "2017/val.txt does not exist",
     unknown_sequence: "JPEGImages/480p/nowhere does not exist; data_path needs a folder with JPEG",
-    too_short: "slow holds 2 frames: valid are 3 or more",
+    too_short: "slow holds 2 frames: expected 3 or more",
     damaged_frame: "cannot read .*slow/00001.jpg",
 }
 

@@ -51,7 +51,7 @@ def parse_command_line(
         default=CONFIG_DIR,
         type=Path,
         metavar="DIR",
-        help="a folder of your own, laid out like configs/ and searched beside it",
+        help="a folder of your own, laid out like configs/ and searched as well",
     )
     parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
     parser.add_argument("--multirun", "-m", action="store_true", help="one run per value of a,b,c")
@@ -98,7 +98,7 @@ def compose_config(
     config_name = config_name.removesuffix(".yaml")
     config_dirs = [config_dir, CONFIG_DIR]
     if not config_dir.is_dir():
-        raise ConfigError(f"--config-dir={config_dir}: valid is a folder of configs")
+        raise ConfigError(f"--config-dir={config_dir}: expected a folder of configs")
     if config_name not in yaml_names(config_dirs):
         raise ConfigError(
             f"--config-name={config_name}: no such config in {config_dir}; "
@@ -106,7 +106,7 @@ def compose_config(
         )
     for override in overrides:
         check_override(override, config_dirs)
-    # Of two files with the same name, that beside the config which was named counts.
+    # Of two files with the same name, the one next to the named config counts.
     first, second = sorted(config_dirs, key=lambda d: not (d / f"{config_name}.yaml").is_file())
     GlobalHydra.instance().clear()
     try:
@@ -132,7 +132,7 @@ def check_override(text: str, config_dirs: list[Path]) -> None:
         )
     if override.is_sweep_override():
         raise ConfigError(
-            f"{text}: valid is one value; a list is written {key}=[a,b], and a text that holds a "
+            f"{text}: expected one value; a list is written {key}=[a,b], and a text that holds a "
             f"comma \"{key}='a,b'\""
         )
     if key in group_names(config_dirs):
@@ -188,7 +188,7 @@ def check_keys(config: DictConfig) -> None:
             continue
         inside = sorted(name for name in known if name.startswith(f"{key}."))
         if inside:
-            raise ConfigError(f"{key}={value}: valid are its keys one by one: {', '.join(inside)}")
+            raise ConfigError(f"{key}={value}: expected its keys one by one: {', '.join(inside)}")
         if key not in known:
             raise ConfigError(unknown_key(key, [CONFIG_DIR]))
 

@@ -77,7 +77,7 @@ def share_cores(processes: int) -> None:
 
 def keep_freed_memory() -> None:
     """On a CPU each step frees what the next one needs again. The C library hands large pieces back
-    to the system, which then clears and maps every page anew (glibc only; bench/RESULTS.md).
+    to the system, which then clears and maps every page again (glibc only; docs/results.md).
     """
     with suppress(AttributeError, OSError):
         malloc_option = ctypes.CDLL(None).mallopt

@@ -33,7 +33,7 @@ def run_here(cfg: DictConfig) -> int:
     """-> exit code"""
     if cfg.env.world_size > 1:
         raise ConfigError(
-            f"env.world_size={cfg.env.world_size}: valid without Slurm is 1 (this machine); on "
+            f"env.world_size={cfg.env.world_size}: expected 1 without Slurm (this machine); on "
             f"more nodes start torchrun main_lmim.py by hand"
         )
     if cfg.env.ngpu == 0:

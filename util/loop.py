@@ -30,7 +30,7 @@ class TrainingStopped(Exception):
 class Task:
     """What is trained. All processes call each of these together."""
 
-    loader = None  # a TrainLoader, or what has its windows_per_epoch, batch_size, ...
+    loader = None  # a TrainLoader, or what has its steps_per_epoch, batch_size, ...
     evaluates_at_end = True  # also where eval_freq is 0
 
     def introduction(self) -> str:
@@ -70,7 +70,7 @@ def train(
 ) -> "Loop | None":
     """From the newest checkpoint, or from the beginning, to the end. None: there was nothing left
     to do."""
-    per_epoch, first_step = task.loader.windows_per_epoch, resume(task, cfg, ranks, job)
+    per_epoch, first_step = task.loader.steps_per_epoch, resume(task, cfg, ranks, job)
     loop = Loop(task, cfg, ranks, job, stop_flag, first_step)
     loop.log.say(f"{task.introduction()}, {loop.images_per_step} images per step, {loop.length()}")
     step = first_step
@@ -79,7 +79,7 @@ def train(
         loop.log.close()
         return None
     task.prepare()
-    if step == 0 and cfg.get("eval_at_start"):
+    if step == 0 and "eval_at_start" in cfg and cfg.eval_at_start:
         loop.evaluate(0)
     batches = loop.speed.timed(task.batches(step, loop.total_steps))
     while step < loop.total_steps:
@@ -103,11 +103,12 @@ def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
     contents = find_checkpoint(cfg, job, ranks)
     if contents is None:
         return 0
-    per_epoch = task.loader.windows_per_epoch
-    if contents["windows_per_epoch"] != per_epoch:
+    here = task.loader.steps_per_epoch
+    there = contents.get("steps_per_epoch") or contents["windows_per_epoch"]  # its older name
+    if there != here:
         raise checkpoint.CheckpointError(
-            f"the checkpoint's epochs have {contents['windows_per_epoch']} steps and this run's "
-            f"{per_epoch}: use the same dataset and the same batch_size * accum_iter * processes"
+            f"the checkpoint's epochs have {there} steps and this run's {here}: use "
+            f"the same dataset and the same batch_size * accum_iter * processes"
         )
     task.restore(contents, job / "checkpoints")
     return contents["step"]
@@ -142,7 +143,7 @@ class Loop:
     ):
         self.task, self.cfg, self.ranks, self.job = task, cfg, ranks, job
         self.stop_flag, self.first_step = stop_flag, first_step
-        self.steps_per_epoch = task.loader.windows_per_epoch
+        self.steps_per_epoch = task.loader.steps_per_epoch
         self.total_steps = cfg.epochs * self.steps_per_epoch
         self.images_per_step = task.loader.batch_size * task.loader.accum_iter * ranks.world_size
         self.last_logged = self.last_saved_step = first_step
@@ -220,7 +221,7 @@ class Loop:
             **self.task.state(),
             "epoch": done // self.steps_per_epoch,
             "step": done,
-            "windows_per_epoch": self.steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
             "config": OmegaConf.to_container(self.cfg),
             "format": checkpoint.FORMAT,
         }

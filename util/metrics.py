@@ -17,8 +17,8 @@ class DeviceMeters:
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
-        self.micro_steps = self.windows = 0
-        self.window_loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.micro_steps = self.steps = 0
+        self.step_loss = torch.zeros((), dtype=torch.float64, device=device)
         # Since the start of the process. The loss is this rank's own; the gradient is common to
         # all.
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -27,7 +27,7 @@ class DeviceMeters:
 
     def add_micro_step(self, metrics: Tensor) -> None:
         self.sums += metrics
-        self.window_loss += metrics[0]
+        self.step_loss += metrics[0]
         self.micro_steps += 1
 
     def add_gradient(self, step: int, is_bad: Tensor, most_in_a_row: int = 0) -> None:
@@ -35,19 +35,19 @@ class DeviceMeters:
         self.bad_in_a_row = (self.bad_in_a_row + 1) * is_bad
         self.bad_gradients.add(step, self.bad_in_a_row > most_in_a_row)
 
-    def add_window(self, step: int, grad_norm: Tensor) -> None:
-        self.bad_losses.add(step, ~self.window_loss.isfinite())
-        self.window_loss.zero_()
+    def add_step(self, step: int, grad_norm: Tensor) -> None:
+        self.bad_losses.add(step, ~self.step_loss.isfinite())
+        self.step_loss.zero_()
         self.grad_norm += grad_norm.nan_to_num(0.0, 0.0)  # of a step that was left out
-        self.windows += 1
+        self.steps += 1
 
     def read(self) -> dict[str, float]:
         """Means since the last call, on this rank; then start again."""
-        means = [self.sums / max(self.micro_steps, 1), self.grad_norm[None] / max(self.windows, 1)]
+        means = [self.sums / max(self.micro_steps, 1), self.grad_norm[None] / max(self.steps, 1)]
         values = torch.cat(means).tolist()
         self.sums.zero_()
         self.grad_norm.zero_()
-        self.micro_steps = self.windows = 0
+        self.micro_steps = self.steps = 0
         return dict(zip((*METRICS, "grad_norm"), values, strict=True))
 
     def count_faults(self) -> int:
@@ -94,14 +94,14 @@ class Speed:
             self.waited += time.perf_counter() - start
             yield batch
 
-    def read(self, windows: int, images_per_window: int, windows_left: int) -> dict[str, float]:
+    def read(self, steps: int, images_per_step: int, steps_left: int) -> dict[str, float]:
         """Since the last call."""
         now = time.perf_counter()
         seconds = now - self.last
         values = {
-            "images_per_second": windows * images_per_window / seconds,
+            "images_per_second": steps * images_per_step / seconds,
             "data_wait": self.waited / seconds,
-            "eta_seconds": windows_left * seconds / windows,
+            "eta_seconds": steps_left * seconds / steps,
         }
         self.last, self.waited = now, 0.0
         return values

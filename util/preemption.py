@@ -1,6 +1,6 @@
 """Being told to stop: by Ctrl-C, by Slurm's time limit, by a job of higher priority.
 
-The handler only sets a flag. At the end of each window the processes agree whether any of them was
+The handler only sets a flag. At the end of each step the processes agree whether any of them was
 told; then all save and leave together, so that no step is lost and none is done twice.
 """
 
@@ -26,7 +26,7 @@ NOT_DONE = 75  # exit code of a process that leaves for a requeue: no success, a
 
 
 class Interrupted(Exception):
-    """All processes have agreed to stop after this window, and everything is saved."""
+    """All processes have agreed to stop after this step, and everything is saved."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -34,10 +34,10 @@ class Interrupted(Exception):
 
 
 class StopFlag:
-    """Set by a signal, agreed upon once per window.
+    """Set by a signal, agreed upon once per step.
 
-    The agreement is one window late: the answer of the last window's question is read when this
-    window's is asked, so that neither the host waits for the GPU nor the GPU for the host.
+    The agreement is one step late: the answer of the last step's question is read when this
+    step's is asked, so that neither the host waits for the GPU nor the GPU for the host.
     """
 
     def __init__(self, ranks: Ranks):
@@ -63,7 +63,7 @@ class StopFlag:
         self.received_at = time.monotonic()
 
     def agreed(self) -> int:
-        """To be asked once per window by every process. -> signal number, or 0: go on"""
+        """To be asked once per step by every process. -> signal number, or 0: go on"""
         own = max(self.received, default=0, key=urgency)
         if self.ranks.world_size == 1:
             return own
@@ -109,7 +109,7 @@ def urgency(number: int) -> int:
 
 
 class Question:
-    """The most urgent signal of all processes: asked now, read a window later."""
+    """The most urgent signal of all processes: asked now, read a step later."""
 
     def __init__(self, own: int, ranks: Ranks):
         self.value = torch.full((1,), urgency(own), dtype=torch.int32, device=ranks.device)

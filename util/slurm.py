@@ -77,7 +77,7 @@ def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
     if job_id := job_in_queue(cfg, queue):
         text = f"job_name={cfg.job_name}: job {job_id} of this name is queued or running"
         if single:
-            raise ConfigError(f"{text}; valid is another job_name, or first scancel {job_id}")
+            raise ConfigError(f"{text}: choose another job_name, or scancel {job_id} first")
         print(f"{text}; nothing submitted")
         return False
     if trains:

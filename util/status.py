@@ -18,7 +18,7 @@ COLUMNS = ("job", "slurm", "state", "epoch", "loss", "images/s", "last checkpoin
 def main(cfg: DictConfig) -> None:
     jobs = sorted(path.parent for path in Path(cfg.output_dir).glob("*/logs"))
     if not jobs:
-        raise ConfigError(f"output_dir={cfg.output_dir}: valid is a folder that jobs wrote to")
+        raise ConfigError(f"output_dir={cfg.output_dir}: expected a folder that jobs wrote to")
     rows = [COLUMNS, *map(describe_job, jobs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

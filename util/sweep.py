@@ -14,7 +14,7 @@ def expand_sweep(overrides: list[str]) -> list[tuple[list[str], str]]:
             choices.append([(text, "")])
             continue
         if override.key_or_group == "job_name":
-            raise ConfigError(f"{text}: valid is one value; each run of a sweep gets its own name")
+            raise ConfigError(f"{text}: expected one value; each run of a sweep gets its own name")
         key = override.get_key_element()
         values = list(override.sweep_string_iterator())
         choices.append([(f"{key}={value}", name_part(key, value)) for value in values])

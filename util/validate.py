@@ -269,7 +269,7 @@ def check_config(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         is_there = key in present or isinstance(value, DictConfig)
         if is_there and not holds(value):
-            raise ConfigError(f"{key}={shown(value)}: valid is {valid}")
+            raise ConfigError(f"{key}={shown(value)}: expected {valid}")
     if "encoder" in cfg:
         check_views(cfg)
         check_networks(cfg)
@@ -291,7 +291,7 @@ def check_views(cfg: DictConfig) -> None:
     masked, words = (2, "two") if cfg.loss.name == "infonce_patches" else (1, "one")
     if cfg.num_vis > patches - masked:
         raise ConfigError(
-            f"num_vis={cfg.num_vis}: valid is 1 to {patches - masked}, because "
+            f"num_vis={cfg.num_vis}: expected 1 to {patches - masked}, because "
             f"grid_size={cfg.grid_size} makes {patches} patches and at least {words} must be masked"
         )
 
@@ -303,29 +303,29 @@ def check_networks(cfg: DictConfig) -> None:
     )
     for dim_key, dim, heads_key, heads in networks:
         if dim % heads:
-            raise ConfigError(f"{dim_key}={dim}: valid is a multiple of {heads_key}={heads}")
+            raise ConfigError(f"{dim_key}={dim}: expected a multiple of {heads_key}={heads}")
         if dim % 4:
             raise ConfigError(
-                f"{dim_key}={dim}: valid is a multiple of 4, because the position table holds "
+                f"{dim_key}={dim}: expected a multiple of 4, because the position table holds "
                 f"sines and cosines of two coordinates"
             )
     if cfg.target_depth is not None and cfg.target_depth > cfg.encoder.depth:
         raise ConfigError(
-            f"target_depth={cfg.target_depth}: valid is 1 to {cfg.encoder.depth} (encoder.depth), "
+            f"target_depth={cfg.target_depth}: expected 1 to {cfg.encoder.depth} (encoder.depth), "
             f"or null for all of them"
         )
 
 
 def check_schedule(cfg: DictConfig) -> None:
     if cfg.warmup_epochs > cfg.epochs:
-        raise ConfigError(f"warmup_epochs={cfg.warmup_epochs}: valid is 0 to {cfg.epochs} (epochs)")
+        raise ConfigError(f"warmup_epochs={cfg.warmup_epochs}: expected 0 to {cfg.epochs} (epochs)")
 
 
 def check_clustering(cfg: DictConfig) -> None:
     if cfg.clustering.linkage == "ward" and cfg.clustering.metric != "euclidean":
         raise ConfigError(
-            f"clustering.metric={cfg.clustering.metric}: valid with clustering.linkage=ward is "
-            f"euclidean"
+            f"clustering.metric={cfg.clustering.metric}: expected euclidean with "
+            f"clustering.linkage=ward"
         )
 
 
@@ -338,12 +338,12 @@ def check_job(cfg: DictConfig) -> None:
         )
     if cfg.env.signal_delay >= 60 * cfg.env.timeout:
         raise ConfigError(
-            f"env.signal_delay={cfg.env.signal_delay}: valid is fewer seconds than the "
+            f"env.signal_delay={cfg.env.signal_delay}: expected fewer seconds than the "
             f"env.timeout={cfg.env.timeout} minutes have"
         )
     if problem := why_not_writable(job_directory(cfg)):
         raise ConfigError(
-            f"output_dir={cfg.output_dir}: valid is a folder that can be written to, but {problem}"
+            f"output_dir={cfg.output_dir}: expected a folder that can be written to, but {problem}"
         )
 
 
@@ -365,4 +365,4 @@ def why_not_writable(folder: Path) -> str | None:
 def check_gpus(wanted: int, present: int) -> None:
     """Without any GPU the processes run on the CPU."""
     if 0 < present < wanted:
-        raise ConfigError(f"env.ngpu={wanted}: valid is 1 to {present}, the GPUs present")
+        raise ConfigError(f"env.ngpu={wanted}: expected 1 to {present}, the GPUs present")

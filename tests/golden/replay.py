@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine_pretrain import Training, begin_window, end_window, micro_step
+from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import Views, extract_patches
@@ -142,20 +142,20 @@ def compare_features(pair: GoldenPair) -> dict[str, float]:
 def compare_training(pair: GoldenPair) -> dict[str, float]:
     training = pair.build_training()
     accum_iter, per_epoch = pair.config["accum_iter"], pair.config["iters_per_epoch"]
-    rows, window = [], 0.0
+    rows, started_at = [], 0.0
     golden_log = pair.arrays["train/log"]
     for iteration in range(len(golden_log)):
         epoch, within_epoch = divmod(iteration, per_epoch)
         if within_epoch % accum_iter == 0:
-            window = epoch + within_epoch / per_epoch
-            begin_window(training, window)
+            started_at = epoch + within_epoch / per_epoch
+            begin_step(training, started_at)
         last = (within_epoch + 1) % accum_iter == 0
         images = pair.arrays[f"train/{iteration}/images"]
         metrics = micro_step(training, images, pair.views(f"train/{iteration}"), last)
         if last:
-            end_window(training, iteration // accum_iter)
+            end_step(training, iteration // accum_iter)
         learning_rate = training.optimizer.param_groups[0]["lr"]
-        momentum = training.schedule.target_momentum(window)
+        momentum = training.schedule.target_momentum(started_at)
         rows.append([learning_rate, momentum, float(training.similarity_goal), *metrics.tolist()])
     ours, golden = training.model.state_dict(), pair.group("final")
     assert set(ours) == set(golden), "weights differ in name"
