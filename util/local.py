@@ -67,6 +67,8 @@ def run_processes(cfg: DictConfig, count: int) -> int:
     with passing_on_signals(processes) as received:
         for process in processes:
             process.start()
+            if received:
+                break
         return wait_for_all(processes, received)
 
 
@@ -106,15 +108,17 @@ def passing_on_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
 
 
 def wait_for_all(processes: list[SpawnProcess], received: list[int]) -> int:
-    """Until all have ended, or one has failed. -> exit code"""
+    """Until all have ended, or one has in a way that leaves the others waiting. -> exit code"""
     told_at = said_at = None
     while running := [process for process in processes if process.is_alive()]:
         wait([process.sentinel for process in running], timeout=0.5)
-        good = {None, 0, *(128 + number for number in received)}
-        codes = enumerate(process.exitcode for process in processes)
-        if failed := {rank: code for rank, code in codes if code not in good}:
+        saved = {None, 0, *(128 + number for number in received)}
+        codes = {rank: process.exitcode for rank, process in enumerate(processes)}
+        if failed := {rank: code for rank, code in codes.items() if code not in saved}:
             end(running)
-            return exit_code_of(failed)
+            # A signal that comes before a process answers signals ends it.
+            unasked = {rank: code for rank, code in failed.items() if -code not in received}
+            return exit_code_of(unasked) if unasked else 128 + received[0]
         now = time.monotonic()
         if received and told_at is None:
             told_at = said_at = now
@@ -126,7 +130,7 @@ def wait_for_all(processes: list[SpawnProcess], received: list[int]) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-    return max(process.exitcode for process in processes)
+    return max(process.exitcode or 0 for process in processes)
 
 
 def end(processes: list[SpawnProcess]) -> None:

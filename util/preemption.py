@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from util.distributed import Ranks
 
-# USR2 comes from Slurm (through submitit) and means: there will be a next time, ask for it.
-# TERM comes from Slurm, torchrun or a person and means: the next time is not your business.
+# USR2 comes from Slurm (through submitit): save, then ask for a requeue.
+# TERM comes from Slurm, torchrun or a person: save, and leave it to them.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 # One Ctrl-C comes twice where torchrun passes on what the terminal has sent to all.
 SAME_SIGNAL_SECONDS = 1.0

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import RLock
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -19,6 +20,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from util.files import write_whole
+
+# Bars of one process only: a lock between processes would be reported as leaked at its end.
+tqdm.set_lock(RLock())
 
 
 class RunLog:
