@@ -8,7 +8,7 @@ TOGETHER = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 .PHONY: help demo test test-fast lint clean
 
 help:
-	@echo "make demo       see it learn: digits on a CPU, two minutes (SEED=1: another seed)"
+	@echo "make demo       see it learn: digits on a CPU, one to two minutes (SEED=1: another seed)"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
 	@echo "make lint       ruff"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.datasets import build_dataset
-from data.loader import EvalLoader, TrainLoader
+from data.loader import EvalLoader, TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
 from engine_pretrain import Training, train_step
 from eval.nn import leave_one_out_accuracy
@@ -92,15 +92,13 @@ class Pretraining(Task):
             settle_gradient_buckets(self.cfg, self.training)
         self.training.network.train()
 
-    def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        return map(self.normalised, (batch.images for batch in self.loader.stream(first, last)))
-
     def normalised(self, images: Tensor) -> Tensor:
         return normalise(images, self.cfg.dataset.mean, self.cfg.dataset.std)
 
-    def step(self, step: int, batches: Iterator[Tensor]) -> None:
+    def step(self, step: int, batches: Iterator[TrainBatch]) -> None:
+        images = (self.normalised(batch.images) for batch in batches)
         epoch = step / self.loader.steps_per_epoch
-        train_step(self.training, batches, self.draw_views, step, epoch)
+        train_step(self.training, images, self.draw_views, step, epoch)
 
     def log_line(self, done: int, steps: int) -> Line:
         meters, schedule = self.training.meters, self.training.schedule

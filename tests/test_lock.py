@@ -141,6 +141,12 @@ def leave_file(job: Path, owner: Owner) -> Path:
     return file
 
 
+def test_a_file_that_says_nothing_is_named(job):
+    (job / "logs" / "running-elsewhere-1.json").write_text("{")
+    with pytest.raises(JobBusy, match="running-elsewhere-1.json does not say who is running"):
+        lock(job)
+
+
 def test_a_later_process_of_the_same_number_is_not_the_owner(job):
     init = replace(this_process(), pid=1)
     file = leave_file(job, init)

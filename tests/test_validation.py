@@ -206,6 +206,8 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
     message = error_of()
     assert message.startswith(f"{tmp_path}/demo already holds {checkpoint.name}: choose resume=Tru")
 
+    assert not list((tmp_path / "demo" / "logs").glob("running-*")), "refused, and given back"
+
     message = error_of("resume=True", "encoder.depth=2")
     assert message.startswith(
         f"{tmp_path}/demo/checkpoints holds another architecture: "

@@ -19,7 +19,7 @@ from torch import Tensor
 from util.files import write_whole
 from util.job import checkpoint_name, list_checkpoints
 
-FORMAT = 1
+FORMAT = 2  # 1: views depended on the number of processes
 KEEP_ROLLING = 2
 ZIP_START = b"PK\x03\x04"
 
@@ -30,7 +30,7 @@ class CheckpointError(Exception):
 
 def load_file(path: Path) -> dict:
     """weights_only: a file cannot run code. Raises CheckpointError where it cannot be read, and
-    where a bit of it has changed since it was written."""
+    where any bit has changed since it was written."""
     try:
         if record := damaged_record(path):
             raise CheckpointError(f"{path} is damaged: {tensor_in(path, record)} has changed")

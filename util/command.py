@@ -127,7 +127,7 @@ def say_error(error: Exception) -> None:
 
 
 def wait_for_first_process() -> None:
-    """What all processes find alike, the first one says; torchrun ends the others as soon as it has
-    left. One that is still there after this has a problem of its own to tell."""
+    """What all processes find alike, the first one says; whoever started them ends the others then.
+    One that is still there after this has a problem of its own to tell."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(GRACE_SECONDS)

@@ -29,9 +29,10 @@ def write_whole(path: Path, contents: bytes | Callable[[BinaryIO], object]) -> N
 
 
 def sync_directory(folder: Path) -> None:
-    """Make the new name itself durable."""
+    """Make the new name itself durable, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, job_directory
-from util.lock import lock
+from util.lock import lock, unlock
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "omegaconf", "submitit")
 CHECKPOINT_NAME = re.compile(r"(?:epoch-(\d+)-)?step-(\d+)\.pth")
@@ -77,11 +77,19 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
     for name in ("checkpoints", "logs", "tensorboard", "results"):
         (job / name).mkdir(parents=True, exist_ok=True)
     lock(job)
-    refuse_to_start_over(cfg)
-    if not cfg.resume:
-        remove_checkpoints(job)
-    OmegaConf.save(cfg, job / "config.yaml")
-    (job / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
+    try:
+        refuse_to_start_over(cfg)
+        for folder in (job, job / "logs", job / "results"):
+            for leftover in folder.glob("*.writing"):  # of a process that was killed
+                leftover.unlink()
+        if not cfg.resume:
+            remove_checkpoints(job)
+        OmegaConf.save(cfg, job / "config.yaml")
+        environment = json.dumps(describe_environment(), indent=2)
+        (job / "environment.json").write_text(environment + "\n")
+    except BaseException:
+        unlock(job)
+        raise
     return job
 
 

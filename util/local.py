@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
@@ -68,6 +68,7 @@ def run_processes(cfg: DictConfig, count: int) -> int:
         for process in processes:
             process.start()
             if received:
+                tell(processes, received[-1])  # it came while this one was being started
                 break
         return wait_for_all(processes, received)
 
@@ -80,6 +81,13 @@ def run_and_exit(config: dict, variables: dict[str, str]) -> None:
         leave(exit_code)
 
 
+def tell(processes: list[SpawnProcess], number: int) -> None:
+    for process in processes:
+        if process.is_alive():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
 @contextmanager
 def passing_on_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
     """Whoever is told to stop tells its processes, and waits for them; told twice, it leaves at
@@ -89,13 +97,11 @@ def passing_on_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came_at
-        running = [process for process in processes if process.is_alive()]
-        if received and time.monotonic() - came_at > SAME_SIGNAL_SECONDS:
-            for process in running:
-                process.kill()
+        again = number in received and number != signal.SIGUSR2
+        if again and time.monotonic() - came_at > SAME_SIGNAL_SECONDS:
+            tell(processes, signal.SIGKILL)
             os._exit(128 + number)
-        for process in running:
-            os.kill(process.pid, number)
+        tell(processes, number)
         received.append(number)
         came_at = time.monotonic()
 

@@ -2,7 +2,7 @@
 
 Each process that is about to write leaves a file that says who it is, and then looks for those of
 others: of two that start together, at least one sees the other. Such a file outlives a process that
-was killed, so whoever finds one has to tell whether its owner still lives. The kernel's own lock
+was killed, so whoever finds one has to tell whether its owner is still alive. The kernel's own lock
 (flock) stands next to it, for processes of this machine that cannot see each other (containers);
 not all network file systems have it.
 """
@@ -91,6 +91,7 @@ def lock(job: Path) -> None:
     file = folder / f"running-{me.host}-{me.pid}.json"
     kernel_lock = KernelLock(folder / "lock")
     for _ in range(ATTEMPTS):
+        kernel_lock.take()
         reason = why_busy(folder, me, kernel_lock)
         if reason is None:
             write_whole(file, json.dumps(asdict(me)).encode())
@@ -146,8 +147,15 @@ def why_busy(folder: Path, me: Owner, kernel_lock: "KernelLock") -> str | None:
 
 def owners_in(folder: Path) -> Iterator[tuple[Path, Owner]]:
     for path in folder.glob("running-*.json"):
-        with suppress(FileNotFoundError):  # it has just ended
-            yield path, Owner(**json.loads(path.read_text()))
+        with suppress(OSError):  # it has just ended
+            text = path.read_text()
+            try:
+                owner = Owner(**json.loads(text))
+            except (ValueError, TypeError) as error:
+                raise JobBusy(
+                    f"{path} does not say who is running in {folder.parent}: remove it if nobody is"
+                ) from error
+            yield path, owner
 
 
 class KernelLock:
@@ -156,8 +164,11 @@ class KernelLock:
     def __init__(self, path: Path):
         self.path, self.is_taken = path, False
         self.file = open(path, "w")  # noqa: SIM115 (held until the process ends)
+
+    def take(self) -> None:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.is_taken = False
         except BlockingIOError:
             self.is_taken = True
         except OSError:

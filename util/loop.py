@@ -110,6 +110,8 @@ def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
             f"the checkpoint's epochs have {there} steps and this run's {here}: use "
             f"the same dataset and the same batch_size * accum_iter * processes"
         )
+    if contents.get("format", 1) < checkpoint.FORMAT and ranks.is_main:
+        print_error("the checkpoint is of an earlier version, which drew other random numbers")
     task.restore(contents, job / "checkpoints")
     return contents["step"]
 

@@ -36,9 +36,11 @@ def job_state(job_id: str) -> dict[str, str]:
 def has_ended(job_id: str) -> bool:
     """False too where Slurm cannot be asked."""
     try:
-        line = slurm_command("scontrol", "--oneliner", "show", "job", job_id)
+        lines = slurm_command("scontrol", "--oneliner", "show", "job", job_id).splitlines()
     except subprocess.CalledProcessError as error:
         return "Invalid job id" in error.stderr  # it is forgotten some minutes after its end
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return any(f"JobState={state}" in line.split() for state in OVER)
+    # One element of an array has the array's own number, which stands for all of them here.
+    own = [line.split() for line in lines if line.startswith(f"JobId={job_id} ")]
+    return any(f"JobState={state}" in words for words in own for state in OVER)

@@ -1,6 +1,8 @@
-"""Every stream of random numbers, by name. What is random is a function of the seed and a counter
-(a step, an epoch and an image, ...): nothing has to be remembered, and nothing that happens
-elsewhere changes it. The stream keeps those apart that have the same seed and counter.
+"""The random numbers of data and steps, by stream (initial weights take the seed itself).
+
+Each is a function of the seed and a counter (a step, an epoch and an image, ...): nothing has to be
+remembered, and nothing that happens elsewhere changes it. The stream keeps those apart that have
+the same seed and counter.
 """
 
 import random

@@ -14,6 +14,7 @@ from tests.runs import LAUNCHER, ROOT, TINY, environment, records, run, succeed
 from tests.slurm.cluster import cancel, job_info, squeue, wait_for
 from tests.slurm.jobs import LONG, ON_SLURM, error_text, submit, wait_for_end
 from util.lock import JobBusy, lock, this_process, unlock
+from util.slurm_queue import has_ended
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 
@@ -170,3 +171,14 @@ def test_an_owner_on_another_machine_is_followed_when_slurm_says_that_its_job_is
     lock(job)
     unlock(job)
     assert not file.exists()
+
+
+def test_each_element_of_an_array_is_asked_for_by_itself():
+    """One of them has the number of the whole array: here the one that is still running."""
+    script = "[ $SLURM_ARRAY_TASK_ID = 0 ] || sleep 60"
+    options = ["--parsable", "--output=/dev/null", "--array=0-1", f"--wrap={script}"]
+    array = subprocess.check_output(["sbatch", *options], text=True).strip()
+    assert wait_for_end(f"{array}_0", 30) == "COMPLETED"
+    assert job_info(f"{array}_1")["JobId"] == array
+    assert has_ended(job_info(f"{array}_0")["JobId"])
+    assert not has_ended(array)
