@@ -9,12 +9,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.decoder import CrossBlock, write_out_attention
-from models.linear import multiply_by_convolution
 from models.lmim import LatentMIM, Latents
 from models.target import MovingAverage
 from models.views import Views
@@ -36,11 +33,11 @@ class Training:
     objective: Callable[[Latents, Tensor], tuple[Tensor, Tensor]]  # models.losses.Objective
     schedule: Schedule
     device: torch.device
-    accum_iter: int = 1
-    precision: str = "fp32"
-    clip_grad: float | None = None
+    accum_iter: int
+    precision: str
+    clip_grad: float | None
     # Filled by the constructor and the steps.
-    moving_average: MovingAverage | None = None
+    moving_average: MovingAverage | None = field(init=False)
     similarity_goal: Tensor = field(init=False)  # on the device: compiled code takes it as it comes
     meters: DeviceMeters = field(init=False)
 
@@ -48,10 +45,6 @@ class Training:
         self.moving_average = self.model.moving_average()
         self.similarity_goal = torch.zeros((), device=self.device)
         self.meters = DeviceMeters(self.device)
-        if self.device.type == "cpu":  # docs/results.md has the figures
-            multiply_by_convolution(self.model)
-            if self.precision == "bf16":
-                write_out_attention(self.model)  # the fused one takes up to twice as long
 
     def compile(self) -> None:
         """Compile what repeats: each transformer block by itself, so that all blocks share the work
@@ -59,10 +52,8 @@ class Training:
         the next are computed; and the loss. All shapes of training are fixed."""
         # What would cut the graphs where gradients are sent: blocks are small enough as they are.
         torch._dynamo.config.optimize_ddp = False
-        multiply_by_convolution(self.model, on=False)  # the compiler chooses its own products
-        for module in self.model.modules():
-            if isinstance(module, Block | CrossBlock):
-                module.compile(dynamic=False)
+        for block in self.model.blocks():
+            block.compile(dynamic=False)
         self.objective = torch.compile(self.objective, dynamic=False)
 
     def autocast(self):

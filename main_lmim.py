@@ -6,7 +6,6 @@ torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -20,21 +19,20 @@ from engine_pretrain import Training, train_step
 from eval.nn import leave_one_out_accuracy
 from models.lmim import LatentMIM
 from models.losses import Objective
-from models.views import Views, sample_views
-from util.checkpoint import load_weights
+from models.views import Geometry, Views, sample_views
 from util.command import run_worker
+from util.config import TrainingStopped
+from util.cpu import tune_for_cpu
 from util.distributed import (
     Ranks,
     default_workers,
     gather_objects,
     join_processes,
     leave_processes,
-    on_main,
     synchronised,
 )
-from util.job import job_directory, list_checkpoints, prepare_job_directory
-from util.lock import unlock
-from util.loop import Line, Loop, Task, TrainingStopped, sum_over_processes, train
+from util.job import list_checkpoints
+from util.loop import Line, Loop, Task, job_folder, sum_over_processes, train
 from util.metrics import memory_in_use
 from util.optim import build_adamw
 from util.precision import choose_precision
@@ -45,34 +43,29 @@ from util.streams import Stream, seed_of
 
 def main(cfg: DictConfig) -> None:
     ranks = join_processes()
-    try:
-        with stoppable(ranks) as stop_flag:
-            pretrain(cfg, ranks, stop_flag)
-    finally:
-        unlock(job_directory(cfg))
+    with stoppable(ranks) as stop_flag:
+        pretrain(cfg, ranks, stop_flag)
     leave_processes()
 
 
 def pretrain(cfg: DictConfig, ranks: Ranks, stop_flag: StopFlag) -> None:
     task = Pretraining(cfg, ranks)
-    job = on_main(lambda: prepare_job_directory(cfg), ranks)
-    loop = train(task, cfg, ranks, job, stop_flag)
-    if loop is not None:
-        if ranks.is_main:
-            summarise(cfg, loop)
-        loop.log.close()
+    with job_folder(cfg, ranks) as job:
+        train(task, cfg, ranks, job, stop_flag)
 
 
 class Pretraining(Task):
+    evaluates_at_end = False
+
     def __init__(self, cfg: DictConfig, ranks: Ranks):
         self.cfg, self.ranks = cfg, ranks
-        precision = choose_precision(cfg.precision, ranks.device)
-        self.loader, self.evaluation = build_data(cfg, ranks)
+        self.geometry = read_geometry(cfg)
+        self.loader, self.evaluation = build_data(cfg, ranks, self.geometry)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg).to(ranks.device)
-        self.training = build_training(cfg, self.model, precision, ranks)
-        self.draw_views = view_source(cfg, ranks)
-        self.evaluates_at_end = False
+        self.training = build_training(cfg, self.model, ranks)
+        self.optimizer, self.scaler = self.training.optimizer, self.training.scaler
+        self.draw_views = view_source(cfg, ranks, self.geometry)
 
     def introduction(self) -> str:
         parameters = list(self.model.parameters())
@@ -89,7 +82,7 @@ class Pretraining(Task):
         if self.cfg.compile:
             self.training.compile()
         if isinstance(self.training.network, DistributedDataParallel):
-            settle_gradient_buckets(self.cfg, self.training)
+            self.settle_gradient_buckets()
         self.training.network.train()
 
     def normalised(self, images: Tensor) -> Tensor:
@@ -152,36 +145,41 @@ class Pretraining(Task):
             f"images)"
         )
 
-    def state(self) -> dict:
-        return {
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.training.optimizer.state_dict(),
-            "loss_scaler": self.training.scaler.state_dict(),
-        }
+    def settle_gradient_buckets(self) -> None:
+        """DistributedDataParallel regroups gradients after the first backward pass, which changes
+        the order of summation over more than two processes. One pass on blank images settles this
+        before the first step, of a new run and of a resumed one alike: both then sum in the same
+        order."""
+        training, side = self.training, self.geometry.side
+        # A whole batch: compiled code is then compiled for the shapes of training, and only once.
+        images = torch.zeros(self.cfg.batch_size, 3, side, side, device=training.device)
+        with training.autocast():
+            latents = training.network(images, self.draw_views(0, 0, len(images)))
+        training.objective(latents, training.similarity_goal)[0].backward()
+        training.optimizer.zero_grad(set_to_none=False)
 
-    def restore(self, contents: dict, source: Path) -> None:
-        optimizer = self.training.optimizer
-        load_weights(self.model, contents["state_dict"], source)
-        weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(contents["optimizer"])
-        for group, weight_decay in zip(optimizer.param_groups, weight_decays, strict=True):
-            group["weight_decay"] = weight_decay  # the config's, as the learning rate is
-        if contents["loss_scaler"]:  # empty unless that run was in fp16
-            self.training.scaler.load_state_dict(contents["loss_scaler"])
+    def finish(self, loop: Loop) -> None:
+        if self.ranks.is_main and loop.first_step < loop.total_steps:
+            summarise(self.cfg, loop)
 
 
 # --- what is built ------------------------------------------------------------------------------
 
 
-def build_data(cfg: DictConfig, ranks: Ranks) -> tuple[TrainLoader, EvalLoader | None]:
+def read_geometry(cfg: DictConfig) -> Geometry:
+    return Geometry(cfg.grid_size, cfg.patch_size, cfg.patch_gap, cfg.num_vis)
+
+
+def build_data(
+    cfg: DictConfig, ranks: Ranks, geometry: Geometry
+) -> tuple[TrainLoader, EvalLoader | None]:
     """The training stream, and the evaluation images if they have labels."""
     options = OmegaConf.to_container(cfg.dataset.options)
     train_set = build_dataset(cfg.dataset.name, "train", cfg.data_path, options)
     num_workers = default_workers() if cfg.num_workers is None else cfg.num_workers
-    train_side = cfg.grid_size * (cfg.patch_size + cfg.patch_gap)
     loader = TrainLoader(
         dataset=train_set,
-        transform=TrainTransform(train_side, cfg.min_crop, cfg.dataset.flip, cfg.seed),
+        transform=TrainTransform(geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed),
         seed=cfg.seed,
         batch_size=cfg.batch_size,
         accum_iter=cfg.accum_iter,
@@ -194,10 +192,9 @@ def build_data(cfg: DictConfig, ranks: Ranks) -> tuple[TrainLoader, EvalLoader |
     eval_set = build_dataset(cfg.dataset.name, "eval", cfg.data_path, options)
     if eval_set.labels is None:
         return loader, None
-    eval_side = cfg.grid_size * cfg.patch_size
     evaluation = EvalLoader(
         dataset=eval_set,
-        transform=EvalTransform(eval_side, cfg.dataset.crop_ratio),
+        transform=EvalTransform(geometry.side_without_gaps, cfg.dataset.crop_ratio),
         batch_size=cfg.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -208,10 +205,11 @@ def build_data(cfg: DictConfig, ranks: Ranks) -> tuple[TrainLoader, EvalLoader |
 
 
 def build_model(cfg: DictConfig) -> LatentMIM:
+    geometry = read_geometry(cfg)
     return LatentMIM(
-        grid_size=cfg.grid_size,
-        patch_size=cfg.patch_size,
-        patch_gap=cfg.patch_gap,
+        grid_size=geometry.grid_size,
+        patch_size=geometry.patch_size,
+        patch_gap=geometry.patch_gap,
         embed_dim=cfg.encoder.embed_dim,
         depth=cfg.encoder.depth,
         num_heads=cfg.encoder.num_heads,
@@ -230,7 +228,10 @@ def build_model(cfg: DictConfig) -> LatentMIM:
     )
 
 
-def build_training(cfg: DictConfig, model: LatentMIM, precision: str, ranks: Ranks) -> Training:
+def build_training(cfg: DictConfig, model: LatentMIM, ranks: Ranks) -> Training:
+    precision = choose_precision(cfg.precision, ranks.device)
+    if ranks.device.type == "cpu":
+        tune_for_cpu(model, precision, compiled=cfg.compile)
     peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
     return Training(
         network=synchronised(model, ranks),
@@ -254,23 +255,9 @@ def build_training(cfg: DictConfig, model: LatentMIM, precision: str, ranks: Ran
     )
 
 
-def settle_gradient_buckets(cfg: DictConfig, training: Training) -> None:
-    """DistributedDataParallel regroups gradients after the first backward pass, which changes
-    the order of summation over more than two processes. One pass on blank images settles this
-    before the first step, of a new run and of a resumed one alike: both then sum in the same order.
-    """
-    side = cfg.grid_size * (cfg.patch_size + cfg.patch_gap)
-    # A whole batch: compiled code is then compiled for the shapes of training, here and only once.
-    images = torch.zeros(cfg.batch_size, 3, side, side, device=training.device)
-    generator = torch.Generator(training.device).manual_seed(0)
-    views = sample_views(len(images), cfg.grid_size, cfg.num_vis, cfg.patch_gap, generator)
-    with training.autocast():
-        latents = training.network(images, views)
-    training.objective(latents, training.similarity_goal)[0].backward()
-    training.optimizer.zero_grad(set_to_none=False)
-
-
-def view_source(cfg: DictConfig, ranks: Ranks) -> Callable[[int, int, int], Views]:
+def view_source(
+    cfg: DictConfig, ranks: Ranks, geometry: Geometry
+) -> Callable[[int, int, int], Views]:
     """Views as a function of (seed, step, place of the image in the step), drawn on the device.
     The split into processes and micro-steps changes them as little as it changes the images."""
     generator = torch.Generator(ranks.device)
@@ -280,7 +267,9 @@ def view_source(cfg: DictConfig, ranks: Ranks) -> Callable[[int, int, int], View
         images = batch_size * ranks.world_size * cfg.accum_iter
         first = (micro_step * ranks.world_size + ranks.rank) * batch_size  # as data/loader.py
         own = slice(first, first + batch_size)
-        return sample_views(images, cfg.grid_size, cfg.num_vis, cfg.patch_gap, generator, own)
+        return sample_views(
+            images, geometry.grid_size, geometry.num_vis, geometry.patch_gap, generator, own
+        )
 
     return draw_views
 

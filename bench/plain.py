@@ -2,11 +2,11 @@
 matrices, the moving average and AdamW parameter by parameter, the numbers read after each step."""
 
 import torch
+from models.linear import multiply_by_convolution
 from torch import Tensor
 
 from engine_pretrain import Training
 from models.decoder import write_out_attention
-from models.linear import multiply_by_convolution
 from models.views import Views
 
 

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 import yaml
+from models.linear import PixelProduct
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plain import make_plain, plain_step
 from engine_pretrain import Training, begin_step, end_step, micro_step
-from models.linear import PixelProduct
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import sample_views

@@ -180,7 +180,9 @@ def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
         depth=len(blocks),
         num_heads=heads,
         freeze_pe=config.get("freeze_pe", True),
-        mlp_depth=0,
+        mlp_dim=0,
+        mlp_depth=0,  # the projection head belongs to pre-training
+        recompute=False,
     )
 
 

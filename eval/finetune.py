@@ -27,11 +27,10 @@ from eval.common import (
 )
 from eval.features import autocast, pool
 from eval.networks import Backbone
-from util.checkpoint import load_weights
 from util.command import run_worker
-from util.config import ConfigError
+from util.config import ConfigError, TrainingStopped
 from util.distributed import Ranks, all_reduce, synchronised
-from util.loop import Line, Task, TrainingStopped, sum_over_processes, train
+from util.loop import Line, Loop, Task, sum_over_processes, train
 from util.metrics import FaultCounter
 from util.optim import layer_decay_groups
 from util.precision import choose_precision
@@ -68,17 +67,7 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
     task = Finetuning(cfg, ranks, backbone, run)
     with stoppable(ranks) as stop_flag:
-        loop = train(task, cfg, ranks, run.job, stop_flag)
-    if loop is None:  # the run that is resumed had come to its end
-        task.evaluate(cfg.epochs)
-    else:
-        loop.log.close()
-    top1, top5 = task.accuracies
-    run.finish(
-        {"top1": top1, "top5": top5},
-        protocol=f"fine-tuning, {cfg.epochs} epochs, top-1 of the last one",
-        images=len(task.evaluation),
-    )
+        train(task, cfg, ranks, run.job, stop_flag)
 
 
 class Finetuning(Task):
@@ -200,20 +189,22 @@ class Finetuning(Task):
         logits.float().sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def finish(self, loop: Loop) -> None:
+        if not self.accuracies:  # the run that is resumed had come to its end
+            self.evaluate(self.cfg.epochs)
+        top1, top5 = self.accuracies
+        self.run.finish(
+            {"top1": top1, "top5": top5},
+            protocol=f"fine-tuning, {self.cfg.epochs} epochs, top-1 of the last one",
+            images=len(self.evaluation),
+        )
+
     def state(self) -> dict:
-        return {
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss_scaler": self.scaler.state_dict(),
-            "backbone": self.model.backbone.describe(),
-        }
+        return super().state() | {"backbone": self.model.backbone.describe()}
 
     def restore(self, contents: dict, source: Path) -> None:
         check_same_backbone(contents, self.model.backbone)
-        load_weights(self.model, contents["state_dict"], source)
-        self.optimizer.load_state_dict(contents["optimizer"])
-        if contents["loss_scaler"]:  # empty unless that run was in fp16
-            self.scaler.load_state_dict(contents["loss_scaler"])
+        super().restore(contents, source)
 
 
 # --- what is built ------------------------------------------------------------------------------

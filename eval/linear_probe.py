@@ -31,12 +31,11 @@ from eval.common import (
 from eval.features import Features, autocast, extract
 from eval.heads import ATTENTIVE, ProbeHead, probe_features
 from eval.networks import Backbone
-from util.checkpoint import load_weights
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce
 from util.lars import LARS
-from util.loop import Line, Task, sum_over_processes, train
+from util.loop import Line, Loop, Task, sum_over_processes, train
 from util.precision import choose_precision
 from util.preemption import stoppable
 from util.schedules import peak_learning_rate, warmup_cosine
@@ -56,30 +55,25 @@ def main(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
     task = Probe(cfg, ranks, backbone, run)
     with stoppable(ranks) as stop_flag:
-        loop = train(task, cfg, ranks, run.job, stop_flag)
-    if loop is None:  # the run that is resumed had come to its end
-        task.evaluate(cfg.epochs)
-    else:
-        loop.log.close()
-    report(cfg, run, task)
+        train(task, cfg, ranks, run.job, stop_flag)
 
 
 class Probe(Task):
     def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun):
-        self.cfg, self.ranks, self.backbone = cfg, ranks, backbone
+        self.cfg, self.ranks, self.backbone, self.run = cfg, ranks, backbone, run
         backbone.requires_grad_(False)
         choices = CachedFeatures if cfg.cached else LiveFeatures
         self.data = choices(cfg, ranks, backbone, run)
         self.loader = self.data.loader
-        self.heads = build_heads(cfg, ranks, backbone, self.data.classes)
-        self.optimizer = build_optimizer(cfg, ranks, self.heads)
+        self.model = build_heads(cfg, ranks, backbone, self.data.classes)
+        self.optimizer = build_optimizer(cfg, ranks, self.model)
         self.names = [head_name(pooling, blr) for pooling in cfg.poolings for blr in cfg.blrs]
-        self.losses = torch.zeros(len(self.heads), dtype=torch.float64, device=ranks.device)
+        self.losses = torch.zeros(len(self.model), dtype=torch.float64, device=ranks.device)
         self.accuracies: Tensor | None = None  # the last ones, [heads, 2]: first, first five
 
     def introduction(self) -> str:
         source = "features without augmentation" if self.cfg.cached else "augmented images"
-        return f"linear_probe: {len(self.heads)} heads, {self.data.classes} classes, {source}"
+        return f"linear_probe: {len(self.model)} heads, {self.data.classes} classes, {source}"
 
     def batches(self, first: int, last: int) -> Iterator:
         return self.data.batches(first, last)
@@ -87,7 +81,7 @@ class Probe(Task):
     def step(self, step: int, batches: Iterator) -> None:
         set_learning_rates(self.cfg, self.optimizer, step / self.loader.steps_per_epoch)
         data = self.data.of_step(batches)
-        self.losses += train_step(self.heads, self.optimizer, data, self.ranks)
+        self.losses += train_step(self.model, self.optimizer, data, self.ranks)
 
     def log_line(self, done: int, steps: int) -> Line:
         losses = sum_over_processes(self.losses, self.loader, self.ranks)
@@ -99,29 +93,28 @@ class Probe(Task):
     @torch.no_grad()
     def evaluate(self, epoch: int) -> Line:
         """Percent of the evaluation images, of all processes."""
-        self.heads.eval()
-        hits = torch.zeros(len(self.heads), 2, dtype=torch.int64, device=self.ranks.device)
+        self.model.eval()
+        hits = torch.zeros(len(self.model), 2, dtype=torch.int64, device=self.ranks.device)
         for part in self.data.evaluation_parts():
-            for position, head in enumerate(self.heads.values()):
+            for position, head in enumerate(self.model.values()):
                 hits[position] += count_hits(head(part.features), part.labels)
-        self.heads.train()
+        self.model.train()
         self.accuracies = 100 * all_reduce(hits).double() / self.data.eval_images
         first = dict(zip(self.names, self.accuracies[:, 0].tolist(), strict=True))
         summary = "  ".join(f"{name} {value:.2f} %" for name, value in first.items())
         return {f"top1/{name}": value for name, value in first.items()}, summary
 
+    def finish(self, loop: Loop) -> None:
+        if self.accuracies is None:  # the run that is resumed had come to its end
+            self.evaluate(self.cfg.epochs)
+        report(self.cfg, self.run, self)
+
     def state(self) -> dict:
-        return {
-            "state_dict": self.heads.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss_scaler": {},  # heads are float32
-            "backbone": self.backbone.describe(),
-        }
+        return super().state() | {"backbone": self.backbone.describe()}
 
     def restore(self, contents: dict, source: Path) -> None:
         check_same_backbone(contents, self.backbone)
-        load_weights(self.heads, contents["state_dict"], source)
-        self.optimizer.load_state_dict(contents["optimizer"])
+        super().restore(contents, source)
 
 
 # --- heads --------------------------------------------------------------------------------------

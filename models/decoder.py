@@ -8,10 +8,16 @@ does.
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
-from timm.models.vision_transformer import Attention, Block
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from models.vit import LayerNorm, PositionTable, initialise_weights, run_blocks
+from models.vit import (
+    LayerNorm,
+    PositionTable,
+    initialise_weights,
+    run_blocks,
+    transformer_block,
+)
 
 
 class CrossAttention(nn.Module):
@@ -51,13 +57,6 @@ class CrossBlock(nn.Module):
         queries = queries + self.self_attn(self.norm1(queries))
         queries = queries + self.cross_attn(self.norm2q(queries), self.norm2kv(context))
         return queries + self.mlp(self.norm3(queries))
-
-
-def write_out_attention(model: nn.Module) -> None:
-    """As matrix products and a softmax, instead of one fused operation."""
-    for module in model.modules():
-        if isinstance(module, Attention | CrossAttention):
-            module.fused_attn = False
 
 
 def visual_cue(
@@ -138,10 +137,7 @@ class CrossDecoder(Decoder):
 class SelfDecoder(Decoder):
     def __init__(self, *, depth: int, num_heads: int, dim: int, **shared):
         super().__init__(dim=dim, **shared)
-        self.blocks = nn.ModuleList(
-            Block(dim=dim, num_heads=num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(transformer_block(dim, num_heads) for _ in range(depth))
         self.apply(initialise_weights)
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:

@@ -24,24 +24,24 @@ class LatentMIM(nn.Module):
     def __init__(
         self,
         *,
-        grid_size: int = 14,
-        patch_size: int = 16,
-        patch_gap: int = 4,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        freeze_pe: bool = True,
-        mlp_dim: int = 4096,
-        mlp_depth: int = 3,
-        decoder: str = "cross",
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 3,
-        decoder_num_heads: int = 16,
-        avg_vis_mask_token: bool = True,
-        target: str = "ema",
-        target_depth: int | None = None,
-        mask_target: bool = True,
-        recompute: bool = False,
+        grid_size: int,
+        patch_size: int,
+        patch_gap: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        freeze_pe: bool,
+        mlp_dim: int,
+        mlp_depth: int,
+        decoder: str,
+        decoder_embed_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        avg_vis_mask_token: bool,
+        target: str,
+        target_depth: int | None,
+        mask_target: bool,
+        recompute: bool,
     ):
         super().__init__()
         if target not in TARGETS:
@@ -75,6 +75,12 @@ class LatentMIM(nn.Module):
     def moving_average(self) -> MovingAverage | None:
         """The rule by which the target follows, for the engine to call; None where it does not."""
         return MovingAverage(self.target_encoder, self.encoder) if self.target == "ema" else None
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of all networks."""
+        networks = [self.encoder, self.decoder]
+        networks += [self.target_encoder] if self.target in OWN_WEIGHTS else []
+        return [block for network in networks for block in network.blocks]
 
     def patches(self, images: Tensor, views: Views) -> Tensor:
         """images [N, 3, side, side] -> [N, L, patch_dim]"""

@@ -66,9 +66,9 @@ def average_similarity(tokens: Tensor) -> Tensor:
 class Objective:
     """The prediction loss plus the similarity constraint, and the four numbers that are logged."""
 
-    loss: str = "infonce_patches"
-    tau: float = 0.2
-    avg_sim_coeff: float = 0.1
+    loss: str
+    tau: float
+    avg_sim_coeff: float
 
     def __call__(self, latents: Latents, similarity_goal: float | Tensor) -> tuple[Tensor, Tensor]:
         """-> the loss to differentiate, and METRICS as one tensor, detached and on the device."""

@@ -11,6 +11,24 @@ import torch
 from torch import Tensor
 
 
+class Geometry(NamedTuple):
+    """How images are cut, and how many of their patches are visible."""
+
+    grid_size: int  # cells along a side
+    patch_size: int  # pixels along a side
+    patch_gap: int  # 0: patches touch, as they do in evaluations
+    num_vis: int
+
+    @property
+    def side(self) -> int:
+        """Of a training image, in pixels."""
+        return self.grid_size * (self.patch_size + self.patch_gap)
+
+    @property
+    def side_without_gaps(self) -> int:
+        return self.grid_size * self.patch_size
+
+
 class Views(NamedTuple):
     """What is random about one forward pass. N images, L = V + M patches each."""
 

@@ -71,6 +71,10 @@ def initialise_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def transformer_block(dim: int, num_heads: int) -> Block:
+    return Block(dim=dim, num_heads=num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm)
+
+
 def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor, *context: Tensor, recompute: bool):
     """One block after the other. recompute: keep nothing of a block's inside for the backward pass,
     which runs it again: a third more work for a fraction of the memory."""
@@ -91,31 +95,18 @@ class Encoder(nn.Module):
         embed_dim: int,
         depth: int,
         num_heads: int,
-        freeze_pe: bool = True,
-        mlp_dim: int = 4096,
-        mlp_depth: int = 3,
-        drop_path: float = 0.0,
-        in_channels: int = 3,
-        recompute: bool = False,
+        freeze_pe: bool,
+        mlp_dim: int,
+        mlp_depth: int,
+        recompute: bool,
     ):
         super().__init__()
         self.grid_size, self.patch_size, self.embed_dim = grid_size, patch_size, embed_dim
         self.recompute = recompute
-        self.embed = PatchEmbedding(patch_size**2 * in_channels, embed_dim)
+        self.embed = PatchEmbedding(3 * patch_size**2, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = PositionTable(embed_dim, grid_size, freeze_pe)
-        drop_rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
-        self.blocks = nn.ModuleList(
-            Block(
-                dim=embed_dim,
-                num_heads=num_heads,
-                mlp_ratio=4.0,
-                qkv_bias=True,
-                drop_path=drop_rate,
-                norm_layer=LayerNorm,
-            )
-            for drop_rate in drop_rates
-        )
+        self.blocks = nn.ModuleList(transformer_block(embed_dim, num_heads) for _ in range(depth))
         self.norm = LayerNorm(embed_dim)
         self.head = ProjectionHead(embed_dim, mlp_dim, mlp_depth)
         self.apply(initialise_weights)

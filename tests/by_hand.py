@@ -136,6 +136,7 @@ def build_model(keys: dict) -> LatentMIM:
         target=keys["target"],
         target_depth=keys["target_depth"],
         mask_target=keys["mask_target"],
+        recompute=False,
     )
 
 

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from eval.backbone import BackboneError, load_backbone
 from eval.features import patch_tokens, pool
 from main_lmim import build_model
-from models.lmim import LatentMIM
 from models.vit import sine_cosine_positions
 from tests.backbones import digits_checkpoint
+from tests.published import published_model
 from tests.test_checkpoint import places_of_numbers
 from util.checkpoint import CheckpointError, load_file
 
@@ -256,7 +256,7 @@ def published(path, **changes):
     """The layout of the published file: module., no config."""
     torch.manual_seed(0)
     sizes = {"embed_dim": 192, "depth": 2, "num_heads": 3, "grid_size": 4, "patch_size": 8}
-    model = LatentMIM(
+    model = published_model(
         **sizes, mlp_dim=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
     )
     state = prefixed(model.state_dict(), "module.") | changes

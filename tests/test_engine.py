@@ -13,9 +13,8 @@ from engine_pretrain import (
     micro_step,
     train_step,
 )
-from models.lmim import LatentMIM
-from models.losses import Objective
 from models.views import Views, sample_views
+from tests.published import published_model, published_objective
 from util.optim import build_adamw
 from util.schedules import Schedule
 
@@ -28,7 +27,7 @@ def build_training(
     seed: int = 0, avg_sim_coeff: float = 0.1, decoder: str = "cross", **options
 ) -> Training:
     torch.manual_seed(seed)
-    model = LatentMIM(
+    model = published_model(
         grid_size=GRID,
         patch_size=PATCH,
         patch_gap=GAP,
@@ -47,10 +46,10 @@ def build_training(
         model=model,
         optimizer=build_adamw(model, weight_decay=0.05),
         scaler=torch.amp.GradScaler("cpu", enabled=options.get("precision") == "fp16"),
-        objective=Objective(avg_sim_coeff=avg_sim_coeff),
+        objective=published_objective(avg_sim_coeff=avg_sim_coeff),
         schedule=Schedule(1e-3, 0.25, 1, 4, 0.9, 0.75, 0.25),
         device=CPU,
-        **options,
+        **{"accum_iter": 1, "precision": "fp32", "clip_grad": None} | options,
     )
 
 

@@ -8,15 +8,15 @@ import timm
 import torch
 
 from eval.backbone import load_backbone
-from models.lmim import LatentMIM
 from tests.backbones import digits_checkpoint, run_command
+from tests.published import published_model
 from tests.runs import environment
 
 
 @pytest.mark.slow
 def test_the_published_size_loads_into_timm_by_name_alone(tmp_path):
     torch.manual_seed(0)
-    model = LatentMIM(mlp_dim=8, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    model = published_model(mlp_dim=8, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     with torch.no_grad():  # not zeros, which would hide what is left out
         for parameter in model.encoder.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape))

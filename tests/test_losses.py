@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from models.lmim import Latents
 from models.losses import LOSSES, METRICS, Objective, average_similarity, prediction_loss
 from tests import reference
+from tests.published import published_objective
 
 SHAPES = [(1, 3, 4), (2, 5, 8), (3, 7, 6)]
 # The losses cast to float32, which is what their results can be held to.
@@ -160,7 +161,7 @@ def test_constraint_is_zero_and_flat_at_its_goal():
     tokens = random_tokens((2, 5, 8), 11)
     goal = average_similarity(tokens).item()
     latents = Latents(tokens, random_tokens((2, 5, 8), 12), tokens.clone().requires_grad_())
-    loss, _ = Objective(avg_sim_coeff=1.0)(latents, goal)
+    loss, _ = published_objective(avg_sim_coeff=1.0)(latents, goal)
     loss.backward()
     assert loss.item() == pytest.approx(
         prediction_loss("infonce_patches", latents.predictions, latents.targets, 0.2).item()
@@ -170,7 +171,7 @@ def test_constraint_is_zero_and_flat_at_its_goal():
 
 def test_without_coefficient_similarities_have_no_gradient():
     latents = random_latents(requires_grad=True)
-    loss, metrics = Objective(avg_sim_coeff=0.0)(latents, 0.3)
+    loss, metrics = published_objective(avg_sim_coeff=0.0)(latents, 0.3)
     loss.backward()
     alone = random_latents(requires_grad=True)
     prediction_loss("infonce_patches", alone.predictions, alone.targets, 0.2).backward()
@@ -183,7 +184,7 @@ def test_without_coefficient_similarities_have_no_gradient():
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
 def test_metrics_are_the_loss_and_three_similarities(coefficient):
     latents = random_latents(requires_grad=True)
-    loss, metrics = Objective(avg_sim_coeff=coefficient)(latents, 0.3)
+    loss, metrics = published_objective(avg_sim_coeff=coefficient)(latents, 0.3)
     assert METRICS == ("loss", "sim_pred", "sim_vis", "sim_trg")
     tokens = (latents.predictions, latents.visible, latents.targets)
     similarities = [reference.average_similarity(own.detach().double()) for own in tokens]
@@ -197,8 +198,8 @@ def test_targets_get_no_gradient_from_their_similarity():
     # but the similarity: cross-entropy against targets that are detached.
     latents = random_latents(requires_grad=True)
     detached = latents._replace(targets=latents.targets.detach())
-    loss, _ = Objective(avg_sim_coeff=1.0)(latents, 0.3)
-    same, _ = Objective(avg_sim_coeff=1.0)(detached, 0.3)
+    loss, _ = published_objective(avg_sim_coeff=1.0)(latents, 0.3)
+    same, _ = published_objective(avg_sim_coeff=1.0)(detached, 0.3)
     plain = prediction_loss("infonce_patches", latents.predictions, latents.targets, 0.2)
     assert torch.equal(loss, same)
     with_constraint = torch.autograd.grad(loss, latents.targets)[0]
@@ -212,8 +213,8 @@ def test_half_precision_latents_are_computed_in_float32(name, dtype):
     half = random_latents(dtype)
     full = Latents(*[own.float() for own in half])
     for goal in (0.1, 0.9):
-        loss, metrics = Objective(name)(half, goal)
-        expected, expected_metrics = Objective(name)(full, goal)
+        loss, metrics = published_objective(loss=name)(half, goal)
+        expected, expected_metrics = published_objective(loss=name)(full, goal)
         assert loss.dtype == metrics.dtype == torch.float32
         assert torch.equal(loss, expected)
         assert torch.equal(metrics, expected_metrics)
@@ -221,11 +222,11 @@ def test_half_precision_latents_are_computed_in_float32(name, dtype):
 
 def test_gradients_return_in_the_precision_of_the_latents():
     latents = random_latents(torch.bfloat16, requires_grad=True)
-    Objective()(latents, 0.3)[0].backward()
+    published_objective()(latents, 0.3)[0].backward()
     gradient = latents.predictions.grad
     assert gradient.dtype == torch.bfloat16
     full = Latents(*[own.detach().float().requires_grad_() for own in latents])
-    Objective()(full, 0.3)[0].backward()
+    published_objective()(full, 0.3)[0].backward()
     # The sum of both summands (loss and constraint), rounded once, to eight bits.
     torch.testing.assert_close(gradient.float(), full.predictions.grad, rtol=2**-8, atol=0)
 

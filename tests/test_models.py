@@ -12,11 +12,11 @@ from torch import nn
 from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.head import ProjectionHead
 from models.lmim import LatentMIM, Latents
-from models.losses import Objective
 from models.target import TARGETS
 from models.views import Views, sample_views
 from models.vit import PositionTable
 from tests import reference
+from tests.published import published_model, published_objective
 from util.checkpoint import CheckpointError, load_weights
 from util.optim import build_adamw
 from util.schedules import Schedule
@@ -43,6 +43,7 @@ SMALL = {
     "target": "ema",
     "target_depth": None,
     "mask_target": True,
+    "recompute": False,
 }
 
 
@@ -230,7 +231,7 @@ def test_target_pairs_by_name_for_every_encoder(path, target_depth):
     target_depth = depth if target_depth == "equal" else target_depth
     # The real size without memory.
     with torch.device("meta"):
-        model = LatentMIM(**config, target_depth=target_depth)
+        model = published_model(**config, target_depth=target_depth)
     average = model.moving_average()
     online = dict(model.encoder.named_parameters())
     expected = reference.first_blocks(online, target_depth or depth)
@@ -325,9 +326,9 @@ def test_weights_start_as_published(decoder):
 
 @pytest.fixture(scope="module")
 def vit_base() -> LatentMIM:
-    """The defaults are the published ViT-B. No memory is taken until to_empty."""
+    """No memory is taken until to_empty."""
     with torch.device("meta"):
-        return LatentMIM()
+        return published_model()
 
 
 def test_parameter_counts_of_vit_base(vit_base):
@@ -361,11 +362,14 @@ def test_released_checkpoint_loads(vit_base, prefix):
 @pytest.mark.slow
 def test_one_training_step_of_vit_base():
     torch.manual_seed(0)
-    model = LatentMIM()
+    model = published_model()
     schedule = Schedule(1e-3, 0.25, 0, 10, target_mom=0.99, sim_init=0.5, sim_end=0.5)
     optimizer, scaler = build_adamw(model, 0.05), torch.amp.GradScaler("cpu", enabled=False)
     device = torch.device("cpu")
-    training = Training(model, model, optimizer, scaler, Objective(), schedule, device)
+    objective = published_objective()
+    training = Training(
+        model, model, optimizer, scaler, objective, schedule, device, 1, "fp32", None
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     images = torch.randn(2, 3, 280, 280, generator=torch.Generator().manual_seed(8))
     views = sample_views(2, 14, 20, 4, torch.Generator().manual_seed(9))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.lmim import LatentMIM
 from tests import reference
 from tests.golden.replay import MODEL_KEYS
+from tests.published import published_model
 from util.optim import build_adamw, decays, parameter_groups
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -71,7 +71,7 @@ class ExplicitAdamW:
 def test_decay_sets_are_the_published_ones(description):
     published = json.loads((GOLDEN / f"{description}.json").read_text())
     config = published["config"]
-    model = LatentMIM(**{key: config[key] for key in MODEL_KEYS if key in config})
+    model = published_model(**{key: config[key] for key in MODEL_KEYS if key in config})
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed, others = parameter_groups(model, WEIGHT_DECAY)
     assert (decayed["weight_decay"], others["weight_decay"]) == (WEIGHT_DECAY, 0.0)

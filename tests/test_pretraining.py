@@ -197,7 +197,8 @@ def test_views_differ_in_each_part_of_their_counter():
             for rank in (0, 1):
                 keys = COMMON | {"seed": seed, "accum_iter": 2}
                 cfg = OmegaConf.create({"accum_iter": 2, "seed": seed} | dict(keys))
-                draw = main_lmim.view_source(cfg, Ranks(rank, 2, torch.device("cpu")))
+                ranks = Ranks(rank, 2, torch.device("cpu"))
+                draw = main_lmim.view_source(cfg, ranks, main_lmim.read_geometry(cfg))
                 for micro in (0, 1):
                     views = draw(step, micro, 3)
                     for image in range(3):

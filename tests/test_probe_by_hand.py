@@ -50,7 +50,8 @@ def pretrained(folder: Path, *overrides: str, colours: tuple | None) -> Path:
 def load_encoder(path: Path, part: str, blocks: int, norm: bool) -> Encoder:
     contents = torch.load(path, weights_only=True)
     shape = {"grid_size": 6, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
-    encoder = Encoder(**shape, mlp_dim=32, freeze_pe=contents["config"]["freeze_pe"])
+    head = {"mlp_dim": 32, "mlp_depth": 3, "freeze_pe": contents["config"]["freeze_pe"]}
+    encoder = Encoder(**shape, **head, recompute=False)
     weights = contents["state_dict"].items()
     encoder.load_state_dict({k.removeprefix(part): v for k, v in weights if k.startswith(part)})
     encoder.blocks, encoder.head = encoder.blocks[:blocks], nn.Identity()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from util.config import UserError
 from util.files import write_whole
 from util.job import checkpoint_name, list_checkpoints
 
@@ -24,8 +25,8 @@ KEEP_ROLLING = 2
 ZIP_START = b"PK\x03\x04"
 
 
-class CheckpointError(Exception):
-    """One sentence for the user."""
+class CheckpointError(UserError):
+    pass
 
 
 def load_file(path: Path) -> dict:

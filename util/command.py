@@ -12,7 +12,13 @@ from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from util.config import ConfigError, compose_config, job_directory, parse_command_line
+from util.config import (
+    ConfigError,
+    UserError,
+    compose_config,
+    job_directory,
+    parse_command_line,
+)
 from util.validate import check_config
 
 GRACE_SECONDS = 15
@@ -67,21 +73,15 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     """-> exit code. 0: done; 1: a crash; 2: bad input; 3: a training that cannot go on; 4: another
     process is writing in the job's folder, so the same command may succeed later."""
     from data.base import DataError
-    from util.checkpoint import CheckpointError
-    from util.lock import JobBusy
-    from util.loop import TrainingStopped
 
     try:
         main(cfg)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except UserError as error:
         say_error(error)
-        return 2
-    except TrainingStopped as error:
+        return error.exit_code
+    except DataError as error:
         say_error(error)
-        return 3
-    except JobBusy as error:
-        say_error(error)
-        return 4
+        return UserError.exit_code
     except SystemExit as stopped:  # by a signal. Caught, so that its frames let go of the workers
         return stopped.code
     except Exception:

@@ -23,8 +23,20 @@ LOCAL_GROUP = "local"  # the user's own settings, not shipped
 OPEN_SECTIONS = ("dataset.options", "env.slurm_extra", "env.nccl")
 
 
-class ConfigError(Exception):
-    """One sentence for the user, who can mend it: exit code 2, no traceback."""
+class UserError(Exception):
+    """One sentence for the user, who can mend it; no traceback."""
+
+    exit_code = 2  # bad input
+
+
+class ConfigError(UserError):
+    pass
+
+
+class TrainingStopped(UserError):
+    """The run cannot go on; the message says why and from where it can be taken up."""
+
+    exit_code = 3
 
 
 @dataclass

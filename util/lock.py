@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from util.config import UserError
 from util.files import write_whole
 from util.slurm_queue import has_ended
 
@@ -25,8 +26,10 @@ ATTEMPTS = 5
 HELD: dict[Path, tuple[Path, "KernelLock"]] = {}  # job -> the file of this process
 
 
-class JobBusy(Exception):
-    """Another process is writing there: the same command may succeed later. One sentence."""
+class JobBusy(UserError):
+    """Another process is writing there: the same command may succeed later."""
+
+    exit_code = 4
 
 
 @dataclass(frozen=True)

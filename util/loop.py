@@ -7,15 +7,18 @@ a step is, and this file keeps them alive.
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from util import checkpoint
+from util.config import TrainingStopped
 from util.distributed import Ranks, all_reduce, barrier, gather_objects, on_main
-from util.job import checkpoint_name, list_checkpoints
+from util.job import checkpoint_name, list_checkpoints, prepare_job_directory
+from util.lock import unlock
 from util.metrics import Speed, readable_time
 from util.preemption import Interrupted, StopFlag
 from util.record import RunLog
@@ -23,15 +26,14 @@ from util.record import RunLog
 Line = tuple[dict[str, float], str]  # numbers for the log, and how the console puts them
 
 
-class TrainingStopped(Exception):
-    """The run cannot go on; the message says why and from where it can be taken up."""
-
-
 class Task:
     """What is trained. All processes call each of these together."""
 
     loader = None  # a TrainLoader, or what has its steps_per_epoch, batch_size, ...
     evaluates_at_end = True  # also where eval_freq is 0
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None = None
 
     def introduction(self) -> str:
         """One line about what is trained on what."""
@@ -56,28 +58,57 @@ class Task:
     def evaluate(self, epoch: int) -> Line | None:
         raise NotImplementedError
 
-    def state(self) -> dict:
-        """state_dict, optimizer, loss_scaler, and what else a checkpoint of it holds."""
+    def finish(self, loop: "Loop") -> None:
+        """At the end of the last step, or where a resumed run had nothing left to do."""
         raise NotImplementedError
+
+    def state(self) -> dict:
+        """What a checkpoint holds."""
+        return {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_scaler": self.scaler.state_dict() if self.scaler is not None else {},
+        }
 
     def restore(self, contents: dict, source: Path) -> None:
         """In place, from what state() has given. source: for messages."""
-        raise NotImplementedError
+        checkpoint.load_weights(self.model, contents["state_dict"], source)
+        # Learning rates, weight decay and the like are the config's.
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(contents["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if self.scaler is not None and contents["loss_scaler"]:  # that run was in fp16, too
+            self.scaler.load_state_dict(contents["loss_scaler"])
 
 
-def train(
-    task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopFlag
-) -> "Loop | None":
-    """From the newest checkpoint, or from the beginning, to the end. None: there was nothing left
-    to do."""
-    per_epoch, first_step = task.loader.steps_per_epoch, resume(task, cfg, ranks, job)
-    loop = Loop(task, cfg, ranks, job, stop_flag, first_step)
+@contextmanager
+def job_folder(cfg: DictConfig, ranks: Ranks) -> Iterator[Path]:
+    """The job's folder, in which nobody else writes for as long as this lasts."""
+    job = on_main(lambda: prepare_job_directory(cfg), ranks)
+    try:
+        yield job
+    finally:
+        unlock(job)
+
+
+def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopFlag) -> None:
+    """From the newest checkpoint, or from the beginning, to the end."""
+    loop = Loop(task, cfg, ranks, job, stop_flag, first_step=resume(task, cfg, ranks, job))
     loop.log.say(f"{task.introduction()}, {loop.images_per_step} images per step, {loop.length()}")
-    step = first_step
-    if step == loop.total_steps:
+    if loop.first_step < loop.total_steps:
+        run_steps(task, cfg, loop)
+    else:
         loop.log.say("already finished: nothing is left to train")
-        loop.log.close()
-        return None
+    task.finish(loop)
+    loop.log.close()
+
+
+def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
+    step, per_epoch = loop.first_step, loop.steps_per_epoch
     task.prepare()
     if step == 0 and "eval_at_start" in cfg and cfg.eval_at_start:
         loop.evaluate(0)
@@ -95,7 +126,6 @@ def train(
             loop.evaluate(epoch)
         loop.after_epoch(epoch)
     loop.finish()
-    return loop
 
 
 def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:

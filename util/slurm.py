@@ -18,8 +18,9 @@ import submitit
 from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
-from util.config import ConfigError, job_directory
+from util.config import ConfigError, TrainingStopped, job_directory, processes_per_node
 from util.job import is_finished, is_restart, refuse_to_start_over
+from util.lock import JobBusy
 from util.slurm_queue import OVER, job_state, read_queue
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
     executor.update_parameters(
         name=cfg.job_name,
         nodes=cfg.env.world_size,
-        tasks_per_node=cfg.env.ngpu or cfg.env.tasks_per_node,
+        tasks_per_node=processes_per_node(cfg),
         cpus_per_task=cfg.env.workers,
         timeout_min=cfg.env.timeout,
         slurm_signal_delay_s=cfg.env.signal_delay,
@@ -228,8 +229,10 @@ class SlurmTask:
         return submitit.helpers.DelayedSubmission(SlurmTask(self.config))
 
 
-FOR_GOOD = (2, 3)  # bad input, and a training that cannot go on: again would be the same
-BUSY = 4  # a second submission of the same job; after a restart it is only the last start's end
+# Again would be the same.
+FOR_GOOD = (ConfigError.exit_code, TrainingStopped.exit_code)
+# A second submission of the same job; after a restart it is only the last start's end.
+BUSY = JobBusy.exit_code
 
 
 # --- the queue ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import Views, extract_patches
+from tests.published import published_model
 from util.optim import build_adamw, decays
 from util.schedules import Schedule
 
@@ -51,7 +52,8 @@ class GoldenPair:
         return Views(inputs["vis_idx"], inputs["mask_idx"], *offsets)
 
     def new_model(self) -> LatentMIM:
-        return LatentMIM(**{key: self.config[key] for key in MODEL_KEYS if key in self.config})
+        given = {key: self.config[key] for key in MODEL_KEYS if key in self.config}
+        return published_model(**given)
 
     def build_model(self) -> LatentMIM:
         model = self.new_model()
@@ -74,6 +76,8 @@ class GoldenPair:
             ),
             device=CPU,
             accum_iter=self.config["accum_iter"],
+            precision="fp32",
+            clip_grad=None,
         )
 
 

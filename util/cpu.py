@@ -1,21 +1,23 @@
-"""Linear layers for training on CPUs: faster matrix products.
+"""What makes training faster on CPUs (docs/results.md has the figures): in fp32, large matrix
+products by convolution; in bf16, attention written out.
 
 A linear layer is a convolution with one pixel, tokens in place of pixels. torch hands convolutions
-to oneDNN, and float32 matrix products to a library that is slower on some processors; in bf16 its
-convolutions are the better tuned ones too (docs/results.md). The gradient of the weights stays a
-matrix product: there that is the faster.
+to oneDNN, and float32 matrix products to a library that is slower on some processors. The gradient
+of the weights stays a matrix product: there that is the faster.
 """
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.decoder import CrossAttention
+
 # Entries of a weight matrix; below, calling a convolution costs more than it saves.
 SMALLEST = 2**18
-# Each call brings the weights into oneDNN's order, which pays from so many tokens on. Other types
-# are not measured, and stay with matrix products.
-FEWEST_TOKENS = {torch.float32: 512, torch.bfloat16: 2048}
+# Each call brings the weights into oneDNN's order, which pays from so many tokens on.
+FEWEST_TOKENS = 512
 ONE_PIXEL = {
     "stride": [1, 1],
     "padding": [0, 0],
@@ -69,20 +71,29 @@ class PixelProduct(torch.autograd.Function):
 
 class PixelLinear(nn.Linear):
     def forward(self, tokens: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else tokens.dtype
-        if tokens.dim() != 3 or tokens.shape[:2].numel() < FEWEST_TOKENS.get(dtype, float("inf")):
+        is_large = tokens.dim() == 3 and tokens.shape[:2].numel() >= FEWEST_TOKENS
+        if not is_large or tokens.dtype != torch.float32:
             return super().forward(tokens)
-        weight, bias = self.weight, self.bias
-        if autocast:  # casts torch's own functions only
-            tokens, weight = tokens.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return PixelProduct.apply(tokens, weight, bias)
+        return PixelProduct.apply(tokens, self.weight, self.bias)
 
 
-def multiply_by_convolution(model: nn.Module, on: bool = True) -> None:
-    """In the large linear layers of the model. Parameters and their names stay as they are."""
-    was, becomes = (nn.Linear, PixelLinear) if on else (PixelLinear, nn.Linear)
+def tune_for_cpu(model: nn.Module, precision: str, compiled: bool) -> None:
+    """Parameters and their names stay as they are."""
+    if precision == "bf16":
+        write_out_attention(model)  # the fused one takes up to twice as long
+    elif not compiled:  # the compiler chooses its own products
+        multiply_by_convolution(model)
+
+
+def multiply_by_convolution(model: nn.Module) -> None:
+    """In the large linear layers of the model."""
     for module in model.modules():
-        if type(module) is was and module.weight.numel() >= SMALLEST:
-            module.__class__ = becomes
+        if type(module) is nn.Linear and module.weight.numel() >= SMALLEST:
+            module.__class__ = PixelLinear
+
+
+def write_out_attention(model: nn.Module) -> None:
+    """As matrix products and a softmax, instead of one fused operation."""
+    for module in model.modules():
+        if isinstance(module, Attention | CrossAttention):
+            module.fused_attn = False

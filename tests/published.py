@@ -1,0 +1,39 @@
+"""Networks and objective of the published recipe, in everything that a test does not set itself."""
+
+from functools import cache
+
+from omegaconf import DictConfig, OmegaConf
+
+from main_lmim import build_model
+from models.lmim import LatentMIM
+from models.losses import Objective
+from util.config import compose_config
+
+PLACES = {
+    "embed_dim": "encoder.embed_dim",
+    "depth": "encoder.depth",
+    "num_heads": "encoder.num_heads",
+    "mlp_dim": "proj.mlp_dim",
+    "mlp_depth": "proj.mlp_depth",
+    "decoder": "decoder.name",
+    "target": "target.name",
+}
+
+
+@cache
+def recipe() -> DictConfig:
+    return compose_config("lmim", [])
+
+
+def published_model(**changes) -> LatentMIM:
+    """changes: arguments of LatentMIM."""
+    cfg = recipe().copy()
+    for name, value in changes.items():
+        OmegaConf.update(cfg, PLACES.get(name, name), value)
+    return build_model(cfg)
+
+
+def published_objective(**changes) -> Objective:
+    cfg = recipe()
+    values = {"loss": cfg.loss.name, "tau": cfg.tau, "avg_sim_coeff": cfg.avg_sim_coeff}
+    return Objective(**values | changes)
