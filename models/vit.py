@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.head import ProjectionHead
 from models.views import take_tokens
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -84,6 +84,36 @@ def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor, *context: Tensor, re
         else:
             tokens = block(tokens, *context)
     return tokens
+
+
+class ProjectionHead(nn.Module):
+    """The MLP on top of the encoder while it is pre-trained; evaluations take it off.
+
+    mlp_depth linear layers without bias, each followed by LayerNorm (eps 1e-5), GELU after every
+    hidden one.
+
+    dim -> mlp_dim -> ... -> mlp_dim -> dim; mlp_depth 1 is dim -> dim; mlp_depth 0 is the identity.
+    """
+
+    def __init__(self, dim: int, mlp_dim: int, mlp_depth: int):
+        super().__init__()
+        self.depth = mlp_depth
+        widths = [dim] + [mlp_dim] * (mlp_depth - 1) + [dim]
+        # Named linear0, norm0, ... and not held in a list: these are the key names of the published
+        # checkpoint.
+        for layer in range(mlp_depth):
+            linear = nn.Linear(widths[layer], widths[layer + 1], bias=False)
+            self.add_module(f"linear{layer}", linear)
+            self.add_module(f"norm{layer}", nn.LayerNorm(widths[layer + 1], eps=1e-5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [N, L, dim] -> [N, L, dim]"""
+        for layer in range(self.depth):
+            if layer > 0:
+                tokens = F.gelu(tokens)
+            tokens = self.get_submodule(f"linear{layer}")(tokens)
+            tokens = self.get_submodule(f"norm{layer}")(tokens)
+        return tokens
 
 
 class Encoder(nn.Module):

@@ -10,11 +10,10 @@ import yaml
 from torch import nn
 
 from engine_pretrain import Training, begin_step, end_step, micro_step
-from models.head import ProjectionHead
 from models.lmim import LatentMIM, Latents
 from models.target import TARGETS
 from models.views import Views, sample_views
-from models.vit import PositionTable
+from models.vit import PositionTable, ProjectionHead
 from tests import reference
 from tests.published import published_model, published_objective
 from util.checkpoint import CheckpointError, load_weights

@@ -215,17 +215,19 @@ def unknown_key(key: str, config_dirs: list[Path]) -> str:
 
 
 @cache
-def shipped_keys(worker: str | None = None) -> set[str]:
+def shipped_keys(worker: str | None = None) -> dict[str, object]:
     """The keys of the shipped configs that name this worker (of all, without one) and of every
-    choice of every group. Empty where no shipped config names it."""
+    choice of every group, with a shipped value. Empty where no shipped config names it."""
     configs = [path for path in CONFIG_DIR.glob("*.yaml") if worker in (None, worker_of(path))]
-    keys = {key for path in configs for key in flatten(read_yaml(path))}
+    keys = {}
+    for path in configs:
+        keys |= flatten(read_yaml(path))
     if not configs:
         return keys
     for path in CONFIG_DIR.glob("*/*.yaml"):
         if path.parent.name != LOCAL_GROUP:
             is_global = path.read_text().startswith("# @package _global_")
-            keys.update(flatten(read_yaml(path), "" if is_global else f"{path.parent.name}."))
+            keys |= flatten(read_yaml(path), "" if is_global else f"{path.parent.name}.")
     return keys
 
 

@@ -9,8 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
@@ -21,7 +20,7 @@ from torch.distributed import TCPStore
 
 from util.command import leave, run_configured_worker
 from util.config import ConfigError, processes_per_node
-from util.preemption import SAME_SIGNAL_SECONDS, SIGNALS
+from util.preemption import Signals
 from util.validate import check_gpus
 
 SAY_SECONDS = 10
@@ -64,13 +63,13 @@ def run_processes(cfg: DictConfig, count: int) -> int:
         variables = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         arguments = [OmegaConf.to_container(cfg), variables]
         processes.append(spawn.Process(target=run_and_exit, args=arguments, name=f"rank {rank}"))
-    with passing_on_signals(processes) as received:
+    with closing(PassedOn(processes)) as signals:
         for process in processes:
             process.start()
-            if received:
-                tell(processes, received[-1])  # it came while this one was being started
+            if signals.received:
+                tell(processes, signals.received[-1])  # it came while this one was being started
                 break
-        return wait_for_all(processes, received)
+        return wait_for_all(processes, signals.received)
 
 
 def run_and_exit(config: dict, variables: dict[str, str]) -> None:
@@ -88,29 +87,21 @@ def tell(processes: list[SpawnProcess], number: int) -> None:
                 os.kill(process.pid, number)
 
 
-@contextmanager
-def passing_on_signals(processes: list[SpawnProcess]) -> Iterator[list[int]]:
+class PassedOn(Signals):
     """Whoever is told to stop tells its processes, and waits for them; told twice, it leaves at
-    once. -> the signals that came"""
-    received: list[int] = []
-    came_at = 0.0
+    once."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal came_at
-        again = number in received and number != signal.SIGUSR2
-        if again and time.monotonic() - came_at > SAME_SIGNAL_SECONDS:
-            tell(processes, signal.SIGKILL)
-            os._exit(128 + number)
-        tell(processes, number)
-        received.append(number)
-        came_at = time.monotonic()
+    def __init__(self, processes: list[SpawnProcess]):
+        self.processes = processes
+        super().__init__()
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        super().handle(number, frame)
+        tell(self.processes, number)
+
+    def leave_at_once(self, number: int) -> None:
+        tell(self.processes, signal.SIGKILL)
+        os._exit(128 + number)
 
 
 def wait_for_all(processes: list[SpawnProcess], received: list[int]) -> int:

@@ -33,21 +33,13 @@ class Interrupted(Exception):
         self.number = number
 
 
-class StopFlag:
-    """Set by a signal, agreed upon once per step.
+class Signals:
+    """Those that came, in order, and an end at once for whoever sends the same one again."""
 
-    The agreement is one step late: the answer of the last step's question is read when this
-    step's is asked, so that neither the host waits for the GPU nor the GPU for the host.
-    """
-
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-        self.received: list[int] = []  # signal numbers, in order
+    def __init__(self):
+        self.received: list[int] = []
         self.received_at = 0.0
-        self.previous = {number: signal.getsignal(number) for number in SIGNALS}
-        self.question: Question | None = None
-        for number in SIGNALS:
-            signal.signal(number, self.handle)
+        self.previous = {number: signal.signal(number, self.handle) for number in SIGNALS}
 
     def close(self) -> None:
         """Signals mean again what they meant before."""
@@ -57,10 +49,26 @@ class StopFlag:
     def handle(self, number: int, frame: FrameType | None) -> None:
         again = number in self.received and number != signal.SIGUSR2
         if again and time.monotonic() - self.received_at > SAME_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)  # somebody does not want to wait
-            os.kill(os.getpid(), number)
+            self.leave_at_once(number)
         self.received.append(number)
         self.received_at = time.monotonic()
+
+    def leave_at_once(self, number: int) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+class StopFlag(Signals):
+    """Set by a signal, agreed upon once per step.
+
+    The agreement is one step late: the answer of the last step's question is read when this
+    step's is asked, so that neither the host waits for the GPU nor the GPU for the host.
+    """
+
+    def __init__(self, ranks: Ranks):
+        super().__init__()
+        self.ranks = ranks
+        self.question: Question | None = None
 
     def agreed(self) -> int:
         """To be asked once per step by every process. -> signal number, or 0: go on"""
@@ -93,7 +101,7 @@ def ignore_signals_in_child() -> None:
     """Loader workers and whatever else is forked: the whole job gets a signal, and only the
     training processes answer it."""
     for number in SIGNALS:
-        if getattr(signal.getsignal(number), "__func__", None) is StopFlag.handle:
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopFlag):
             signal.signal(number, signal.SIG_IGN)
 
 

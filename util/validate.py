@@ -14,13 +14,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from util.config import (
     CONFIG_DIR,
     ConfigError,
-    flatten,
     group_choices,
     job_directory,
     processes_per_node,
+    shipped_keys,
 )
 
-Rule = tuple[str, Callable[[object], bool]]  # what is valid, in words and as a test
+Rule = tuple[str, Callable[[object], bool]]  # what is expected, in words and as a test
+ABSENT = object()
 
 
 def is_whole(value) -> bool:
@@ -30,6 +31,10 @@ def is_whole(value) -> bool:
 def is_number(value) -> bool:
     """Infinity and NaN are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_switch(value) -> bool:
+    return isinstance(value, bool)
 
 
 def is_text(value) -> bool:
@@ -90,7 +95,7 @@ def choice_of(group: str) -> Rule:
 
 POSITIVE: Rule = ("a number above 0", lambda v: is_number(v) and v > 0)
 SHARE: Rule = ("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1)
-YES_OR_NO: Rule = ("True or False", lambda v: isinstance(v, bool))
+YES_OR_NO: Rule = ("True or False", is_switch)
 TEXT: Rule = ("a text that is not empty", is_text)
 FOLDER_NAME: Rule = (
     "the name of a folder inside output_dir, without '/'",
@@ -121,18 +126,15 @@ RAND_AUGMENT: Rule = (
     lambda v: is_text(v) and re.fullmatch(r"rand(-(m|mstd|mmax|n|p|inc|t|w)\d+(\.\d+)?)*", v),
 )
 
+# Keys that are True or False in the shipped configs need none.
 RULES: dict[str, Rule] = {
     "worker": ("a Python module with main(cfg), such as main_lmim", is_module),
     "job_name": FOLDER_NAME,
     "output_dir": TEXT,
     "data_path": or_null(TEXT),
-    "resume": YES_OR_NO,
-    "overwrite": YES_OR_NO,
     "num_workers": or_null(whole(0)),
     "max_bad_images": number(0, 1),
     "max_bad_steps": whole(0),
-    "recompute": YES_OR_NO,
-    "compile": YES_OR_NO,
     "seed": whole(0, 2**63 - 1),
     "precision": one_of("auto", "bf16", "fp16", "fp32"),
     "grid_size": whole(2),
@@ -140,15 +142,12 @@ RULES: dict[str, Rule] = {
     "patch_gap": whole(0),
     "num_vis": whole(1),
     "min_crop": SHARE,
-    "freeze_pe": YES_OR_NO,
     "proj.mlp_dim": whole(1),
     "proj.mlp_depth": whole(0),
     "decoder_depth": whole(1),
     "decoder_embed_dim": whole(1),
     "decoder_num_heads": whole(1),
-    "avg_vis_mask_token": YES_OR_NO,
     "target_depth": or_null(whole(1)),
-    "mask_target": YES_OR_NO,
     "tau": POSITIVE,
     "avg_sim_coeff": number(0),
     "sim_init": number(-1, 1),
@@ -172,13 +171,10 @@ RULES: dict[str, Rule] = {
     "target.name": choice_of("target"),
     "loss.name": choice_of("loss"),
     "dataset.name": choice_of("dataset"),
-    "dataset.flip": YES_OR_NO,
     "dataset.crop_ratio": SHARE,
     "dataset.mean": RGB,
     "dataset.std": RGB_POSITIVE,
     "dataset.options": SECTION,
-    "env.slurm": YES_OR_NO,
-    "env.distributed": YES_OR_NO,
     "env.ngpu": whole(0),
     "env.tasks_per_node": whole(1),
     "env.world_size": whole(1),
@@ -195,23 +191,18 @@ RULES: dict[str, Rule] = {
     "env.comment": or_null(LABEL),
     "env.slurm_extra": SECTION,
     "env.nccl": SECTION,
-    "env.snapshot": YES_OR_NO,
     "env.max_restarts": whole(0),
-    "env.wait": YES_OR_NO,
     "env.array_parallelism": whole(1),
     "print_freq": whole(1),
     "save_freq": whole(1),
     "save_minutes": POSITIVE,
     "eval_freq": whole(0),
-    "eval_at_start": YES_OR_NO,
     # every evaluation
     "pretrained": or_null(TEXT),
     "pretrained_weights": or_null(TEXT),
     "which": one_of("encoder", "target"),
     "layer": whole(-1),
-    "final_norm": YES_OR_NO,
     "image_side": or_null(whole(1)),
-    "random_init": YES_OR_NO,
     "cache_dir": or_null(TEXT),
     # nn
     "protocol": one_of("paper", "knn"),
@@ -223,12 +214,10 @@ RULES: dict[str, Rule] = {
     "probe_images": whole(4),
     # evaluate
     "evals": several_of("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"),
-    "beside_random_init": YES_OR_NO,
     "settings": TEXT_LIST,
     # linear_probe, finetune
     "poolings": several_of("cls", "mean", "cls+mean", "attentive"),
     "blrs": SEVERAL_RATES,
-    "cached": YES_OR_NO,
     "min_lr": number(0),
     "layer_decay": SHARE,
     "drop_path": number(0, 0.99),
@@ -247,13 +236,11 @@ RULES: dict[str, Rule] = {
     "segments": whole_list(1),
     "clustering.metric": one_of("cosine", "euclidean", "manhattan"),
     "clustering.linkage": one_of("average", "complete", "single", "ward"),
-    "clustering.connected": YES_OR_NO,
     "patch_head.epochs": whole(1),
     "patch_head.lr": POSITIVE,
     "patch_head.weight_decay": number(0),
     "patch_head.batch_images": whole(1),
     # video
-    "save_masks": YES_OR_NO,
     "video_split": FOLDER_NAME,
     "frame_side": whole(1),
     "previous_frames": whole(0),
@@ -264,11 +251,10 @@ RULES: dict[str, Rule] = {
 
 def check_config(cfg: DictConfig) -> None:
     """Each key that the config has; then, for pre-training, what must fit together."""
-    present = flatten(OmegaConf.to_container(cfg))
-    for key, (valid, holds) in RULES.items():
-        value = OmegaConf.select(cfg, key)
-        is_there = key in present or isinstance(value, DictConfig)
-        if is_there and not holds(value):
+    switches = {key: YES_OR_NO for key, value in shipped_keys().items() if is_switch(value)}
+    for key, (valid, holds) in (RULES | switches).items():
+        value = OmegaConf.select(cfg, key, default=ABSENT)
+        if value is not ABSENT and not holds(value):
             raise ConfigError(f"{key}={shown(value)}: expected {valid}")
     if "encoder" in cfg:
         check_views(cfg)
