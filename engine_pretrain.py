@@ -1,7 +1,6 @@
 """The training step of Latent MIM: accum_iter micro-steps and one update.
 
-Nothing in here waits for the device: losses and similarities stay where they were computed until a
-log point reads them.
+Nothing in here waits for the device: losses and similarities stay on it until they are logged.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,10 +46,10 @@ class Training:
         self.meters = DeviceMeters(self.device)
 
     def compile(self) -> None:
-        """Compile what repeats: each transformer block by itself, so that all blocks share the work
-        of compiling one and DistributedDataParallel sends the gradients of a block while those of
-        the next are computed; and the loss. All shapes of training are fixed."""
-        # What would cut the graphs where gradients are sent: blocks are small enough as they are.
+        """Compile each transformer block and the loss. The blocks share one compilation, and
+        DistributedDataParallel sends the gradients of a block while those of the next are computed.
+        All shapes of training are fixed."""
+        # It would split graphs where gradients are sent; blocks are small enough already.
         torch._dynamo.config.optimize_ddp = False
         for block in self.model.blocks():
             block.compile(dynamic=False)
@@ -100,11 +99,11 @@ def end_step(training: Training, step: int) -> None:
         training.optimizer.found_inf = gradient_is_bad.float()
         training.meters.add_gradient(step, gradient_is_bad)
     else:
-        # The scaler does this by itself, as a matter of routine while it looks for its scale.
+        # The scaler leaves such steps out itself, routinely while it looks for its scale.
         training.meters.add_gradient(step, gradient_is_bad, most_in_a_row=SCALER_SEARCHES)
     training.scaler.step(training.optimizer)
     training.scaler.update()
-    # DistributedDataParallel has the gradients inside its buckets, and loses them there for None.
+    # DistributedDataParallel keeps the gradients inside its buckets, and None would detach them.
     is_alone = not isinstance(training.network, DistributedDataParallel)
     training.optimizer.zero_grad(set_to_none=is_alone)
     training.meters.add_step(step, grad_norm)

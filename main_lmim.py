@@ -148,8 +148,7 @@ class Pretraining(Task):
     def settle_gradient_buckets(self) -> None:
         """DistributedDataParallel regroups gradients after the first backward pass, which changes
         the order of summation over more than two processes. One pass on blank images settles this
-        before the first step, of a new run and of a resumed one alike: both then sum in the same
-        order."""
+        before the first step, so that a new and a resumed run sum in the same order."""
         training, side = self.training, self.geometry.side
         # A whole batch: compiled code is then compiled for the shapes of training, and only once.
         images = torch.zeros(self.cfg.batch_size, 3, side, side, device=training.device)

@@ -74,7 +74,7 @@ class Objective:
         """-> the loss to differentiate, and METRICS as one tensor, detached and on the device."""
         latents = Latents(*(tokens.float() for tokens in latents))
         loss = prediction_loss(self.loss, latents.predictions, latents.targets, self.tau)
-        # The constraint holds the latents of an image neither all alike nor all apart.
+        # The constraint keeps the latents of an image from becoming all equal or all different.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.avg_sim_coeff > 0):
             predicted = average_similarity(latents.predictions)
             visible = average_similarity(latents.visible)

@@ -160,7 +160,7 @@ class CheckpointWriter:
         self.seconds_waited += time.perf_counter() - start
 
     def wait(self) -> None:
-        """Until the file is there. An error that is no write error is raised here."""
+        """Until the file is written. Errors other than write errors are raised here."""
         if self.writing is not None:
             self.writing.result()
             self.writing = None
@@ -173,7 +173,7 @@ class CheckpointWriter:
             self.report(f"checkpoint {path} could not be written ({reason}); training goes on")
             self.failures += 1
             return
-        if self.failures:  # once more: a log on the same full disk has lost the reports
+        if self.failures:  # repeated, because a log on the same full disk has lost the reports
             self.report(f"checkpoint {path} is written; {self.failures} before it could not be")
             self.failures = 0
         self.remove_old()

@@ -1,4 +1,4 @@
-"""How a command ends: errors that a user can mend become one sentence and an exit code."""
+"""How a command ends: an error that the user can fix is one sentence and an exit code."""
 
 import gc
 import importlib
@@ -49,8 +49,7 @@ def run_command_line(main: Callable[[DictConfig], None], description: str, confi
 def run_configured_worker(config: dict) -> int:
     """The worker that a resolved config names, in this process. -> exit code"""
     cfg = OmegaConf.create(config)
-    # What is imported stays: the garbage collector need not look through all of it again and
-    # again, neither now nor while training.
+    # Imported modules stay until the end: keep the garbage collector from scanning them.
     gc.disable()
     worker = importlib.import_module(cfg.worker)
     gc.freeze()
@@ -62,8 +61,8 @@ def run_configured_worker(config: dict) -> int:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End this process, at the very end of it: everything is written and closed. Python's own way
-    out would take another second to free, one by one, what the system frees at once."""
+    """End the process without Python's own cleanup, which takes a second. Everything is written and
+    closed by now."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
@@ -91,8 +90,8 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
 
 
 def say_crash(cfg: DictConfig) -> None:
-    """The traceback of this process, and last that of the process which failed first: where one is
-    gone, the others fail too, because they cannot reach it."""
+    """Print this process's traceback and, last, that of the process that failed first: the others
+    only fail because they lose contact with it."""
     rank = int(os.environ.get("RANK", 0))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         traceback.print_exc()
@@ -101,7 +100,7 @@ def say_crash(cfg: DictConfig) -> None:
     print(text, file=sys.stderr, flush=True)
     folder = job_directory(cfg) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    # Named after the attempt, which is the same in all its processes.
+    # The attempt is the same in all its processes.
     first = folder / f"first-error-{os.environ.get('MASTER_PORT')}-{attempt()}.txt"
     try:
         with open(first, "x") as file:
@@ -112,7 +111,7 @@ def say_crash(cfg: DictConfig) -> None:
 
 
 def attempt() -> str:
-    """Part of what tells one start of a job from the next: Slurm's restarts, torchrun's run."""
+    """Identifies one start of a job: Slurm's restart count, torchrun's run id."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return f"{os.environ.get('SLURM_JOB_ID') or os.environ.get('TORCHELASTIC_RUN_ID')}-{restarts}"
 
@@ -127,7 +126,7 @@ def say_error(error: Exception) -> None:
 
 
 def wait_for_first_process() -> None:
-    """What all processes find alike, the first one says; whoever started them ends the others then.
-    One that is still there after this has a problem of its own to tell."""
+    """Rank 0 reports an error that all ranks have, and their parent then ends the others. A rank
+    that is still alive after this reports an error of its own."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(GRACE_SECONDS)

@@ -24,7 +24,7 @@ OPEN_SECTIONS = ("dataset.options", "env.slurm_extra", "env.nccl")
 
 
 class UserError(Exception):
-    """One sentence for the user, who can mend it; no traceback."""
+    """One sentence about something that the user can fix; printed without a traceback."""
 
     exit_code = 2  # bad input
 
@@ -113,8 +113,8 @@ def compose_config(
         raise ConfigError(f"--config-dir={config_dir}: expected a folder of configs")
     if config_name not in yaml_names(config_dirs):
         raise ConfigError(
-            f"--config-name={config_name}: no such config in {config_dir}; "
-            f"valid: {', '.join(yaml_names(config_dirs))}"
+            f"--config-name={config_name}: expected a config of {config_dir}, one of "
+            f"{', '.join(yaml_names(config_dirs))}"
         )
     for override in overrides:
         check_override(override, config_dirs)
@@ -132,7 +132,7 @@ def compose_config(
 
 
 def check_override(text: str, config_dirs: list[Path]) -> None:
-    """What Hydra would take in silence, or answer with a traceback or a riddle."""
+    """Catch what Hydra would ignore, or answer with a traceback."""
     override = parse_override(text)
     key = override.key_or_group
     if override.package is not None or key.split(".")[0].split("/")[0] == "hydra":
@@ -150,7 +150,7 @@ def check_override(text: str, config_dirs: list[Path]) -> None:
     if key in group_names(config_dirs):
         choices = group_choices(key, config_dirs)
         if override.value() not in choices:
-            raise ConfigError(f"{text}: no such choice; valid: {', '.join(choices)}")
+            raise ConfigError(f"{text}: expected one of {', '.join(choices)}")
 
 
 def is_open(key: str) -> bool:
@@ -182,8 +182,8 @@ def explain(error: Exception, config_dirs: list[Path]) -> str:
             return unknown_key(no_group.group(1), config_dirs)
         if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
             group, choice = missing.groups()
-            valid = ", ".join(group_choices(group, config_dirs))
-            return f"{group}={choice}: no such choice; valid: {valid}"
+            choices = ", ".join(group_choices(group, config_dirs))
+            return f"{group}={choice}: expected one of {choices}"
     return ": ".join(" ".join(str(cause).split()) for cause in causes)
 
 
@@ -194,7 +194,7 @@ def check_keys(config: DictConfig) -> None:
     """Hydra knows the keys on the command line; those in a user's own files are checked here."""
     known = shipped_keys(config.get("worker"))
     if not known:
-        return  # a worker of the user's own reads keys of its own
+        return  # the user's own worker has keys of its own
     for key, value in flatten(OmegaConf.to_container(config)).items():
         if key in OPEN_SECTIONS or is_open(key):
             continue
@@ -243,7 +243,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def flatten(section: dict, prefix: str = "") -> dict[str, object]:
-    """Dotted names of all leaves, with their values. Hydra's `defaults` is no key."""
+    """Dotted names of all leaves, with their values, without Hydra's `defaults`."""
     leaves = {}
     for key, value in section.items():
         if isinstance(value, dict) and value:

@@ -16,7 +16,7 @@ from models.decoder import CrossAttention
 
 # Entries of a weight matrix; below, calling a convolution costs more than it saves.
 SMALLEST = 2**18
-# Each call brings the weights into oneDNN's order, which pays from so many tokens on.
+# oneDNN reorders the weights in each call, which pays off from this many tokens on.
 FEWEST_TOKENS = 512
 ONE_PIXEL = {
     "stride": [1, 1],

@@ -1,4 +1,4 @@
-"""Processes: who am I, which device is mine, and the few things that all of them do together."""
+"""Ranks, their devices, and the collective operations."""
 
 import ctypes
 import inspect
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# A rank that waits longer than this for the others gives up, so that a lost one ends the job.
+# A rank gives up waiting after this long, so that a lost rank ends the job.
 TIMEOUT = timedelta(minutes=10)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
@@ -55,22 +55,22 @@ def join_processes(device_type: str | None = None) -> Ranks:
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
-        # One that finds a mistake at once must not leave while others are still connecting: they
-        # would take that for a crash.
+        # A rank that finds an error at once must not leave while others are still connecting: they
+        # would report a crash.
         dist.barrier()
     return Ranks(rank, world_size, device)
 
 
 def end_with_parent() -> None:
-    """Processes outlive the torchrun or launcher that started them, if that is killed, and would
-    train on next to its next start: this asks the kernel for a TERM in that case (Linux only)."""
+    """Ask the kernel for a TERM when the parent dies (Linux only): after a kill -9 of torchrun or
+    the launcher its processes would otherwise train on, alongside those of the next start."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def share_cores(processes: int) -> None:
-    """CPU processes that use all cores each stand in each other's way: ten times slower."""
-    # What a person has set counts; of several processes torchrun has set it, to 1.
+    """Processes that each use all cores are ten times slower."""
+    # A user's setting counts; with several processes it is torchrun's, which is 1.
     if processes > 1 or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, own_cores(processes)))
 
@@ -87,21 +87,20 @@ def keep_freed_memory() -> None:
 
 
 def own_cores(processes: int) -> int:
-    """Of each of several processes. Slurm may have bound them already to cores of their own, which
-    then are all that this process can see."""
+    """Cores of each process. Slurm may have bound each to its own, and then it sees no others."""
     visible = len(os.sched_getaffinity(0))
     given = int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
     return max(visible // processes, min(visible, given))
 
 
 def default_workers() -> int:
-    """Loader processes per training process: what the training process leaves of its cores."""
+    """Loader processes per training process: one for each of its cores but one."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(16, max(0, own_cores(processes) - 1))
 
 
 def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """DistributedDataParallel around the model; of one process alone the model itself."""
+    """DistributedDataParallel around the model; the model itself in a single process."""
     if ranks.world_size == 1:
         return model
     return DistributedDataParallel(
@@ -113,8 +112,8 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def leave_processes() -> None:
-    """At a good end. After an error of one process alone this would wait for the others (NCCL
-    does), and nobody would learn of the error; the end of the process is enough then."""
+    """After success only: after an error in one process NCCL would wait here for the others, and
+    the error would never be shown."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

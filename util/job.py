@@ -1,4 +1,4 @@
-"""A job's folder: where it is, what lies in it, and what is needed to know later what ran there.
+"""A job's folder: its checkpoints by name, whether it is finished, and a record of what ran there.
 
 Imports no torch: the launcher asks the same questions before it submits.
 """
@@ -40,7 +40,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_finished(cfg: DictConfig) -> bool:
-    """And is not to be trained again; says so. An evaluation that trains nothing never is."""
+    """Says so if it is. An evaluation that trains nothing never is."""
     if "resume" not in cfg or cfg.overwrite:
         return False
     for path in list_checkpoints(job_directory(cfg) / "checkpoints"):
@@ -51,7 +51,7 @@ def is_finished(cfg: DictConfig) -> bool:
 
 
 def refuse_to_start_over(cfg: DictConfig) -> None:
-    """The checkpoints of an earlier run are continued, or removed on demand, never by accident."""
+    """The checkpoints of an earlier run are only removed on demand."""
     existing = list_checkpoints(job_directory(cfg) / "checkpoints")
     if existing and not cfg.resume and not cfg.overwrite:
         raise ConfigError(
@@ -61,7 +61,7 @@ def refuse_to_start_over(cfg: DictConfig) -> None:
 
 
 def remove_checkpoints(job: Path) -> None:
-    """Which overwrite=True has asked for."""
+    """As overwrite=True asks."""
     from util.checkpoint import describe_epoch  # imports torch
 
     paths = list_checkpoints(job / "checkpoints")

@@ -1,7 +1,7 @@
 """Run a worker on this machine: in this process, or in several that are started as torchrun would.
 
-Not by torchrun's own agent, which kills processes 30 seconds after it has told them to stop: saving
-a checkpoint may take longer.
+torchrun's own agent kills processes 30 seconds after telling them to stop; saving a checkpoint may
+take longer.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ from util.preemption import Signals
 from util.validate import check_gpus
 
 SAY_SECONDS = 10
-# Processes that are left when one has failed wait for it in vain, and may not answer at all.
+# After one process has failed the others may be stuck waiting for it, and not answer a signal.
 END_SECONDS = 30
 
 
@@ -48,7 +48,7 @@ def run_processes(cfg: DictConfig, count: int) -> int:
     """-> exit code"""
     # The threads are shared among the processes before any of them loads torch.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    # Where they meet. Here, so that its port is taken before anybody is told of it.
+    # Opened here, so that the port is taken before the processes are told of it.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {
         "WORLD_SIZE": str(count),
@@ -88,8 +88,7 @@ def tell(processes: list[SpawnProcess], number: int) -> None:
 
 
 class PassedOn(Signals):
-    """Whoever is told to stop tells its processes, and waits for them; told twice, it leaves at
-    once."""
+    """Passes signals on to the processes; the same one again kills them and leaves."""
 
     def __init__(self, processes: list[SpawnProcess]):
         self.processes = processes
@@ -105,7 +104,7 @@ class PassedOn(Signals):
 
 
 def wait_for_all(processes: list[SpawnProcess], received: list[int]) -> int:
-    """Until all have ended, or one has in a way that leaves the others waiting. -> exit code"""
+    """Until all have ended, or one has failed. -> exit code"""
     told_at = said_at = None
     while running := [process for process in processes if process.is_alive()]:
         wait([process.sentinel for process in running], timeout=0.5)
@@ -113,7 +112,7 @@ def wait_for_all(processes: list[SpawnProcess], received: list[int]) -> int:
         codes = {rank: process.exitcode for rank, process in enumerate(processes)}
         if failed := {rank: code for rank, code in codes.items() if code not in saved}:
             end(running)
-            # A signal that comes before a process answers signals ends it.
+            # A process that does not handle signals yet is ended by the one that was passed on.
             unasked = {rank: code for rank, code in failed.items() if -code not in received}
             return exit_code_of(unasked) if unasked else 128 + received[0]
         now = time.monotonic()
@@ -140,8 +139,8 @@ def end(processes: list[SpawnProcess]) -> None:
 
 
 def exit_code_of(failed: dict[int, int]) -> int:
-    """Exit code of the whole, from those of the processes that failed. One that a signal ended
-    (negative: out of memory, a crash) could not say so itself."""
+    """Of the whole, from those of the processes that failed. One that was ended by a signal
+    (negative: out of memory, a crash) could not report it itself."""
     said = [exit_code for exit_code in failed.values() if exit_code > 0]
     if said:
         return min(said)

@@ -1,10 +1,10 @@
 """One writer per job folder, whatever started it: here, torchrun, or one or more Slurm jobs.
 
-Each process that is about to write leaves a file that says who it is, and then looks for those of
-others: of two that start together, at least one sees the other. Such a file outlives a process that
-was killed, so whoever finds one has to tell whether its owner is still alive. The kernel's own lock
-(flock) stands next to it, for processes of this machine that cannot see each other (containers);
-not all network file systems have it.
+A process that is about to write leaves a file that says who it is, and then looks for other such
+files: of two that start together, at least one sees the other. The file outlives a process that was
+killed, so its reader checks whether the owner is alive. In addition there is the kernel's lock
+(flock), for processes of one machine that cannot see each other (containers); not all network file
+systems have it.
 """
 
 import fcntl
@@ -102,7 +102,7 @@ def lock(job: Path) -> None:
             if reason is None:
                 HELD[job] = file, kernel_lock
                 return
-            file.unlink()  # the other has come at the same moment: give way, and try again
+            file.unlink()  # another started at the same moment: give way and try again
         time.sleep(random.uniform(0, 0.3))
     kernel_lock.close()
     raise JobBusy(f"job_name={job.name}: {reason}")
@@ -117,8 +117,8 @@ def unlock(job: Path) -> None:
 
 
 def leave_it_to_the_parent() -> None:
-    """In a forked child. Loader workers live on for some seconds when their parent is killed, and
-    would keep the kernel's lock."""
+    """In a forked child: loader workers outlive a killed parent by some seconds, and would keep the
+    kernel's lock."""
     for _, kernel_lock in HELD.values():
         kernel_lock.close()
     HELD.clear()
@@ -128,7 +128,7 @@ os.register_at_fork(after_in_child=leave_it_to_the_parent)
 
 
 def why_busy(folder: Path, me: Owner, kernel_lock: "KernelLock") -> str | None:
-    """None: nobody is writing, and what dead processes have left is removed."""
+    """None if nobody is writing; the files of dead processes are then removed."""
     others = {path: owner for path, owner in owners_in(folder) if owner != me}
     for path, owner in others.items():
         if lives(owner, me):

@@ -1,4 +1,4 @@
-"""Numbers of a run: sums on the device that nobody waits for, speed, memory."""
+"""Numbers of a run: sums that stay on the device until they are read, speed, memory."""
 
 import resource
 import time
@@ -31,7 +31,7 @@ class DeviceMeters:
         self.micro_steps += 1
 
     def add_gradient(self, step: int, is_bad: Tensor, most_in_a_row: int = 0) -> None:
-        """most_in_a_row: so many bad ones after each other are no fault."""
+        """A bad gradient is a fault only after more than most_in_a_row in a row."""
         self.bad_in_a_row = (self.bad_in_a_row + 1) * is_bad
         self.bad_gradients.add(step, self.bad_in_a_row > most_in_a_row)
 
@@ -108,7 +108,7 @@ class Speed:
 
     @contextmanager
     def pause(self):
-        """What happens inside (an evaluation) counts neither as training nor as waiting."""
+        """Time spent inside (an evaluation) counts neither as training nor as waiting."""
         start = time.perf_counter()
         yield
         self.last += time.perf_counter() - start

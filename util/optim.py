@@ -40,7 +40,7 @@ def layer_decay_groups(
     layer_decay: float,
 ) -> list[dict]:
     """One group for each layer and kind. The last layer learns at the full rate (lr_scale 1), each
-    one below it at layer_decay times the rate of the one above. `names` says what is in a group."""
+    one below it at layer_decay times the rate of the one above. `names`: the group's parameters."""
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -34,7 +34,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Those that came, in order, and an end at once for whoever sends the same one again."""
+    """Records signals in order. The same one sent again ends the process at once."""
 
     def __init__(self):
         self.received: list[int] = []
@@ -59,7 +59,7 @@ class Signals:
 
 
 class StopFlag(Signals):
-    """Set by a signal, agreed upon once per step.
+    """Set by a signal; all processes agree on it once per step.
 
     The agreement is one step late: the answer of the last step's question is read when this
     step's is asked, so that neither the host waits for the GPU nor the GPU for the host.
@@ -98,8 +98,8 @@ class StopFlag(Signals):
 
 
 def ignore_signals_in_child() -> None:
-    """Loader workers and whatever else is forked: the whole job gets a signal, and only the
-    training processes answer it."""
+    """A signal reaches the whole job. Loader workers and other forked processes ignore it: the
+    training process decides when they end."""
     for number in SIGNALS:
         if isinstance(getattr(signal.getsignal(number), "__self__", None), StopFlag):
             signal.signal(number, signal.SIG_IGN)
@@ -139,7 +139,7 @@ class Question:
 
 @contextmanager
 def stoppable(ranks: Ranks) -> Iterator[StopFlag]:
-    """A training that leaves when it is told to. Afterwards signals mean what they did before."""
+    """Inside, signals are answered by saving and leaving; afterwards as before."""
     flag = StopFlag(ranks)
     try:
         yield flag

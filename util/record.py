@@ -1,6 +1,6 @@
 """What a run says: lines on the console or a progress bar, log.txt, TensorBoard.
 
-A full disk stops no training: what it refuses is kept, and written when there is room again.
+A full disk does not stop training: what could not be written is kept until there is room again.
 """
 
 import io
@@ -21,16 +21,16 @@ from tqdm import tqdm
 
 from util.files import write_whole
 
-# Bars of one process only: a lock between processes would be reported as leaked at its end.
+# tqdm's default lock between processes would be reported as leaked at the end.
 tqdm.set_lock(RLock())
 
 
 class RunLog:
-    """Where a run writes: the console (on a terminal above a progress bar), log.txt with one
-    JSON object per line, TensorBoard. Only the first process writes; for the others this is silent.
+    """The console (on a terminal above a progress bar), log.txt with one JSON object per line,
+    TensorBoard. Rank 0 writes; on the others this is silent.
 
     A resumed run first drops what the interrupted one had logged beyond its checkpoint, so that no
-    step is there twice. A full disk stops nothing: what it refuses is written when there is room.
+    step is there twice.
     """
 
     def __init__(self, job: Path, is_main: bool, total_steps: int, resumed_step: int = 0):
@@ -54,7 +54,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the console."""
         if self.is_main:
-            # A log on a full disk: there is nowhere left to say so.
+            # OSError: the console is a file on a full disk.
             with tqdm.external_write_mode(), suppress(OSError):
                 print(text, flush=True)
 
@@ -106,9 +106,9 @@ class AppendedFile:
         self.unwritten = b""
 
     def append(self, contents: bytes) -> None:
-        """Raises OSError where not all of it, and of what was refused before, could be written."""
+        """Raises OSError unless all of it, and all that was refused before, is written."""
         self.unwritten += contents
-        while self.unwritten:  # the last free bytes of a disk take a part of it
+        while self.unwritten:  # the last free bytes of a disk may hold a part of it
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def close(self) -> None:
@@ -123,11 +123,11 @@ class JsonLines(AppendedFile):
 
 
 class TensorBoardFile(AppendedFile):
-    """Scalars in TensorBoard's format. Its own writer works in a thread that ends with the first
-    error, and takes what it was given with it."""
+    """Scalars in TensorBoard's format. Its own writer works in a thread, which ends at the first
+    error and loses what is queued."""
 
     def __init__(self, folder: Path, first_step: int | None = None):
-        """first_step: of older files in the folder TensorBoard will show only what is before it."""
+        """TensorBoard will ignore first_step and later steps of older files in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         unique = f"{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         super().__init__(folder / f"events.out.tfevents.{unique}")

@@ -70,8 +70,8 @@ def submit_tasks(executor: submitit.AutoExecutor, tasks: list["SlurmTask"]) -> l
 
 
 def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
-    """False, with a sentence: it is finished, or (in a sweep) it is in the queue. A single job that
-    is in the queue is an error: somebody believes that it is not."""
+    """False, after saying why, for a job that is finished or (in a sweep) queued. A single job that
+    is queued is an error."""
     trains = "resume" in cfg  # an evaluation that trains nothing may always run again
     if is_finished(cfg):
         return False
@@ -107,7 +107,7 @@ def submission_folder(configs: list[DictConfig]) -> Path:
 def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
     folder.mkdir(parents=True, exist_ok=True)
     code = copy_code(folder) if cfg.env.snapshot else REPOSITORY
-    # Timeouts are how a long training proceeds: they may happen any number of times.
+    # A long training runs into its time limit any number of times.
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=1_000_000)
     options = {
         "slurm_partition": cfg.env.partition,
@@ -134,7 +134,7 @@ def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
             f"export PYTHONPATH={shlex.quote(str(code))}",
             *(f"export {name}={shlex.quote(str(value))}" for name, value in cfg.env.nccl.items()),
         ],
-        # One lost process ends them all: the others would wait for it until their time is over.
+        # One lost process ends all, which would otherwise wait for it until the time limit.
         slurm_srun_args=["--kill-on-bad-exit=1"],
         slurm_teardown=requeue_after_a_crash(folder, cfg.env.max_restarts),
         **{name: value for name, value in options.items() if value is not None},
@@ -143,7 +143,7 @@ def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
 
 
 def copy_code(folder: Path) -> Path:
-    """The code as it is now: edits in the working tree do not reach a job that is requeued."""
+    """Later edits in the working tree must not reach a job that is requeued."""
     code = folder / "code"
     shutil.rmtree(code, ignore_errors=True)
     code.mkdir()
