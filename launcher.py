@@ -5,44 +5,9 @@ python launcher.py --config-name=lmim dataset=imagenet data_path=/path/to/imagen
 python launcher.py -m seed=1,2,3 ...    (a sweep: one run per value)
 """
 
-import sys
+from omegaconf import DictConfig
 
-from omegaconf import DictConfig, OmegaConf
-
-from util.command import leave, say_error
-from util.config import Command, ConfigError, compose_config, parse_command_line
-from util.sweep import expand_sweep
-from util.validate import check_config
-
-
-def main() -> int:
-    """-> exit code"""
-    command = parse_command_line(sys.argv[1:], description=__doc__)
-    try:
-        configs = compose_all(command)
-        if command.show_config:
-            print("---\n".join(OmegaConf.to_yaml(cfg) for cfg in configs), end="")
-            return 0
-        for cfg in configs:
-            check_config(cfg)
-        return launch(configs)
-    except ConfigError as error:
-        say_error(error)
-        return 2
-    except KeyboardInterrupt:  # before there was anything to save
-        return 130
-
-
-def compose_all(command: Command) -> list[DictConfig]:
-    """One config, or one per point of a sweep."""
-    if not command.multirun:
-        return [compose_config(command.config_name, command.overrides, command.config_dir)]
-    configs = []
-    for overrides, suffix in expand_sweep(command.overrides):
-        cfg = compose_config(command.config_name, overrides, command.config_dir)
-        cfg.job_name += suffix
-        configs.append(cfg)
-    return configs
+from util.command import leave, run_command_line
 
 
 def launch(configs: list[DictConfig]) -> int:
@@ -66,4 +31,4 @@ def launch(configs: list[DictConfig]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(run_command_line(launch, description=__doc__))

@@ -11,6 +11,7 @@ from PIL import Image
 
 import launcher
 from tests.runs import ROOT
+from util.command import run_command_line
 from util.config import ConfigError
 from util.validate import check_gpus, why_not_writable
 
@@ -30,7 +31,7 @@ def run_here(monkeypatch, capsys, tmp_path):
         arguments = ["launcher.py", *TINY, f"output_dir={tmp_path}", *overrides]
         monkeypatch.setattr(sys, "argv", arguments)
         capsys.readouterr()
-        exit_code = launcher.main()
+        exit_code = run_command_line(launcher.launch, launcher.__doc__)
         printed = capsys.readouterr()
         return exit_code, printed.out, printed.err.splitlines()
 
@@ -239,9 +240,9 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
     [
         (
             "launcher.py --config-name=lmim encoder=vit_foo",
-            "encoder=vit_foo: no such choice; valid",
+            "encoder=vit_foo: expected one of",
         ),
-        ("launcher.py --config-name=nope", "--config-name=nope: no such config in"),
+        ("launcher.py --config-name=nope", "--config-name=nope: expected a config of"),
         ("launcher.py --config-name=demo num_vis=16", "num_vis=16: expected 1 to 14, because"),
         pytest.param(
             "main_lmim.py --config-name=demo epochs=abc",

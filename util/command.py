@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from util.config import (
     ConfigError,
     UserError,
-    compose_config,
     job_directory,
     parse_command_line,
 )
+from util.sweep import compose_all
 from util.validate import check_config
 
 GRACE_SECONDS = 15
@@ -28,22 +28,33 @@ def run_worker(
     main: Callable[[DictConfig], None], description: str, config_name: str = "lmim"
 ) -> NoReturn:
     """The command line of a worker that was started by hand or by torchrun."""
-    leave(run_command_line(main, description, config_name))
+
+    def run(configs: list[DictConfig]) -> int:
+        if len(configs) > 1:
+            raise ConfigError("--multirun: expected with launcher.py, which starts one run each")
+        return call(main, configs[0])
+
+    leave(run_command_line(run, description, config_name))
 
 
-def run_command_line(main: Callable[[DictConfig], None], description: str, config_name: str) -> int:
-    """-> exit code"""
+def run_command_line(
+    run: Callable[[list[DictConfig]], int], description: str, config_name: str = "lmim"
+) -> int:
+    """Compose and check the configs that the command line asks for, and run them. -> exit code"""
     command = parse_command_line(sys.argv[1:], description, config_name)
     try:
-        cfg = compose_config(command.config_name, command.overrides, command.config_dir)
+        configs = compose_all(command)
         if command.show_config:
-            print(OmegaConf.to_yaml(cfg), end="")
+            print("---\n".join(OmegaConf.to_yaml(cfg) for cfg in configs), end="")
             return 0
-        check_config(cfg)
+        for cfg in configs:
+            check_config(cfg)
+        return run(configs)
     except ConfigError as error:
         say_error(error)
-        return 2
-    return call(main, cfg)
+        return error.exit_code
+    except KeyboardInterrupt:  # before there was anything to save
+        return 130
 
 
 def run_configured_worker(config: dict) -> int:

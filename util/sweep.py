@@ -2,7 +2,21 @@
 
 from itertools import product
 
-from util.config import ConfigError, parse_override
+from omegaconf import DictConfig
+
+from util.config import Command, ConfigError, compose_config, parse_override
+
+
+def compose_all(command: Command) -> list[DictConfig]:
+    """One config, or one per point of a sweep."""
+    points = expand_sweep(command.overrides) if command.multirun else [(command.overrides, "")]
+    configs = []
+    for overrides, suffix in points:
+        cfg = compose_config(command.config_name, overrides, command.config_dir)
+        if suffix:
+            cfg.job_name += suffix
+        configs.append(cfg)
+    return configs
 
 
 def expand_sweep(overrides: list[str]) -> list[tuple[list[str], str]]:
