@@ -1,0 +1,48 @@
+"""The rules of docs/design.md that can be read off the code."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FILES = subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()
+LONGEST = 400
+BELOW_ALL = ("util.streams", "util.files")
+MAY_IMPORT = {
+    "models": {"models"},
+    "data": {"data"},
+    "util": {"util", "data", "models"},
+    "engine_pretrain": {"util", "models"},
+    "eval": {"eval", "util", "data", "models"},
+    "main_lmim": {"engine_pretrain", "eval", "util", "data", "models"},
+    "launcher": {"util"},
+    "bench": {"bench", "engine_pretrain", "eval", "util", "data", "models"},
+    "figs": set(),
+}
+
+
+def imported(path: str) -> set[str]:
+    """Modules of this project, also those that are imported inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.split(".")[0] in MAY_IMPORT}
+
+
+def test_no_import_runs_upward():
+    upward = {
+        f"{path} imports {name}"
+        for path in FILES
+        if (package := path.split("/")[0].removesuffix(".py")) in MAY_IMPORT
+        for name in imported(path)
+        if name.split(".")[0] not in MAY_IMPORT[package] and not name.startswith(BELOW_ALL)
+    }
+    assert upward == set()
+
+
+def test_no_file_is_too_long():
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in FILES}
+    assert {path: n for path, n in lengths.items() if n > LONGEST} == {}
