@@ -1,8 +1,7 @@
-"""Data sets made of image files: `folder` (no labels) and `imagefolder` (one folder per class)."""
+"""Data sets made of image files, and `folder`, the one without labels."""
 
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from data.base import DataError, ImageDataset, first_few
 from data.picture import Picture, check_decoder, decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+ENDINGS = f"expected files ending in {' '.join(EXTENSIONS)}"
 EVAL_FOLDERS = ("val", "validation", "test")
 # Listing folders waits for the file server, not for the processor.
 SCAN_THREADS = 16
@@ -104,39 +104,27 @@ def find_images(folder: str | os.PathLike) -> list[str]:
     return paths
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders in train/ or val/; there must be some."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; expected {folder}/CLASS/*.jpg")
-    subfolders, _ = list_folder(folder)
-    if not subfolders:
-        raise DataError(f"{folder} contains no class folders; expected {folder}/CLASS/*.jpg")
-    return subfolders
+def find_some_images(folder: str | os.PathLike) -> list[str]:
+    paths = find_images(folder)
+    if not paths:
+        raise DataError(f"{folder} contains no images; {ENDINGS}")
+    return paths
 
 
-def images_by_class(folder: Path, names: list[str]) -> dict[str, list[str]]:
-    """The images of each class folder; an empty one is an error: was its archive unpacked?"""
-    with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        paths = pool.map(find_images, [os.path.join(folder, name) for name in names])
-        images = dict(zip(names, paths, strict=True))
-    empty = [name for name in names if not images[name]]
-    if empty:
-        raise DataError(
-            f"{folder} has class folders that contain no images: {first_few(empty)}; "
-            f"expected files ending in {' '.join(EXTENSIONS)}"
-        )
-    return images
+def require_files(what: str, paths: Iterable[Path]) -> None:
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"these {what} are missing: {first_few(missing)}")
 
 
-def labelled_dataset(images: dict[str, list[str]], classes: list[str], decoder: str) -> FileDataset:
-    """Label = position in `classes`; images of other classes are left out."""
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        of_this_class = images.get(name, [])
-        paths.extend(of_this_class)
-        labels.extend([label] * len(of_this_class))
-    return FileDataset(paths, labels, classes, decoder)
+def evaluation_folder(root: Path) -> Path:
+    for name in EVAL_FOLDERS:
+        if (root / name).is_dir():
+            return root / name
+    raise DataError(
+        f"data_path={root} has no folder of evaluation images: expected one named "
+        f"{' or '.join(EVAL_FOLDERS)}"
+    )
 
 
 def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]) -> None:
@@ -144,34 +132,11 @@ def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]
     unknown = sorted(set(names) - set(classes))
     if unknown:
         raise DataError(
-            f"{folder} has classes without a folder in {folder.parent / 'train'}: "
-            f"{first_few(unknown)}"
+            f"{folder} has classes that {folder.parent / 'train'} lacks: {first_few(unknown)}"
         )
-
-
-def build_imagefolder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
-    """train/CLASS/*.jpg and val/CLASS/*.jpg; the classes are the folders of train/."""
-    root = existing_folder("imagefolder", data_path, "a folder with train/CLASS/ and val/CLASS/")
-    classes = class_folders(root / "train")
-    if split == "train":
-        return labelled_dataset(images_by_class(root / "train", classes), classes, decoder)
-    folder = next((root / name for name in EVAL_FOLDERS if (root / name).is_dir()), None)
-    if folder is None:
-        raise DataError(
-            f"data_path={root} has no folder of evaluation images: expected one named "
-            f"{' or '.join(EVAL_FOLDERS)}"
-        )
-    names = class_folders(folder)
-    require_known_classes(folder, names, classes)
-    return labelled_dataset(images_by_class(folder, names), classes, decoder)
 
 
 def build_folder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
     """All images below data_path, without labels; both splits are the same images."""
     root = existing_folder("folder", data_path, "a folder with images, at any depth")
-    paths = find_images(root)
-    if not paths:
-        raise DataError(
-            f"data_path={root} contains no images; expected files ending in {' '.join(EXTENSIONS)}"
-        )
-    return FileDataset(paths, decoder=decoder)
+    return FileDataset(find_some_images(root), decoder=decoder)

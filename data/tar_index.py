@@ -6,6 +6,7 @@ that is not allowed, in ~/.cache/latent-mim.
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -15,19 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from data.base import DataError, first_few
-from data.files import EXTENSIONS, SCAN_THREADS, PathList
+from data.files import ENDINGS, EXTENSIONS, SCAN_THREADS, PathList
 from util.files import write_whole
 
 logger = logging.getLogger("lmim.data")
 
 INDEX_NAME = "index-latent-mim.npz"
-INDEX_FORMAT = 1
+CACHE_FOLDER = "~/.cache/latent-mim"
+INDEX_FORMAT = 2
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 # Headers lie a whole image apart. The default buffer is what the file system likes best to send:
@@ -64,39 +66,28 @@ class Piece(NamedTuple):
     end: int
 
 
-class StoredList(PathList):
-    """A PathList made of its saved arrays."""
+# Where an image lies: arrays of this, for the reason that PathList gives.
+PLACE = np.dtype(
+    [
+        ("label", np.int64),  # position in the classes
+        ("tar", np.int32),  # position in the tars
+        ("offset", np.int64),
+        ("size", np.int64),
+    ]
+)
 
-    def __init__(self, ends: np.ndarray, characters: np.ndarray) -> None:
-        self.ends = ends
-        self.characters = characters
 
+class TarIndex(NamedTuple):
+    """Where the images of a folder of tars lie, sorted by class and then by file name."""
 
-class TarIndex:
-    """Where the images of a folder of tars lie, sorted by class and then by file name.
-
-    In arrays, for the reason that PathList gives. They are saved as they are.
-    """
-
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays = arrays
-        sizes, times = arrays["tar_sizes"].tolist(), arrays["tar_times"].tolist()
-        tars = zip(self.strings("tar_names"), sizes, times, strict=True)
-        self.tars = [TarFile(*tar) for tar in tars]
-        self.classes = list(self.strings("classes"))
-        self.labels = arrays["labels"]  # int64 [N], positions in classes
-        self.names = self.strings("names")
-        self.tar_numbers = arrays["tar_numbers"]  # int32 [N], positions in tars
-        self.offsets = arrays["offsets"]  # int64 [N]
-        self.sizes = arrays["sizes"]  # int64 [N]
-
-    def strings(self, name: str) -> StoredList:
-        return StoredList(self.arrays[f"{name}_ends"], self.arrays[f"{name}_characters"])
+    tars: list[TarFile]
+    classes: list[str]
+    names: PathList
+    places: np.ndarray  # PLACE [N]
 
     def members(self) -> Iterator[Member]:
-        rows = zip(self.labels, self.names, self.tar_numbers, self.offsets, self.sizes, strict=True)
-        for label, name, tar, offset, size in rows:
-            yield Member(self.classes[label], name, self.tars[tar].name, int(offset), int(size))
+        for name, (label, tar, offset, size) in zip(self.names, self.places.tolist(), strict=True):
+            yield Member(self.classes[label], name, self.tars[tar].name, offset, size)
 
 
 def make_index(tars: list[TarFile], members: list[Member]) -> TarIndex:
@@ -104,88 +95,56 @@ def make_index(tars: list[TarFile], members: list[Member]) -> TarIndex:
     classes = sorted({member.category for member in members})
     label_of = {name: label for label, name in enumerate(classes)}
     number_of = {tar.name: number for number, tar in enumerate(tars)}
-    labels = [label_of[member.category] for member in members]
-    arrays = {
-        "format": np.array(INDEX_FORMAT),
-        "tar_sizes": np.array([tar.size for tar in tars], dtype=np.int64),
-        "tar_times": np.array([tar.modified for tar in tars], dtype=np.int64),
-        "labels": np.array(labels, dtype=np.int64),
-        "tar_numbers": np.array([number_of[member.tar] for member in members], dtype=np.int32),
-        "offsets": np.array([member.offset for member in members], dtype=np.int64),
-        "sizes": np.array([member.size for member in members], dtype=np.int64),
-    }
-    texts = {
-        "tar_names": [tar.name for tar in tars],
-        "classes": classes,
-        "names": [member.name for member in members],
-    }
-    for name, values in texts.items():
-        stored = PathList(values)
-        arrays[f"{name}_ends"], arrays[f"{name}_characters"] = stored.ends, stored.characters
-    return TarIndex(arrays)
+    names = PathList([member.name for member in members])
+    places = [
+        (label_of[member.category], number_of[member.tar], member.offset, member.size)
+        for member in members
+    ]
+    return TarIndex(tars, classes, names, np.array(places, dtype=PLACE))
 
 
 # ---- One index for all processes and all starts. -------------------------------------------------
 
 
 def index_of(folder: Path, index_folder: str | None) -> TarIndex:
-    """The saved index if it fits the tars, or else a new one, which one process builds for all."""
-    tars = list_tars(folder)
-    places = index_places(folder, index_folder)
-    for place in places:
-        index = read_index(place)
-        if index is not None and index.tars == tars:
-            return index
-    with first_writable(places) as place:
-        if place is None and index_folder is not None:
-            raise DataError(f"index_folder={index_folder} is not a folder that can be written")
-        if place is None:
-            logger.warning("no place to save the index of %s: each start scans the tars", folder)
-            return scan_tars(folder, tars, None)
+    """The saved index if it fits the tars, or else a new one, which one process makes for all."""
+    tars, place = list_tars(folder), index_place(folder, index_folder)
+    index = read_index(place)
+    if index is not None and index.tars == tars:
+        return index
+    with locked(place):
         # Another process may have written it while this one waited.
         tars, index = list_tars(folder), read_index(place)
         if index is None or index.tars != tars:
             index = scan_tars(folder, tars, index)
             write_index(index, place)
-        return index
+    return index
 
 
-def index_places(folder: Path, index_folder: str | None) -> list[Path]:
-    """Where the index may lie, best first."""
+def index_place(folder: Path, index_folder: str | None) -> Path:
+    next_to_tars = folder / INDEX_NAME
+    if index_folder is None and (next_to_tars.exists() or os.access(folder, os.W_OK)):
+        return next_to_tars
     digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    if index_folder is not None:
-        return [Path(index_folder).expanduser() / f"{digest}.npz"]
-    places = [folder / INDEX_NAME]
-    with suppress(RuntimeError):  # a user without a home
-        places.append(Path.home() / ".cache" / "latent-mim" / f"{digest}.npz")
-    return places
+    return Path(index_folder or CACHE_FOLDER).expanduser() / f"{digest}.npz"
 
 
 @contextmanager
-def first_writable(places: list[Path]) -> Iterator[Path | None]:
-    """The first place that can be written, locked for this process; None where there is none."""
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(place.with_name(f".{place.name}.lock"), "a")  # noqa: SIM115 (closed below, by `with`)
-        except OSError:
-            continue
-        with lock:
-            wait_for(lock, place)
-            yield place
-        return
-    yield None
-
-
-def wait_for(lock: TextIO, place: Path) -> None:
+def locked(place: Path) -> Iterator[None]:
     """The kernel gives the lock back when its process ends, however it ends."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        logger.info("waiting for the process that makes %s", place)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:
-        pass  # A file system without locks: each process makes the same index and puts it there.
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(place.with_name(f".{place.name}.lock"), "a")  # noqa: SIM115 (closed below, by `with`)
+    except OSError as error:
+        raise DataError(
+            f"dataset.options.index_folder: expected a folder that can be written, which "
+            f"{place.parent} is not"
+        ) from error
+    with lock:
+        # On a file system without locks each process makes the same index and puts it there.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def read_index(path: Path) -> TarIndex | None:
@@ -194,17 +153,24 @@ def read_index(path: Path) -> TarIndex | None:
         return None
     try:
         # numpy leaves a file open that it opened itself and found damaged.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            index = TarIndex(dict(arrays))
-        return index if index.arrays["format"] == INDEX_FORMAT else None
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            contents = json.loads(str(stored["contents"]))
+            names = os.fsdecode(stored["names"].tobytes()).split("\0")
+            places = stored["places"]
+        tars = [TarFile(*tar) for tar in contents["tars"]]
+        index = TarIndex(tars, contents["classes"], PathList(names), places)
+        return index if contents["format"] == INDEX_FORMAT else None
     except Exception as error:  # damage shows in many ways, and a new index mends them all
         logger.info("the index %s cannot be read (%s): it is made again", path, error)
         return None
 
 
 def write_index(index: TarIndex, path: Path) -> None:
+    contents = {"format": INDEX_FORMAT, "tars": index.tars, "classes": index.classes}
+    names = np.frombuffer(os.fsencode("\0".join(index.names)), dtype=np.uint8)
+    arrays = {"contents": json.dumps(contents), "names": names, "places": index.places}
     try:
-        write_whole(path, lambda file: np.savez(file, **index.arrays))
+        write_whole(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
         logger.warning("cannot write %s (%s): the next start scans again", path, error)
 
@@ -260,8 +226,7 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
     empty = sorted({tar.name for tar in tars} - {member.tar for member in members})
     if empty:
         raise DataError(
-            f"{folder} has tar files that contain no images: {first_few(empty)}; "
-            f"expected files ending in {' '.join(EXTENSIONS)}"
+            f"{folder} has tar files that contain no images: {first_few(empty)}; {ENDINGS}"
         )
     return make_index(tars, members)
 
