@@ -117,14 +117,14 @@ def require_files(what: str, paths: Iterable[Path]) -> None:
         raise DataError(f"these {what} are missing: {first_few(missing)}")
 
 
-def evaluation_folder(root: Path) -> Path:
+def split_folder(root: Path, split: str) -> Path:
+    if split == "train":
+        return root / "train"
     for name in EVAL_FOLDERS:
         if (root / name).is_dir():
             return root / name
-    raise DataError(
-        f"data_path={root} has no folder of evaluation images: expected one named "
-        f"{' or '.join(EVAL_FOLDERS)}"
-    )
+    names = " or ".join(EVAL_FOLDERS)
+    raise DataError(f"{root}: expected a folder of evaluation images named {names}")
 
 
 def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]) -> None:

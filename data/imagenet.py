@@ -6,7 +6,6 @@ development kit: ILSVRC2012_validation_ground_truth.txt and meta.mat.
 
 import os
 import re
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from data.files import (
     ENDINGS,
     SCAN_THREADS,
     FileDataset,
-    evaluation_folder,
     existing_folder,
     find_images,
     list_folder,
     require_known_classes,
+    split_folder,
 )
 
 SUBSET_FILE = Path(__file__).with_name("imagenet100.txt")
@@ -36,11 +35,9 @@ def build_imagefolder(
     """All classes found in train/; label = position in sorted order."""
     root = existing_folder(name, data_path, EXPECTED)
     classes = class_folders(root / "train")
-    if split == "train":
-        images = images_by_class(root / "train", classes)
-    else:
-        folder, images = evaluation_images(root)
-        require_known_classes(folder, images, classes)
+    folder = split_folder(root, split)
+    images = images_by_class(folder)
+    require_known_classes(folder, images, classes)
     return labelled_dataset(images, classes, decoder)
 
 
@@ -51,22 +48,15 @@ def build_imagenet100(split: str, data_path: str | None, *, decoder: str = "fast
     """
     root = existing_folder("imagenet100", data_path, EXPECTED)
     classes = SUBSET_FILE.read_text().split()
-    if split == "train":
-        require_subset(root / "train", class_folders(root / "train"), classes)
-        images = images_by_class(root / "train", classes)
-    else:
-        folder, images = evaluation_images(root)
-        require_subset(folder, images, classes)
-    return labelled_dataset(images, classes, decoder)
-
-
-def require_subset(folder: Path, present: Iterable[str], classes: list[str]) -> None:
-    missing = sorted(set(classes) - set(present))
+    folder = split_folder(root, split)
+    images = images_by_class(folder, only=classes)
+    missing = sorted(set(classes) - set(images))
     if missing:
         raise DataError(
             f"{folder} lacks {len(missing)} of the {len(classes)} classes of imagenet100: "
             f"{first_few(missing)}"
         )
+    return labelled_dataset(images, classes, decoder)
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -79,12 +69,16 @@ def class_folders(folder: Path) -> list[str]:
     return subfolders
 
 
-def images_by_class(folder: Path, names: list[str]) -> dict[str, list[str]]:
-    """The images of each class folder; an empty one is an error: was its archive unpacked?"""
+def images_by_class(folder: Path, only: list[str] | None = None) -> dict[str, list[str]]:
+    """Paths of the images of each class, from either layout; of class folders only those named."""
+    subfolders, flat_images = list_folder(folder)
+    if flat_images and not subfolders:
+        return flat_images_by_class(folder, flat_images)
+    names = [name for name in class_folders(folder) if only is None or name in only]
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         paths = pool.map(find_images, [os.path.join(folder, name) for name in names])
         images = dict(zip(names, paths, strict=True))
-    empty = [name for name in names if not images[name]]
+    empty = [name for name in names if not images[name]]  # was its archive unpacked?
     if empty:
         raise DataError(
             f"{folder} has class folders that contain no images: {first_few(empty)}; {ENDINGS}"
@@ -92,17 +86,12 @@ def images_by_class(folder: Path, names: list[str]) -> dict[str, list[str]]:
     return images
 
 
-def evaluation_images(root: Path) -> tuple[Path, dict[str, list[str]]]:
-    """The folder, and the paths of its images of each class, from either layout."""
-    folder = evaluation_folder(root)
-    subfolders, flat_images = list_folder(folder)
-    if subfolders or not flat_images:
-        return folder, images_by_class(folder, class_folders(folder))
+def flat_images_by_class(folder: Path, names: list[str]) -> dict[str, list[str]]:
     wnids = wnids_from_devkit(folder)
     images: dict[str, list[str]] = {}
-    for name in flat_images:
+    for name in names:
         images.setdefault(wnid_of(folder, name, wnids), []).append(str(folder / name))
-    return folder, images
+    return images
 
 
 def labelled_dataset(images: dict[str, list[str]], classes: list[str], decoder: str) -> FileDataset:

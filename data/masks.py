@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.base import UNREADABLE, DataError, ImageDataset, first_few
+from data.base import UNREADABLE, DataError, ImageDataset
 from data.files import (
     EVAL_FOLDERS,
     FileDataset,
@@ -22,6 +22,7 @@ from data.files import (
     existing_folder,
     find_some_images,
     require_files,
+    split_folder,
 )
 from data.transforms import EvalTransform
 
@@ -72,21 +73,12 @@ def build_masks(split: str, data_path: str | None) -> MaskedFiles:
     for name in ("images", "masks"):
         if not (root / name).is_dir():
             raise DataError(f"data_path={root} has no {name}/; dataset masks needs {MASKS_LAYOUT}")
-    images = find_some_images(split_folder(root / "images", split))
+    folder = root / "images"
+    if any((folder / name).is_dir() for name in ("train", *EVAL_FOLDERS)):
+        folder = split_folder(folder, split)
+    images = find_some_images(folder)
     places = [Path(image).relative_to(root / "images").with_suffix(".png") for image in images]
     return masked_files(images, [root / "masks" / place for place in places])
-
-
-def split_folder(images: Path, split: str) -> Path:
-    """The subfolder of a split, or the folder itself where there are none."""
-    names = [name for name in ("train", *EVAL_FOLDERS) if (images / name).is_dir()]
-    if not names:
-        return images
-    wanted = [name for name in names if (name == "train") == (split == "train")]
-    if not wanted:
-        expected = "train" if split == "train" else " or ".join(EVAL_FOLDERS)
-        raise DataError(f"{images} has {first_few(names)} but no folder named {expected}")
-    return images / wanted[0]
 
 
 def build_voc(split: str, data_path: str | None) -> MaskedFiles:

@@ -7,14 +7,14 @@ tar is read in place, too (ILSVRC2012_img_train.tar as shipped). The order of th
 """
 
 import os
-import weakref
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from data.base import ImageDataset
-from data.files import evaluation_folder, existing_folder, require_known_classes
+from data.files import existing_folder, require_known_classes, split_folder
 from data.imagenet import FLAT_NAME, wnid_of, wnids_from_devkit
 from data.picture import Picture, check_decoder, decode
 from data.tar_index import TarIndex, index_of
@@ -34,12 +34,11 @@ def build_tar(
     """train/*.tar and val/*.tar; the classes are those of train/."""
     root = existing_folder("tar", data_path, EXPECTED)
     check_decoder(decoder)  # before minutes of scanning
-    train = index_of(root / "train", index_folder)
-    if split == "train":
-        return TarDataset(root / "train", train, train.places["label"], train.classes, decoder)
-    folder = evaluation_folder(root)
-    index = index_of(folder, index_folder)
-    labels = evaluation_labels(folder, index, train.classes)
+    index = train = index_of(root / "train", index_folder)
+    folder, labels = split_folder(root, split), train.places["label"]
+    if split == "eval":
+        index = index_of(folder, index_folder)
+        labels = evaluation_labels(folder, index, train.classes)
     return TarDataset(folder, index, labels, train.classes, decoder)
 
 
@@ -59,19 +58,12 @@ def evaluation_labels(folder: Path, index: TarIndex, classes: list[str]) -> np.n
     return labels
 
 
-class OpenTar:
-    """Closes when nothing refers to it any more: never while another thread still reads."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
-
-
 # Forked workers may inherit what is open: each read says where it starts, so none moves another.
 @lru_cache(maxsize=MOST_OPEN_TARS)
-def open_tar(path: str, modified: int) -> OpenTar:
-    """`modified`: a tar that was replaced is another one."""
-    return OpenTar(path)
+def open_tar(path: str, modified: int) -> FileIO:
+    """It closes when nothing refers to it any more: never while another thread still reads.
+    `modified`: a tar that was replaced is another one."""
+    return open(path, "rb", buffering=0)
 
 
 class TarDataset(ImageDataset):
@@ -99,11 +91,11 @@ class TarDataset(ImageDataset):
         _, number, start, size = self.index.places[self.rows[index]].item()
         tar = self.index.tars[number]
         path = os.path.join(self.folder, tar.name)
-        source = open_tar(path, tar.modified)
+        file = open_tar(path, tar.modified)
         contents = bytearray(size)
         done = 0
         while done < size:  # a read may return a part of what was asked for
-            count = os.preadv(source.descriptor, [memoryview(contents)[done:]], start + done)
+            count = os.preadv(file.fileno(), [memoryview(contents)[done:]], start + done)
             if count == 0:
                 raise OSError(f"{path} ends at byte {start + done}: it was longer when indexed")
             done += count

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -209,20 +208,19 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
     unchanged = {tar.name for tar in set(tars) & set(known.tars)} if known else set()
     members = [member for member in known.members() if member.tar in unchanged] if known else []
     pieces = [Piece(tar.name, "", 0, tar.size) for tar in tars if tar.name not in unchanged]
-    title, on_terminal = f"indexing {len(pieces)} tar files in {folder}", sys.stderr.isatty()
-    if not on_terminal:
-        logger.info(title)
-    progress = tqdm(desc=title, unit=" images", leave=False, disable=not on_terminal)
+    title = f"indexing {len(pieces)} tar files in {folder}"
     # Threads, because a scan mostly waits for the file server. Forked processes would read headers
     # in memory faster, but would also copy a process that uses a GPU, and could outlive it.
-    try:
-        with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            while pieces:
-                results = list(pool.map(partial(scan, folder, progress), pieces))
-                members.extend(member for images, _ in results for member in images)
-                pieces = [inner for _, inner_tars in results for inner in inner_tars]
-    finally:
-        progress.close()
+    with (
+        tqdm(desc=title, unit=" images", leave=False, disable=None) as progress,
+        ThreadPoolExecutor(SCAN_THREADS) as pool,
+    ):
+        if progress.disable:  # no terminal
+            logger.info(title)
+        while pieces:
+            results = list(pool.map(partial(scan, folder, progress), pieces))
+            members.extend(member for images, _ in results for member in images)
+            pieces = [inner for _, inner_tars in results for inner in inner_tars]
     empty = sorted({tar.name for tar in tars} - {member.tar for member in members})
     if empty:
         raise DataError(
@@ -233,11 +231,11 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
 
 def scan(folder: Path, progress: tqdm, piece: Piece) -> tuple[list[Member], list[Piece]]:
     """The images and the inner tars of one tar."""
-    path = path_of(folder, piece)
+    path = os.path.join(folder, piece.tar, piece.inside).rstrip("/")
     own_class = PurePosixPath(path).stem
     images: dict[str, Member] = {}  # by name: of several the last counts, as in unpacking
     inner_tars = []
-    for member in members_of(folder, piece):
+    for member in members_of(folder, piece, path):
         parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
         if not member.isreg() or any(part.startswith(".") for part in parts):
             continue
@@ -257,51 +255,44 @@ def scan(folder: Path, progress: tqdm, piece: Piece) -> tuple[list[Member], list
     return list(images.values()), inner_tars
 
 
-def path_of(folder: Path, piece: Piece) -> str:
-    return os.path.join(folder, piece.tar, piece.inside).rstrip("/")
-
-
-def members_of(folder: Path, piece: Piece) -> Iterator[tarfile.TarInfo]:
+def members_of(folder: Path, piece: Piece, path: str) -> Iterator[tarfile.TarInfo]:
     """Whatever a tar contains. tarfile takes a damaged header for the end; here it is an error."""
-    path = os.path.join(folder, piece.tar)
-    problem = None
+    outer = os.path.join(folder, piece.tar)
     try:
-        with open(path, "rb", buffering=SCAN_BUFFER) as file:
+        with open(outer, "rb", buffering=SCAN_BUFFER) as file:
             file.seek(piece.start)
-            first_bytes = file.read(8)
+            is_compressed = file.read(8).startswith(COMPRESSED_STARTS)
             file.seek(piece.start)
-            try:
-                tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (it holds nothing of its own: `file` is closed)
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # it would keep them all
-                    if member.isreg() and member.offset_data + member.size > piece.end:
-                        problem = f"it ends in the middle of {member.name}"
-                        break
-                    yield member
-                    if tar.offset >= piece.end:
-                        break
-                problem = problem or wrong_end(file, tar.offset, piece.end)
-            except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
-                problem = str(error) or repr(error)  # the last three: numbers that make no sense
+            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (it holds nothing of its own: `file` is closed)
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # it would keep them all
+                if member.isreg() and member.offset_data + member.size > piece.end:
+                    raise tarfile.ReadError(f"it ends in the middle of {member.name}")
+                yield member
+                if tar.offset >= piece.end:
+                    break
+            check_end(file, tar.offset, piece.end)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if problem and first_bytes.startswith(COMPRESSED_STARTS):
-        raise compressed(path_of(folder, piece))
-    if problem:
+        raise DataError(f"cannot read {outer}: {error.strerror}") from error
+    # The last three: numbers that make no sense.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+        if is_compressed:
+            raise compressed(path) from error
         raise DataError(
-            f"{path_of(folder, piece)} is damaged or incomplete: {problem}; "
+            f"{path} is damaged or incomplete: {str(error) or repr(error)}; "
             f"copy or download it again"
-        )
+        ) from error
 
 
-def wrong_end(file: BinaryIO, offset: int, end: int) -> str | None:
-    """What is wrong where the last member ends: a block of zeros must follow, then nothing else."""
+def check_end(file: BinaryIO, offset: int, end: int) -> None:
+    """Where the last member ends, a block of zeros must follow, then nothing else."""
     file.seek(offset)
     rest = file.read(max(0, min(end - offset, MOST_PADDING)))
     if len(rest) < tarfile.BLOCKSIZE:
-        return "it has no end mark"
+        raise tarfile.ReadError("it has no end mark")
     if any(rest[: tarfile.BLOCKSIZE]):
-        return f"no member begins at byte {offset}"
+        raise tarfile.ReadError(f"no member begins at byte {offset}")
     if rest.strip(b"\0"):
-        return "it goes on after its end mark (tars are joined by tar --concatenate, not by cat)"
-    return None
+        raise tarfile.ReadError(
+            "it goes on after its end mark (tars are joined by tar --concatenate, not by cat)"
+        )

@@ -1,6 +1,6 @@
 """Draw the overview figure of Latent Masked Image Modeling.
 
-    python figs/overview.py [--output figs/overview.png]
+    python figs/overview.py
 
 The patches are cut from the example image the way the method cuts them: one window per cell at a
 random offset, so that no two windows touch. The grid is coarser than the real one (7 x 7, not
@@ -8,7 +8,6 @@ random offset, so that no two windows touch. The grid is coarser than the real o
 illustration, not a measurement.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -227,11 +226,5 @@ def draw_overview(path):
     plt.close(figure)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("overview.png"))
-    draw_overview(parser.parse_args().output)
-
-
 if __name__ == "__main__":
-    main()
+    draw_overview(Path(__file__).with_name("overview.png"))

@@ -164,7 +164,7 @@ def test_index_folder(root, scanned):
     assert len(scanned) == 4 and len(list(folder.glob("*.npz"))) == 2
     assert not list(root.glob(f"*/{INDEX_NAME}"))
     write(root / "file", b"")
-    with pytest.raises(DataError, match="index_folder: expected a folder that .* which .*/file is not$"):
+    with pytest.raises(DataError, match="index_folder: expected a folder .* which .*/file is not$"):
         build(root, index_folder=str(root / "file"))
 
 
