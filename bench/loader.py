@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from bench.common import RECIPE, command_line, device_name, read_config, write_results
+from bench.step import RECIPE, command_line, device_name, read_config, write_results
 from data.base import ImageDataset
 from data.datasets import build_dataset
 from data.loader import TrainLoader

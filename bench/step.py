@@ -10,27 +10,21 @@ a CPU also as convolutions (models/linear.py).
 Imports only torch, timm, yaml and this project's networks and engine: it runs where Hydra is not.
 """
 
+import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.common import (
-    GRID,
-    PRECISIONS,
-    RECIPE,
-    add_training_options,
-    command_line,
-    device_name,
-    read_config,
-    write_results,
-)
 from bench.plain import make_plain, plain_step
 from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.linear import PixelProduct
@@ -49,9 +43,28 @@ from util.metrics import memory_in_use
 from util.optim import build_adamw
 from util.schedules import Schedule
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 MATRIX_SIDES = {"cpu": (1024, 1536, 2048, 3072), "cuda": (4096, 8192, 12288, 16384)}
 MATRIX_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPOCH = 10.0  # any, for the schedules
+
+
+def read_config(name: str) -> dict:
+    """As it stands in its file: what OmegaConf would compose or fill in is left as it is."""
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def read_recipe() -> dict:
+    """configs/lmim.yaml, and which encoder, decoder, target and loss it chooses, by name."""
+    recipe = read_config("lmim")
+    for choice in recipe["defaults"]:
+        if isinstance(choice, dict):
+            recipe |= choice
+    return recipe
+
+
+RECIPE = read_recipe()
+GRID = read_config(f"encoder/{RECIPE['encoder']}")["grid_size"]
 
 
 @dataclass
@@ -234,6 +247,13 @@ def measure(setting: Setting, plain: str | None, rounds: int, repeat: int, ranks
     return result
 
 
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+
+
 def one_line(result: dict) -> str:
     line = (
         f"{result['encoder']} batch {result['batch']} grid {result['grid']} {result['precision']}"
@@ -248,13 +268,34 @@ def one_line(result: dict) -> str:
     return line
 
 
+def command_line(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the results here")
+    return parser
+
+
+def add_training_options(parser: argparse.ArgumentParser, precision: str) -> None:
+    """precision: the default"""
+    encoders = sorted(path.stem for path in (CONFIGS / "encoder").glob("*.yaml"))
+    parser.add_argument("--encoder", default="vit_small", choices=encoders)
+    parser.add_argument("--precision", default=precision, choices=MATRIX_TYPES)
+    parser.add_argument("--compile", action="store_true")
+
+
+def write_results(path: Path | None, results: dict | list[dict]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(results, indent=2) + "\n")
+
+
 def main() -> None:
     parser = command_line(__doc__)
     add_training_options(parser, precision="fp32")
     parser.add_argument("--batch", type=int, nargs="+", default=[48], help="images per process")
     parser.add_argument("--grid", type=int, nargs="+", default=[GRID], help="patches along a side")
     parser.add_argument("--recompute", action="store_true")
-    parser.add_argument("--plain", choices=PRECISIONS, help="compare with the plain formulation")
+    parser.add_argument("--plain", choices=MATRIX_TYPES, help="compare with the plain formulation")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeat", type=int, default=1, help="steps per round")
     parser.add_argument("--threads", type=int, help="of the CPU, per process")

@@ -6,15 +6,18 @@ python -m bench.train --data /path/to/imagenet --encoder vit_base --batch 256 --
 
 from pathlib import Path
 
-from bench.common import GRID, add_training_options, command_line, device_name, write_results
-from bench.loader import (
-    IMAGENET,
-    add_photo_options,
-    build_loader,
-    photo_folder,
-    recipe_transform,
+from bench.loader import IMAGENET, add_photo_options, build_loader, photo_folder, recipe_transform
+from bench.step import (
+    GRID,
+    Setting,
+    add_training_options,
+    build_training,
+    command_line,
+    device_name,
+    image_side,
+    view_source,
+    write_results,
 )
-from bench.step import Setting, build_training, image_side, view_source
 from data.datasets import build_dataset
 from data.transforms import normalise
 from engine_pretrain import train_step
