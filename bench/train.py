@@ -4,6 +4,7 @@ python -m bench.train --encoder vit_small --batch 48 --precision bf16 --workers 
 python -m bench.train --data /path/to/imagenet --encoder vit_base --batch 256 --compile
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from bench.loader import IMAGENET, add_photo_options, build_loader, photo_folder, recipe_transform
@@ -46,10 +47,7 @@ def measure(data: Path, setting: Setting, workers: int, steps: int, ranks: Ranks
     training.meters.read()
     measured = speed.read(steps, setting.batch * ranks.world_size, 0)
     return {
-        "encoder": setting.encoder,
-        "batch": setting.batch,
-        "precision": setting.precision,
-        "compile": setting.compile,
+        **asdict(setting),
         "workers": workers,
         "device": device_name(ranks.device),
         "images_per_second": measured["images_per_second"],

@@ -25,11 +25,7 @@ MOST_OPEN_TARS = 256
 
 
 def build_tar(
-    split: str,
-    data_path: str | None,
-    *,
-    decoder: str = "fast",
-    index_folder: str | None = None,
+    split: str, data_path: str | None, *, decoder: str = "fast", index_folder: str | None = None
 ) -> "TarDataset":
     """train/*.tar and val/*.tar; the classes are those of train/."""
     root = existing_folder("tar", data_path, EXPECTED)

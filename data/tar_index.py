@@ -65,15 +65,9 @@ class Piece(NamedTuple):
     end: int
 
 
-# Where an image lies: arrays of this, for the reason that PathList gives.
-PLACE = np.dtype(
-    [
-        ("label", np.int64),  # position in the classes
-        ("tar", np.int32),  # position in the tars
-        ("offset", np.int64),
-        ("size", np.int64),
-    ]
-)
+# Where an image lies; label and tar are positions in the classes and in the tars. An array of this
+# stays shared, as PathList says.
+PLACE = np.dtype([("label", "i8"), ("tar", "i4"), ("offset", "i8"), ("size", "i8")])
 
 
 class TarIndex(NamedTuple):
@@ -183,20 +177,19 @@ def list_tars(folder: Path) -> list[TarFile]:
         raise DataError(f"{folder} does not exist; expected {folder}/*.tar")
     tars = []
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.is_dir():
-                    continue
-                if entry.name.lower().endswith(COMPRESSED):
-                    raise compressed(entry.path)
-                if entry.name.lower().endswith(".tar"):
-                    status = entry.stat()
-                    tars.append(TarFile(entry.name, status.st_size, status.st_mtime_ns))
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or path.is_dir():
+                continue
+            if path.name.lower().endswith(COMPRESSED):
+                raise compressed(str(path))
+            if path.name.lower().endswith(".tar"):
+                status = path.stat()
+                tars.append(TarFile(path.name, status.st_size, status.st_mtime_ns))
     except OSError as error:
         raise DataError(f"cannot read {error.filename or folder}: {error.strerror}") from error
     if not tars:
         raise DataError(f"{folder} contains no tar files; expected {folder}/*.tar")
-    return sorted(tars)
+    return tars
 
 
 def compressed(path: str) -> DataError:
