@@ -23,7 +23,7 @@ class PathList:
     into every forked worker. Arrays stay shared.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str | Path]) -> None:
         encoded = [os.fsencode(path) for path in paths]
         self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self.characters = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -41,7 +41,7 @@ class FileDataset(ImageDataset):
 
     def __init__(
         self,
-        paths: Sequence[str],
+        paths: Sequence[str | Path],
         labels: Sequence[int] | None = None,
         classes: list[str] | None = None,
         decoder: str = "pil",

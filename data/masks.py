@@ -35,8 +35,9 @@ VOC_LAYOUT = "a folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmen
 class MaskedFiles(FileDataset):
     """Image files, and for each the file of its mask."""
 
-    def __init__(self, paths: Sequence[str], mask_paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str | Path], mask_paths: Sequence[Path]) -> None:
         super().__init__(paths)
+        require_files("masks", mask_paths)
         self.mask_paths = PathList(mask_paths)
 
     def mask(self, index: int) -> np.ndarray:
@@ -78,7 +79,7 @@ def build_masks(split: str, data_path: str | None) -> MaskedFiles:
         folder = split_folder(folder, split)
     images = find_some_images(folder)
     places = [Path(image).relative_to(root / "images").with_suffix(".png") for image in images]
-    return masked_files(images, [root / "masks" / place for place in places])
+    return MaskedFiles(images, [root / "masks" / place for place in places])
 
 
 def build_voc(split: str, data_path: str | None) -> MaskedFiles:
@@ -88,7 +89,7 @@ def build_voc(split: str, data_path: str | None) -> MaskedFiles:
     images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
     require_files("images", images)
     masks = [root / "SegmentationClass" / f"{name}.png" for name in names]
-    return masked_files([str(path) for path in images], masks)
+    return MaskedFiles(images, masks)
 
 
 def read_names(path: Path) -> list[str]:
@@ -98,11 +99,6 @@ def read_names(path: Path) -> list[str]:
         problem = "is empty" if path.is_file() else "does not exist"
         raise DataError(f"{path} {problem}: it names what belongs to the split, one per line")
     return names
-
-
-def masked_files(images: list[str], masks: list[Path]) -> MaskedFiles:
-    require_files("masks", masks)
-    return MaskedFiles(images, [str(path) for path in masks])
 
 
 # ---- An image and its mask travel together, so that workers decode both. -------------------------
