@@ -104,13 +104,6 @@ def find_images(folder: str | os.PathLike) -> list[str]:
     return paths
 
 
-def find_some_images(folder: str | os.PathLike) -> list[str]:
-    paths = find_images(folder)
-    if not paths:
-        raise DataError(f"{folder} contains no images; {ENDINGS}")
-    return paths
-
-
 def require_files(what: str, paths: Iterable[Path]) -> None:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -124,7 +117,7 @@ def split_folder(root: Path, split: str) -> Path:
         if (root / name).is_dir():
             return root / name
     names = " or ".join(EVAL_FOLDERS)
-    raise DataError(f"{root}: expected a folder of evaluation images named {names}")
+    raise DataError(f"data_path: expected a folder of evaluation images in {root}: {names}")
 
 
 def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]) -> None:
@@ -139,4 +132,7 @@ def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]
 def build_folder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
     """All images below data_path, without labels; both splits are the same images."""
     root = existing_folder("folder", data_path, "a folder with images, at any depth")
-    return FileDataset(find_some_images(root), decoder=decoder)
+    paths = find_images(root)
+    if not paths:
+        raise DataError(f"data_path={root} contains no images; {ENDINGS}")
+    return FileDataset(paths, decoder=decoder)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from data.base import UNREADABLE, DataError, ImageDataset
 from data.files import (
+    ENDINGS,
     EVAL_FOLDERS,
     FileDataset,
     PathList,
     existing_folder,
-    find_some_images,
+    find_images,
     require_files,
     split_folder,
 )
@@ -77,7 +78,9 @@ def build_masks(split: str, data_path: str | None) -> MaskedFiles:
     folder = root / "images"
     if any((folder / name).is_dir() for name in ("train", *EVAL_FOLDERS)):
         folder = split_folder(folder, split)
-    images = find_some_images(folder)
+    images = find_images(folder)
+    if not images:
+        raise DataError(f"{folder} contains no images; {ENDINGS}")
     places = [Path(image).relative_to(root / "images").with_suffix(".png") for image in images]
     return MaskedFiles(images, [root / "masks" / place for place in places])
 
