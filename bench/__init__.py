@@ -1,1 +1,1 @@
-"""Measurements: python -m bench.step, bench.loader, bench.train, bench.neighbours."""
+"""Measurements: python -m bench.step, bench.loader, bench.train."""

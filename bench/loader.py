@@ -9,47 +9,59 @@ the device); `fast`, with decoder=fast; `tar`, the same out of tar files.
 """
 
 import argparse
-import json
 import statistics
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from bench.photos import write_photos
-from bench.step import device_name
+from bench.step import RECIPE, command_line, device_name, read_config, write_results
 from data.base import ImageDataset
 from data.datasets import build_dataset
 from data.loader import TrainLoader
 from data.transforms import TrainTransform
+from util.distributed import Ranks
 
-SIDE, MIN_CROP, FLIP, SEED = 280, 0.2, True, 0  # the published recipe
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BATCH = 16
+SIDE, BATCH = 280, 16
+IMAGENET = read_config("dataset/imagenet")
+PHOTO_SIZES = [(500, 375), (375, 500), (500, 333)]  # the most frequent ones of ImageNet
+PHOTO_CLASSES = 10
 
 
-class CustomaryTransform:
-    """What most code bases do in their loaders."""
+# ---- JPEG files like those of ImageNet, of noise with the statistics of photographs. -------------
 
-    def __init__(self) -> None:
-        self.steps = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(
-                    SIDE, (MIN_CROP, 1), interpolation=transforms.InterpolationMode.BICUBIC
-                ),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
 
-    def __call__(self, image, epoch: int, index: int) -> Tensor:
-        return self.steps(image)
+def natural_noise(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    """Amplitudes fall with the frequency, as in photographs, and the colours go along with each
+    other: files come out about as long as ImageNet's (110 kB). -> uint8 [height, width, 3]"""
+    rows = np.fft.fftfreq(height)[:, None] * height
+    columns = np.fft.rfftfreq(width)[None, :] * width
+    amplitude = 1 / np.maximum(np.hypot(rows, columns), 1)
+    phases = rng.uniform(0, 2 * np.pi, (3, *amplitude.shape))
+    planes = np.fft.irfft2(amplitude * np.exp(1j * phases), s=(height, width))
+    planes /= planes.std(axis=(1, 2), keepdims=True)
+    grey = planes[0] + 0.04 * rng.standard_normal((height, width))  # the sensor's own noise
+    image = np.stack([grey, grey + 0.25 * planes[1], grey + 0.25 * planes[2]], axis=2)
+    return np.clip(118 + 55 * image, 0, 255).astype(np.uint8)
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """folder/train/CLASS/*.jpg, quality 90 to 95."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        target = folder / "train" / f"class{number % PHOTO_CLASSES}" / f"{number:06}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pixels = natural_noise(*PHOTO_SIZES[number % len(PHOTO_SIZES)], rng)
+        Image.fromarray(pixels).save(target, quality=int(rng.integers(90, 96)))
 
 
 def make_tars(folder: Path, target: Path) -> None:
@@ -61,13 +73,66 @@ def make_tars(folder: Path, target: Path) -> None:
                 tar.add(path, arcname=path.name)
 
 
+def add_photo_options(parser: argparse.ArgumentParser, photos: int) -> None:
+    parser.add_argument("--data", type=Path, help="a folder with train/CLASS/*.jpg; else made here")
+    parser.add_argument("--photos", type=int, default=photos, help="how many files to make")
+
+
+@contextmanager
+def photo_folder(data: Path | None, photos: int) -> Iterator[Path]:
+    """data or, without it, a folder of so many files that is there until the context ends."""
+    with tempfile.TemporaryDirectory() as made:
+        if data is None:
+            write_photos(Path(made), photos)
+        yield data or Path(made)
+
+
+# ---- The loader. ---------------------------------------------------------------------------------
+
+CUSTOMARY = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(
+            SIDE, (RECIPE["min_crop"], 1), interpolation=transforms.InterpolationMode.BICUBIC
+        ),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET["mean"], IMAGENET["std"]),
+    ]
+)
+
+
+def customary_transform(image: Image.Image, epoch: int, index: int) -> Tensor:
+    """What most code bases do in their loaders."""
+    return CUSTOMARY(image)
+
+
+def recipe_transform(side: int) -> TrainTransform:
+    return TrainTransform(side, RECIPE["min_crop"], IMAGENET["flip"], RECIPE["seed"])
+
+
+def build_loader(
+    dataset: ImageDataset, transform, batch: int, workers: int, ranks: Ranks
+) -> TrainLoader:
+    return TrainLoader(
+        dataset=dataset,
+        transform=transform,
+        seed=RECIPE["seed"],
+        batch_size=batch,
+        accum_iter=1,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_workers=workers,
+        device=ranks.device,
+    )
+
+
 def pipelines(data: Path, tars: Path) -> dict[str, tuple[ImageDataset, object]]:
     def files(decoder: str) -> ImageDataset:
         return build_dataset("imagefolder", "train", str(data), {"decoder": decoder})
 
-    ours = TrainTransform(SIDE, MIN_CROP, FLIP, SEED)
+    ours = recipe_transform(SIDE)
     return {
-        "pil float": (files("pil"), CustomaryTransform()),
+        "pil float": (files("pil"), customary_transform),
         "pil": (files("pil"), ours),
         "fast": (files("fast"), ours),
         "tar": (build_dataset("tar", "train", str(tars)), ours),
@@ -76,19 +141,9 @@ def pipelines(data: Path, tars: Path) -> dict[str, tuple[ImageDataset, object]]:
 
 def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
     """Images per second; the start of the workers and their end are left out."""
-    loader = TrainLoader(
-        dataset=dataset,
-        transform=transform,
-        seed=SEED,
-        batch_size=BATCH,
-        accum_iter=1,
-        rank=0,
-        world_size=1,
-        num_workers=workers,
-        device="cpu",
-    )
+    alone = Ranks(0, 1, torch.device("cpu"))
     count = images // BATCH
-    batches = loader.stream(0, 3 * count)
+    batches = build_loader(dataset, transform, BATCH, workers, alone).stream(0, 3 * count)
     next(batches)
     start = time.perf_counter()
     delivered = sum(len(batch.images) for batch in islice(batches, count))
@@ -103,50 +158,45 @@ def measure(data: Path, tars: Path, workers: int, images: int, rounds: int) -> d
     for _ in range(rounds):
         for name, (dataset, transform) in kinds.items():
             rates[name].append(rate(dataset, transform, workers, images))
+
+    def ratio(name: str, other: str) -> float:
+        """The median over the rounds."""
+        return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
+
     result = {"workers": workers, "cpu": device_name(torch.device("cpu")), "side": SIDE}
     for name, values in rates.items():
         result[name] = statistics.median(values)
-        ratios = [a / b for a, b in zip(values, rates["pil float"], strict=True)]
-        result[f"{name}, times pil float"] = statistics.median(ratios)
-    ratios = [a / b for a, b in zip(rates["tar"], rates["fast"], strict=True)]
-    result["tar, times fast"] = statistics.median(ratios)
-    return result
+        result[f"{name}, times pil float"] = ratio(name, "pil float")
+    return result | {"tar, times fast": ratio("tar", "fast")}
 
 
 def one_line(result: dict) -> str:
-    names = ("pil float", "pil", "fast", "tar")
     rates = ", ".join(
         f"{name} {result[name]:.0f} images/s ({result[f'{name}, times pil float']:.2f} x)"
-        for name in names
+        for name in ("pil float", "pil", "fast", "tar")
     )
     workers = result["workers"] or "no"
     return f"{workers} workers: {rates}; tar in place {result['tar, times fast']:.2f} x files"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="a folder with train/CLASS/*.jpg; else made here")
-    parser.add_argument("--photos", type=int, default=300, help="how many files to make")
+    parser = command_line(__doc__)
+    add_photo_options(parser, photos=300)
     parser.add_argument("--images", type=int, default=400, help="read in each round")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as in a loader process
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        data, tars = options.data, Path(folder) / "tars"
-        if data is None:
-            data = Path(folder) / "photos"
-            write_photos(data, options.photos)
-        make_tars(data, tars)
+    with (
+        photo_folder(options.data, options.photos) as data,
+        tempfile.TemporaryDirectory() as tars,
+    ):
+        make_tars(data, Path(tars))
         for workers in options.workers:
-            results.append(measure(data, tars, workers, options.images, options.rounds))
+            results.append(measure(data, Path(tars), workers, options.images, options.rounds))
             print(one_line(results[-1]), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_results(options.json, results)
 
 
 if __name__ == "__main__":

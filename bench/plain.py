@@ -2,18 +2,16 @@
 matrices, the moving average and AdamW parameter by parameter, the numbers read after each step."""
 
 import torch
-from models.linear import multiply_by_convolution
 from torch import Tensor
 
 from engine_pretrain import Training
-from models.decoder import write_out_attention
 from models.views import Views
+from util.cpu import write_out_attention
 
 
 def make_plain(training: Training) -> Training:
     """In place."""
     write_out_attention(training.model)
-    multiply_by_convolution(training.model, on=False)
     groups = [
         {"params": group["params"], "weight_decay": group["weight_decay"]}
         for group in training.optimizer.param_groups

@@ -6,8 +6,8 @@ python -m bench.step --grid 7 14 28 --batch 16             # one row for each co
 
 Everything is measured in turns in one run, because machines get faster and slower; the figures are
 medians. The peak is that of the best of several square matrix products in the same precision, on
-a CPU also as convolutions (models/linear.py).
-Imports only torch, timm and this project's networks and engine: it runs where Hydra is not.
+a CPU also as convolutions (util/cpu.py).
+Imports only torch, timm, yaml and this project's networks and engine: it runs where Hydra is not.
 """
 
 import argparse
@@ -15,21 +15,22 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 import yaml
-from models.linear import PixelProduct
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plain import make_plain, plain_step
 from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.lmim import LatentMIM
 from models.losses import Objective
-from models.views import sample_views
+from models.views import Views, sample_views
+from util.cpu import PixelProduct, tune_for_cpu
 from util.distributed import (
     Ranks,
     all_reduce,
@@ -42,11 +43,28 @@ from util.metrics import memory_in_use
 from util.optim import build_adamw
 from util.schedules import Schedule
 
-ENCODERS = Path(__file__).parents[1] / "configs" / "encoder"
+CONFIGS = Path(__file__).parents[1] / "configs"
 MATRIX_SIDES = {"cpu": (1024, 1536, 2048, 3072), "cuda": (4096, 8192, 12288, 16384)}
 MATRIX_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PATCH_GAP, VISIBLE = 4, 20 / 196  # of the published recipe
 EPOCH = 10.0  # any, for the schedules
+
+
+def read_config(name: str) -> dict:
+    """As it stands in its file: what OmegaConf would compose or fill in is left as it is."""
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def read_recipe() -> dict:
+    """configs/lmim.yaml, and which encoder, decoder, target and loss it chooses, by name."""
+    recipe = read_config("lmim")
+    for choice in recipe["defaults"]:
+        if isinstance(choice, dict):
+            recipe |= choice
+    return recipe
+
+
+RECIPE = read_recipe()
+GRID = read_config(f"encoder/{RECIPE['encoder']}")["grid_size"]
 
 
 @dataclass
@@ -60,49 +78,69 @@ class Setting:
 
     @property
     def visible(self) -> int:
-        return max(1, round(VISIBLE * self.grid**2))
+        return max(1, round(RECIPE["num_vis"] * (self.grid / GRID) ** 2))
 
 
-def build_training(setting: Setting, ranks: Ranks) -> Training:
-    encoder = yaml.safe_load((ENCODERS / f"{setting.encoder}.yaml").read_text())
+def of_recipe(*keys: str) -> dict:
+    return {key: RECIPE[key] for key in keys}
+
+
+def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Training:
+    encoder = read_config(f"encoder/{setting.encoder}")
     torch.manual_seed(0)
     model = LatentMIM(
         grid_size=setting.grid,
         patch_size=encoder["patch_size"],
-        patch_gap=PATCH_GAP,
         embed_dim=encoder["embed_dim"],
         depth=encoder["depth"],
         num_heads=encoder["num_heads"],
         recompute=setting.recompute,
+        **RECIPE["proj"],
+        **of_recipe("patch_gap", "freeze_pe", "avg_vis_mask_token"),
+        **of_recipe("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
+        **of_recipe("target", "target_depth", "mask_target"),
     ).to(ranks.device)
+    if tuned and ranks.device.type == "cpu":
+        tune_for_cpu(model, setting.precision, setting.compile)
+    schedule = of_recipe("min_lr_frac", "warmup_epochs", "epochs", "target_mom")
+    schedule |= of_recipe("sim_init", "sim_end")
     training = Training(
         network=synchronised(model, ranks),
         model=model,
-        optimizer=build_adamw(model, weight_decay=0.05),
+        optimizer=build_adamw(model, RECIPE["weight_decay"]),
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=setting.precision == "fp16"),
-        objective=Objective(),
-        schedule=Schedule(1.5e-4, 0.25, 40, 800, 0.99, 0.75, 0.25),
+        objective=Objective(**of_recipe("loss", "tau", "avg_sim_coeff")),
+        schedule=Schedule(peak_lr=float(RECIPE["blr"]), **schedule),  # PyYAML: 1e-4 is a text
         device=ranks.device,
+        accum_iter=1,
         precision=setting.precision,
+        clip_grad=RECIPE["clip_grad"],
     )
     if setting.compile:
         training.compile()
     return training
 
 
-def draw_batch(training: Training, setting: Setting, generator: torch.Generator) -> tuple:
-    """New views for each step, as in training; the images are the same noise."""
-    side = setting.grid * (training.model.patch_size + PATCH_GAP)
-    images = torch.randn(setting.batch, 3, side, side, device=training.device)
-    views = partial(
-        sample_views, setting.batch, setting.grid, setting.visible, PATCH_GAP, generator
-    )
-    return images, views
+def image_side(training: Training, setting: Setting) -> int:
+    return setting.grid * (training.model.patch_size + training.model.patch_gap)
+
+
+def draw_images(training: Training, setting: Setting) -> Tensor:
+    """Noise: what an image shows does not change how long it takes."""
+    side = image_side(training, setting)
+    return torch.randn(setting.batch, 3, side, side, device=training.device)
+
+
+def view_source(setting: Setting, ranks: Ranks) -> Callable[[], Views]:
+    """New views for each step, as in training."""
+    generator = torch.Generator(ranks.device)
+    sizes = (setting.batch, setting.grid, setting.visible, RECIPE["patch_gap"])
+    return partial(sample_views, *sizes, generator)
 
 
 def our_step(setting: Setting, ranks: Ranks) -> Callable[[], None]:
     training = build_training(setting, ranks)
-    images, draw_views = draw_batch(training, setting, torch.Generator(ranks.device))
+    images, draw_views = draw_images(training, setting), view_source(setting, ranks)
 
     def step() -> None:
         begin_step(training, EPOCH)
@@ -113,8 +151,8 @@ def our_step(setting: Setting, ranks: Ranks) -> Callable[[], None]:
 
 
 def plain_formulation(setting: Setting, ranks: Ranks) -> Callable[[], None]:
-    training = make_plain(build_training(setting, ranks))
-    images, draw_views = draw_batch(training, setting, torch.Generator(ranks.device))
+    training = make_plain(build_training(setting, ranks, tuned=False))
+    images, draw_views = draw_images(training, setting), view_source(setting, ranks)
     return lambda: plain_step(training, images, draw_views(), EPOCH)
 
 
@@ -134,9 +172,8 @@ def matrix_products(precision: str, device: torch.device) -> dict[str, tuple[int
 def count_flops(setting: Setting) -> float:
     """Of one image: all matrix products of a step, forward and backward, by counting them."""
     alone = Ranks(0, 1, torch.device("cpu"))
-    settings = asdict(setting) | {"batch": 2, "precision": "fp32", "compile": False}
     # Recomputing is not progress: the share of the peak counts the work that is needed.
-    small = Setting(**settings | {"recompute": False})
+    small = replace(setting, batch=2, precision="fp32", compile=False, recompute=False)
     step = plain_formulation(small, alone)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -179,9 +216,7 @@ def measure(setting: Setting, plain: str | None, rounds: int, repeat: int, ranks
     memory = memory_in_use(ranks.device)  # before anything else is built
     if plain is not None:
         # A plain formulation in bf16 is autocast, nothing else.
-        other = Setting(
-            **asdict(setting) | {"precision": plain, "compile": False, "recompute": False}
-        )
+        other = replace(setting, precision=plain, compile=False, recompute=False)
         actions["plain"] = plain_formulation(other, ranks)
     products = matrix_products(setting.precision, ranks.device)
     actions |= {name: product for name, (_, product) in products.items()}
@@ -235,23 +270,38 @@ def one_line(result: dict) -> str:
     return line
 
 
-def main() -> None:
+def command_line(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    encoders = sorted(path.stem for path in ENCODERS.glob("*.yaml"))
+    parser.add_argument("--json", type=Path, help="write the results here")
+    return parser
+
+
+def add_training_options(parser: argparse.ArgumentParser, precision: str) -> None:
+    """precision: the default"""
+    encoders = sorted(path.stem for path in (CONFIGS / "encoder").glob("*.yaml"))
     parser.add_argument("--encoder", default="vit_small", choices=encoders)
-    parser.add_argument("--batch", type=int, nargs="+", default=[48], help="images per process")
-    parser.add_argument("--grid", type=int, nargs="+", default=[14], help="patches along a side")
-    parser.add_argument("--precision", default="fp32", choices=MATRIX_TYPES)
+    parser.add_argument("--precision", default=precision, choices=MATRIX_TYPES)
     parser.add_argument("--compile", action="store_true")
+
+
+def write_results(path: Path | None, results: dict | list[dict]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    add_training_options(parser, precision="fp32")
+    parser.add_argument("--batch", type=int, nargs="+", default=[48], help="images per process")
+    parser.add_argument("--grid", type=int, nargs="+", default=[GRID], help="patches along a side")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--plain", choices=MATRIX_TYPES, help="compare with the plain formulation")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeat", type=int, default=1, help="steps per round")
     parser.add_argument("--threads", type=int, help="of the CPU, per process")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     ranks = join_processes(options.device)
     if options.threads:
@@ -264,8 +314,8 @@ def main() -> None:
         results.append(measure(setting, options.plain, options.rounds, options.repeat, ranks))
         if ranks.is_main:
             print(one_line(results[-1]), flush=True)
-    if options.json and ranks.is_main:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if ranks.is_main:
+        write_results(options.json, results)
     leave_processes()
 
 

@@ -4,69 +4,50 @@ python -m bench.train --encoder vit_small --batch 48 --precision bf16 --workers 
 python -m bench.train --data /path/to/imagenet --encoder vit_base --batch 256 --compile
 """
 
-import argparse
-import json
-import tempfile
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from bench.loader import FLIP, MEAN, MIN_CROP, SEED, SIDE, STD
-from bench.photos import write_photos
-from bench.step import ENCODERS, MATRIX_TYPES, VISIBLE, Setting, build_training, device_name
+from bench.loader import IMAGENET, add_photo_options, build_loader, photo_folder, recipe_transform
+from bench.step import (
+    GRID,
+    Setting,
+    add_training_options,
+    build_training,
+    command_line,
+    device_name,
+    image_side,
+    view_source,
+    write_results,
+)
 from data.datasets import build_dataset
-from data.loader import TrainLoader
-from data.transforms import TrainTransform, normalise
+from data.transforms import normalise
 from engine_pretrain import train_step
-from models.views import sample_views
 from util.distributed import Ranks, default_workers, join_processes, leave_processes
 from util.metrics import Speed
 
-GRID, PATCH_GAP = 14, 4
 WARM_UP = 3  # steps
 
 
 def measure(data: Path, setting: Setting, workers: int, steps: int, ranks: Ranks) -> dict:
     training = build_training(setting, ranks)
-    loader = TrainLoader(
-        dataset=build_dataset("imagefolder", "train", str(data)),
-        transform=TrainTransform(SIDE, MIN_CROP, FLIP, SEED),
-        seed=SEED,
-        batch_size=setting.batch,
-        accum_iter=1,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_workers=workers,
-        device=ranks.device,
+    dataset = build_dataset("imagefolder", "train", str(data))
+    transform = recipe_transform(image_side(training, setting))
+    loader = build_loader(dataset, transform, setting.batch, workers, ranks)
+    speed, all_steps = Speed(), WARM_UP + steps
+    batches = (
+        normalise(batch.images, IMAGENET["mean"], IMAGENET["std"])
+        for batch in speed.timed(loader.stream(0, all_steps))
     )
-    speed = Speed()
-    generator = torch.Generator(ranks.device)
-
-    def draw_views(step: int, micro_step: int, batch_size: int):
-        return sample_views(batch_size, GRID, round(VISIBLE * GRID**2), PATCH_GAP, generator)
-
-    def images() -> Iterator[Tensor]:
-        for batch in speed.timed(loader.stream(0, WARM_UP + steps)):
-            yield normalise(batch.images, MEAN, STD)
-
-    def after_step(step: int) -> None:
-        if step + 1 in (WARM_UP, WARM_UP + steps):
+    draw_views = view_source(setting, ranks)
+    for step in range(all_steps):
+        if step == WARM_UP:
             training.meters.read()  # waits for the device, as a log point does
-            steps_there = WARM_UP if step + 1 == WARM_UP else steps
-            measured.update(speed.read(steps_there, setting.batch * ranks.world_size, 0))
-
-    measured: dict = {}
-    batches = images()
-    for step in range(WARM_UP + steps):
-        train_step(training, batches, draw_views, step, step / (WARM_UP + steps))
-        after_step(step)
+            speed.read(WARM_UP, setting.batch, 0)
+        train_step(training, batches, lambda *_: draw_views(), step, step / all_steps)
+    training.meters.read()
+    measured = speed.read(steps, setting.batch * ranks.world_size, 0)
     return {
-        "encoder": setting.encoder,
-        "batch": setting.batch,
-        "precision": setting.precision,
-        "compile": setting.compile,
+        **asdict(setting),
         "workers": workers,
         "device": device_name(ranks.device),
         "images_per_second": measured["images_per_second"],
@@ -75,30 +56,20 @@ def measure(data: Path, setting: Setting, workers: int, steps: int, ranks: Ranks
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    encoders = sorted(path.stem for path in ENCODERS.glob("*.yaml"))
-    parser.add_argument("--data", type=Path, help="a folder with train/CLASS/*.jpg; else made here")
-    parser.add_argument("--photos", type=int, default=500, help="how many files to make")
-    parser.add_argument("--encoder", default="vit_small", choices=encoders)
+    parser = command_line(__doc__)
+    add_photo_options(parser, photos=500)
+    add_training_options(parser, precision="bf16")
     parser.add_argument("--batch", type=int, default=48, help="images per process")
-    parser.add_argument("--precision", default="bf16", choices=MATRIX_TYPES)
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, help="default: as in training")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     ranks = join_processes()
     setting = Setting(
         options.encoder, options.batch, GRID, options.precision, options.compile, recompute=False
     )
     workers = default_workers() if options.workers is None else options.workers
-    with tempfile.TemporaryDirectory() as folder:
-        data = options.data
-        if data is None:
-            data = Path(folder)
-            write_photos(data, max(options.photos, options.batch * ranks.world_size))
+    photos = max(options.photos, options.batch * ranks.world_size)
+    with photo_folder(options.data, photos) as data:
         result = measure(data, setting, workers, options.steps, ranks)
     if ranks.is_main:
         print(
@@ -106,8 +77,7 @@ def main() -> None:
             f"processes: {result['images_per_second']:.1f} images/s, waiting "
             f"{result['waiting']:.0%} of the time"
         )
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_results(options.json, result)
     leave_processes()
 
 

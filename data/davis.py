@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.base import DataError, first_few
-from data.files import existing_folder, list_folder
+from data.base import DataError
+from data.files import existing_folder, list_folder, require_files
 from data.masks import opened, read_mask, read_names, require_same_size
 from data.picture import to_rgb
 
@@ -69,9 +69,7 @@ def read_video(root: Path, name: str) -> Video:
             f"{annotations[0]} does not exist: the annotation of a video's first frame says what "
             f"to follow"
         )
-    missing = [str(path) for path in annotations if not path.is_file()]
-    if missing:
-        raise DataError(f"these annotations are missing: {first_few(missing)}")
+    require_files("annotations", annotations)
     return Video(name, frames, annotations)
 
 

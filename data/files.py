@@ -1,8 +1,7 @@
-"""Data sets made of image files: `folder` (no labels) and `imagefolder` (one folder per class)."""
+"""Data sets made of image files, and `folder`, the one without labels."""
 
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from data.base import DataError, ImageDataset, first_few
 from data.picture import Picture, check_decoder, decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+ENDINGS = f"expected files ending in {' '.join(EXTENSIONS)}"
 EVAL_FOLDERS = ("val", "validation", "test")
 # Listing folders waits for the file server, not for the processor.
 SCAN_THREADS = 16
@@ -23,7 +23,7 @@ class PathList:
     into every forked worker. Arrays stay shared.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str | Path]) -> None:
         encoded = [os.fsencode(path) for path in paths]
         self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self.characters = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -41,7 +41,7 @@ class FileDataset(ImageDataset):
 
     def __init__(
         self,
-        paths: Sequence[str],
+        paths: Sequence[str | Path],
         labels: Sequence[int] | None = None,
         classes: list[str] | None = None,
         decoder: str = "pil",
@@ -104,39 +104,20 @@ def find_images(folder: str | os.PathLike) -> list[str]:
     return paths
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders in train/ or val/; there must be some."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; expected {folder}/CLASS/*.jpg")
-    subfolders, _ = list_folder(folder)
-    if not subfolders:
-        raise DataError(f"{folder} contains no class folders; expected {folder}/CLASS/*.jpg")
-    return subfolders
+def require_files(what: str, paths: Iterable[Path]) -> None:
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"these {what} are missing: {first_few(missing)}")
 
 
-def images_by_class(folder: Path, names: list[str]) -> dict[str, list[str]]:
-    """The images of each class folder; an empty one is an error: was its archive unpacked?"""
-    with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        paths = pool.map(find_images, [os.path.join(folder, name) for name in names])
-        images = dict(zip(names, paths, strict=True))
-    empty = [name for name in names if not images[name]]
-    if empty:
-        raise DataError(
-            f"{folder} has class folders that contain no images: {first_few(empty)}; "
-            f"expected files ending in {' '.join(EXTENSIONS)}"
-        )
-    return images
-
-
-def labelled_dataset(images: dict[str, list[str]], classes: list[str], decoder: str) -> FileDataset:
-    """Label = position in `classes`; images of other classes are left out."""
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        of_this_class = images.get(name, [])
-        paths.extend(of_this_class)
-        labels.extend([label] * len(of_this_class))
-    return FileDataset(paths, labels, classes, decoder)
+def split_folder(root: Path, split: str) -> Path:
+    if split == "train":
+        return root / "train"
+    for name in EVAL_FOLDERS:
+        if (root / name).is_dir():
+            return root / name
+    names = " or ".join(EVAL_FOLDERS)
+    raise DataError(f"data_path: expected a folder of evaluation images in {root}: {names}")
 
 
 def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]) -> None:
@@ -144,26 +125,8 @@ def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]
     unknown = sorted(set(names) - set(classes))
     if unknown:
         raise DataError(
-            f"{folder} has classes without a folder in {folder.parent / 'train'}: "
-            f"{first_few(unknown)}"
+            f"{folder} has classes that {folder.parent / 'train'} lacks: {first_few(unknown)}"
         )
-
-
-def build_imagefolder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
-    """train/CLASS/*.jpg and val/CLASS/*.jpg; the classes are the folders of train/."""
-    root = existing_folder("imagefolder", data_path, "a folder with train/CLASS/ and val/CLASS/")
-    classes = class_folders(root / "train")
-    if split == "train":
-        return labelled_dataset(images_by_class(root / "train", classes), classes, decoder)
-    folder = next((root / name for name in EVAL_FOLDERS if (root / name).is_dir()), None)
-    if folder is None:
-        raise DataError(
-            f"data_path={root} has no folder of evaluation images: expected one named "
-            f"{' or '.join(EVAL_FOLDERS)}"
-        )
-    names = class_folders(folder)
-    require_known_classes(folder, names, classes)
-    return labelled_dataset(images_by_class(folder, names), classes, decoder)
 
 
 def build_folder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
@@ -171,7 +134,5 @@ def build_folder(split: str, data_path: str | None, *, decoder: str = "fast") ->
     root = existing_folder("folder", data_path, "a folder with images, at any depth")
     paths = find_images(root)
     if not paths:
-        raise DataError(
-            f"data_path={root} contains no images; expected files ending in {' '.join(EXTENSIONS)}"
-        )
+        raise DataError(f"data_path={root} contains no images; {ENDINGS}")
     return FileDataset(paths, decoder=decoder)

@@ -1,22 +1,24 @@
-"""ImageNet-1K as it is distributed, and its usual 100-class subset.
+"""One folder per class: `imagefolder`, ImageNet-1K as it is distributed, its 100-class subset.
 
-train/ holds one folder per class. val/ either does too, or is flat, as in the original archive;
-then the labels come from two files of the development kit:
-ILSVRC2012_validation_ground_truth.txt and meta.mat.
+val/ may also be flat, as in ImageNet's archive; then the labels come from two files of the
+development kit: ILSVRC2012_validation_ground_truth.txt and meta.mat.
 """
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data.base import DataError, first_few
 from data.files import (
+    ENDINGS,
+    SCAN_THREADS,
     FileDataset,
-    class_folders,
     existing_folder,
-    images_by_class,
-    labelled_dataset,
+    find_images,
     list_folder,
     require_known_classes,
+    split_folder,
 )
 
 SUBSET_FILE = Path(__file__).with_name("imagenet100.txt")
@@ -24,17 +26,18 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
 DEVKIT_FOLDERS = ("", "ILSVRC2012_devkit_t12/data", "devkit/data", "data")
 FLAT_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
-EXPECTED = "a folder with train/WNID/*.JPEG and val/"
+EXPECTED = "a folder with train/CLASS/ and val/"
 
 
-def build_imagenet(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
-    """All classes found in train/; label = position of the WNID in sorted order."""
-    root = existing_folder("imagenet", data_path, EXPECTED)
+def build_imagefolder(
+    name: str, split: str, data_path: str | None, *, decoder: str = "fast"
+) -> FileDataset:
+    """All classes found in train/; label = position in sorted order."""
+    root = existing_folder(name, data_path, EXPECTED)
     classes = class_folders(root / "train")
-    if split == "train":
-        return labelled_dataset(images_by_class(root / "train", classes), classes, decoder)
-    images = validation_images(root)
-    require_known_classes(root / "val", images, classes)
+    folder = split_folder(root, split)
+    images = images_by_class(folder)
+    require_known_classes(folder, images, classes)
     return labelled_dataset(images, classes, decoder)
 
 
@@ -45,40 +48,61 @@ def build_imagenet100(split: str, data_path: str | None, *, decoder: str = "fast
     """
     root = existing_folder("imagenet100", data_path, EXPECTED)
     classes = SUBSET_FILE.read_text().split()
-    if split == "train":
-        require_subset(root / "train", class_folders(root / "train"), classes)
-        return labelled_dataset(images_by_class(root / "train", classes), classes, decoder)
-    images = validation_images(root)
-    require_subset(root / "val", list(images), classes)
-    return labelled_dataset(images, classes, decoder)
-
-
-def require_subset(folder: Path, present: list[str], classes: list[str]) -> None:
-    missing = sorted(set(classes) - set(present))
+    folder = split_folder(root, split)
+    images = images_by_class(folder, only=classes)
+    missing = sorted(set(classes) - set(images))
     if missing:
         raise DataError(
             f"{folder} lacks {len(missing)} of the {len(classes)} classes of imagenet100: "
             f"{first_few(missing)}"
         )
+    return labelled_dataset(images, classes, decoder)
 
 
-def validation_images(root: Path) -> dict[str, list[str]]:
-    """Paths of the validation images of each WNID, from either layout."""
-    folder = root / "val"
+def class_folders(folder: Path) -> list[str]:
+    """Names of the class folders in train/ or val/; there must be some."""
     if not folder.is_dir():
-        raise DataError(
-            f"{folder} does not exist; expected val/WNID/*.JPEG, or val/*.JPEG with the devkit"
-        )
+        raise DataError(f"{folder} does not exist; expected {folder}/CLASS/*.jpg")
+    subfolders, _ = list_folder(folder)
+    if not subfolders:
+        raise DataError(f"{folder} contains no class folders; expected {folder}/CLASS/*.jpg")
+    return subfolders
+
+
+def images_by_class(folder: Path, only: list[str] | None = None) -> dict[str, list[str]]:
+    """Paths of the images of each class, from either layout; of class folders only those named."""
     subfolders, flat_images = list_folder(folder)
-    if subfolders:
-        return images_by_class(folder, subfolders)
-    if not flat_images:
-        raise DataError(f"{folder} contains no images and no class folders")
-    wnids = wnids_from_devkit(root)
+    if flat_images and not subfolders:
+        return flat_images_by_class(folder, flat_images)
+    names = [name for name in class_folders(folder) if only is None or name in only]
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        paths = pool.map(find_images, [os.path.join(folder, name) for name in names])
+        images = dict(zip(names, paths, strict=True))
+    empty = [name for name in names if not images[name]]  # was its archive unpacked?
+    if empty:
+        raise DataError(
+            f"{folder} has class folders that contain no images: {first_few(empty)}; {ENDINGS}"
+        )
+    return images
+
+
+def flat_images_by_class(folder: Path, names: list[str]) -> dict[str, list[str]]:
+    wnids = wnids_from_devkit(folder)
     images: dict[str, list[str]] = {}
-    for name in flat_images:
+    for name in names:
         images.setdefault(wnid_of(folder, name, wnids), []).append(str(folder / name))
     return images
+
+
+def labelled_dataset(images: dict[str, list[str]], classes: list[str], decoder: str) -> FileDataset:
+    """Label = position in `classes`; images of other classes are left out."""
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        of_this_class = images.get(name, [])
+        paths.extend(of_this_class)
+        labels.extend([label] * len(of_this_class))
+    return FileDataset(paths, labels, classes, decoder)
 
 
 def wnid_of(folder: Path, name: str, wnids: list[str]) -> str:
@@ -92,31 +116,31 @@ def wnid_of(folder: Path, name: str, wnids: list[str]) -> str:
     return wnids[number - 1]
 
 
-def wnids_from_devkit(root: Path) -> list[str]:
-    """WNID of each validation image, in the order of their numbers."""
+def wnids_from_devkit(folder: Path) -> list[str]:
+    """WNID of each image in the validation folder, in the order of their numbers."""
     # Slow to import, and only this layout needs it.
     from scipy.io import loadmat
 
-    folder = devkit_folder(root)
-    synsets = loadmat(folder / META, squeeze_me=True)["synsets"]
+    devkit = devkit_folder(folder)
+    synsets = loadmat(devkit / META, squeeze_me=True)["synsets"]
     # The ground truth counts classes by ILSVRC2012_ID, which is not the sorted order of the WNIDs.
     wnid_by_id = {
         int(number): str(wnid)
         for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
     }
-    numbers = [int(line) for line in (folder / GROUND_TRUTH).read_text().split()]
+    numbers = [int(line) for line in (devkit / GROUND_TRUTH).read_text().split()]
     unknown = sorted(set(numbers) - set(wnid_by_id))
     if unknown:
-        raise DataError(f"{folder / GROUND_TRUTH} has class {unknown[0]}, which {META} lacks")
+        raise DataError(f"{devkit / GROUND_TRUTH} has class {unknown[0]}, which {META} lacks")
     return [wnid_by_id[number] for number in numbers]
 
 
-def devkit_folder(root: Path) -> Path:
-    for name in DEVKIT_FOLDERS:
-        if (root / name / GROUND_TRUTH).is_file() and (root / name / META).is_file():
-            return root / name
-    places = ", ".join(str(root / name) for name in DEVKIT_FOLDERS)
+def devkit_folder(folder: Path) -> Path:
+    places = [folder.parent / name for name in DEVKIT_FOLDERS]
+    for place in places:
+        if (place / GROUND_TRUTH).is_file() and (place / META).is_file():
+            return place
     raise DataError(
-        f"{root / 'val'} has no class folders, so {GROUND_TRUTH} and {META} are needed "
-        f"to label its images; looked in {places}"
+        f"{folder} has no class folders, so {GROUND_TRUTH} and {META} are needed "
+        f"to label its images; looked in {', '.join(map(str, places))}"
     )

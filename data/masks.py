@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.base import UNREADABLE, DataError, ImageDataset, first_few
+from data.base import UNREADABLE, DataError, ImageDataset
 from data.files import (
+    ENDINGS,
     EVAL_FOLDERS,
-    EXTENSIONS,
     FileDataset,
     PathList,
     existing_folder,
     find_images,
+    require_files,
+    split_folder,
 )
 from data.transforms import EvalTransform
 
@@ -34,8 +36,9 @@ VOC_LAYOUT = "a folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmen
 class MaskedFiles(FileDataset):
     """Image files, and for each the file of its mask."""
 
-    def __init__(self, paths: Sequence[str], mask_paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str | Path], mask_paths: Sequence[Path]) -> None:
         super().__init__(paths)
+        require_files("masks", mask_paths)
         self.mask_paths = PathList(mask_paths)
 
     def mask(self, index: int) -> np.ndarray:
@@ -72,27 +75,14 @@ def build_masks(split: str, data_path: str | None) -> MaskedFiles:
     for name in ("images", "masks"):
         if not (root / name).is_dir():
             raise DataError(f"data_path={root} has no {name}/; dataset masks needs {MASKS_LAYOUT}")
-    folder = split_folder(root / "images", split)
-    images = find_images(root / "images" / folder)
+    folder = root / "images"
+    if any((folder / name).is_dir() for name in ("train", *EVAL_FOLDERS)):
+        folder = split_folder(folder, split)
+    images = find_images(folder)
     if not images:
-        raise DataError(
-            f"{root / 'images' / folder} contains no images; expected files ending in "
-            f"{' '.join(EXTENSIONS)}"
-        )
+        raise DataError(f"{folder} contains no images; {ENDINGS}")
     places = [Path(image).relative_to(root / "images").with_suffix(".png") for image in images]
-    return with_masks_there(images, [root / "masks" / place for place in places])
-
-
-def split_folder(images: Path, split: str) -> str:
-    """The subfolder of a split; '.' where there are none."""
-    names = [name for name in ("train", *EVAL_FOLDERS) if (images / name).is_dir()]
-    if not names:
-        return "."
-    wanted = [name for name in names if (name == "train") == (split == "train")]
-    if not wanted:
-        expected = "train" if split == "train" else " or ".join(EVAL_FOLDERS)
-        raise DataError(f"{images} has {first_few(names)} but no folder named {expected}")
-    return wanted[0]
+    return MaskedFiles(images, [root / "masks" / place for place in places])
 
 
 def build_voc(split: str, data_path: str | None) -> MaskedFiles:
@@ -100,28 +90,18 @@ def build_voc(split: str, data_path: str | None) -> MaskedFiles:
     root = existing_folder("voc", data_path, VOC_LAYOUT)
     names = read_names(root / "ImageSets" / "Segmentation" / f"{SPLIT_FILES[split]}.txt")
     images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
-    missing = [str(path) for path in images if not path.is_file()]
-    if missing:
-        raise DataError(f"dataset voc: these images are missing: {first_few(missing)}")
+    require_files("images", images)
     masks = [root / "SegmentationClass" / f"{name}.png" for name in names]
-    return with_masks_there([str(path) for path in images], masks)
+    return MaskedFiles(images, masks)
 
 
 def read_names(path: Path) -> list[str]:
     """One name per line; there must be some."""
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: it names what belongs to the split, one per line")
-    names = path.read_text().split()
+    names = path.read_text().split() if path.is_file() else []
     if not names:
-        raise DataError(f"{path} is empty: it names what belongs to the split, one per line")
+        problem = "is empty" if path.is_file() else "does not exist"
+        raise DataError(f"{path} {problem}: it names what belongs to the split, one per line")
     return names
-
-
-def with_masks_there(images: list[str], masks: list[Path]) -> MaskedFiles:
-    missing = [str(path) for path in masks if not path.is_file()]
-    if missing:
-        raise DataError(f"these masks are missing: {first_few(missing)}")
-    return MaskedFiles(images, [str(path) for path in masks])
 
 
 # ---- An image and its mask travel together, so that workers decode both. -------------------------

@@ -6,7 +6,6 @@ function of (seed, split, index), at any size, with an exact mask of the object.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -126,16 +125,6 @@ TEXTURES = (stripes, checks, spots, ramp, clouds, grain)
 # ---- The data set. -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pose:
-    """Where the object lies; lengths are fractions of the image side."""
-
-    x: float
-    y: float
-    radius: float
-    angle: float
-
-
 class Shapes(ImageDataset):
     """`images` drawings of side `image_size`; classes take turns, so they are balanced."""
 
@@ -157,7 +146,7 @@ class Shapes(ImageDataset):
 
     def load(self, index: int) -> Image.Image:
         rng = self._generator(index)
-        covered = self._coverage(index, draw_pose(rng))[..., None]
+        covered = self._coverage(index, rng)[..., None]
         behind, front = draw_palettes(rng)
         background = paint(*self.pixels, behind, rng)
         texture = paint(*self.pixels, front, rng)
@@ -166,17 +155,20 @@ class Shapes(ImageDataset):
 
     def mask(self, index: int) -> np.ndarray:
         """uint8 [H, W]: 0 is background, class + 1 is the object."""
-        covered = self._coverage(index, draw_pose(self._generator(index)))
+        covered = self._coverage(index, self._generator(index))
         return np.where(covered > 0.5, self.labels[index] + 1, 0).astype(np.uint8)
 
     def _generator(self, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, int(self.split == "train"), index])
 
-    def _coverage(self, index: int, pose: Pose) -> np.ndarray:
-        """The part of each pixel that the object covers: [H, W] in 0..1."""
-        x, y = self.samples
-        x, y = (x - pose.x) / pose.radius, (y - pose.y) / pose.radius
-        cosine, sine = math.cos(pose.angle), math.sin(pose.angle)
+    def _coverage(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        """The part of each pixel that the object covers: [H, W] in 0..1. Where the object lies is
+        the first that is drawn for an image; lengths are fractions of its side."""
+        radius = rng.uniform(0.2, 0.42)
+        centre_x, centre_y = rng.uniform(radius, 1 - radius, size=2).tolist()
+        angle = rng.uniform(0, 2 * math.pi)
+        x, y = (self.samples[0] - centre_x) / radius, (self.samples[1] - centre_y) / radius
+        cosine, sine = math.cos(angle), math.sin(angle)
         outline = OUTLINES[self.labels[index]]
         inside = outline(cosine * x + sine * y, cosine * y - sine * x)
         side = self.image_size
@@ -189,12 +181,6 @@ def grid(side: int) -> tuple[np.ndarray, np.ndarray]:
     centres = (np.arange(side, dtype=np.float32) + 0.5) / side
     x, y = np.meshgrid(centres, centres)
     return x, y
-
-
-def draw_pose(rng: np.random.Generator) -> Pose:
-    radius = rng.uniform(0.2, 0.42)
-    x, y = rng.uniform(radius, 1 - radius, size=2).tolist()
-    return Pose(x, y, radius, angle=rng.uniform(0, 2 * math.pi))
 
 
 def draw_palettes(rng: np.random.Generator) -> np.ndarray:

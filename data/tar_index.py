@@ -6,28 +6,29 @@ that is not allowed, in ~/.cache/latent-mim.
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
-import sys
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from data.base import DataError, first_few
-from data.files import EXTENSIONS, SCAN_THREADS, PathList
+from data.files import ENDINGS, EXTENSIONS, SCAN_THREADS, PathList
 from util.files import write_whole
 
 logger = logging.getLogger("lmim.data")
 
 INDEX_NAME = "index-latent-mim.npz"
-INDEX_FORMAT = 1
+CACHE_FOLDER = "~/.cache/latent-mim"
+INDEX_FORMAT = 2
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 # Headers lie a whole image apart. The default buffer is what the file system likes best to send:
@@ -64,39 +65,22 @@ class Piece(NamedTuple):
     end: int
 
 
-class StoredList(PathList):
-    """A PathList made of its saved arrays."""
-
-    def __init__(self, ends: np.ndarray, characters: np.ndarray) -> None:
-        self.ends = ends
-        self.characters = characters
+# Where an image lies; label and tar are positions in the classes and in the tars. An array of this
+# stays shared, as PathList says.
+PLACE = np.dtype([("label", "i8"), ("tar", "i4"), ("offset", "i8"), ("size", "i8")])
 
 
-class TarIndex:
-    """Where the images of a folder of tars lie, sorted by class and then by file name.
+class TarIndex(NamedTuple):
+    """Where the images of a folder of tars lie, sorted by class and then by file name."""
 
-    In arrays, for the reason that PathList gives. They are saved as they are.
-    """
-
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays = arrays
-        sizes, times = arrays["tar_sizes"].tolist(), arrays["tar_times"].tolist()
-        tars = zip(self.strings("tar_names"), sizes, times, strict=True)
-        self.tars = [TarFile(*tar) for tar in tars]
-        self.classes = list(self.strings("classes"))
-        self.labels = arrays["labels"]  # int64 [N], positions in classes
-        self.names = self.strings("names")
-        self.tar_numbers = arrays["tar_numbers"]  # int32 [N], positions in tars
-        self.offsets = arrays["offsets"]  # int64 [N]
-        self.sizes = arrays["sizes"]  # int64 [N]
-
-    def strings(self, name: str) -> StoredList:
-        return StoredList(self.arrays[f"{name}_ends"], self.arrays[f"{name}_characters"])
+    tars: list[TarFile]
+    classes: list[str]
+    names: PathList
+    places: np.ndarray  # PLACE [N]
 
     def members(self) -> Iterator[Member]:
-        rows = zip(self.labels, self.names, self.tar_numbers, self.offsets, self.sizes, strict=True)
-        for label, name, tar, offset, size in rows:
-            yield Member(self.classes[label], name, self.tars[tar].name, int(offset), int(size))
+        for name, (label, tar, offset, size) in zip(self.names, self.places.tolist(), strict=True):
+            yield Member(self.classes[label], name, self.tars[tar].name, offset, size)
 
 
 def make_index(tars: list[TarFile], members: list[Member]) -> TarIndex:
@@ -104,88 +88,56 @@ def make_index(tars: list[TarFile], members: list[Member]) -> TarIndex:
     classes = sorted({member.category for member in members})
     label_of = {name: label for label, name in enumerate(classes)}
     number_of = {tar.name: number for number, tar in enumerate(tars)}
-    labels = [label_of[member.category] for member in members]
-    arrays = {
-        "format": np.array(INDEX_FORMAT),
-        "tar_sizes": np.array([tar.size for tar in tars], dtype=np.int64),
-        "tar_times": np.array([tar.modified for tar in tars], dtype=np.int64),
-        "labels": np.array(labels, dtype=np.int64),
-        "tar_numbers": np.array([number_of[member.tar] for member in members], dtype=np.int32),
-        "offsets": np.array([member.offset for member in members], dtype=np.int64),
-        "sizes": np.array([member.size for member in members], dtype=np.int64),
-    }
-    texts = {
-        "tar_names": [tar.name for tar in tars],
-        "classes": classes,
-        "names": [member.name for member in members],
-    }
-    for name, values in texts.items():
-        stored = PathList(values)
-        arrays[f"{name}_ends"], arrays[f"{name}_characters"] = stored.ends, stored.characters
-    return TarIndex(arrays)
+    names = PathList([member.name for member in members])
+    places = [
+        (label_of[member.category], number_of[member.tar], member.offset, member.size)
+        for member in members
+    ]
+    return TarIndex(tars, classes, names, np.array(places, dtype=PLACE))
 
 
 # ---- One index for all processes and all starts. -------------------------------------------------
 
 
 def index_of(folder: Path, index_folder: str | None) -> TarIndex:
-    """The saved index if it fits the tars, or else a new one, which one process builds for all."""
-    tars = list_tars(folder)
-    places = index_places(folder, index_folder)
-    for place in places:
-        index = read_index(place)
-        if index is not None and index.tars == tars:
-            return index
-    with first_writable(places) as place:
-        if place is None and index_folder is not None:
-            raise DataError(f"index_folder={index_folder} is not a folder that can be written")
-        if place is None:
-            logger.warning("no place to save the index of %s: each start scans the tars", folder)
-            return scan_tars(folder, tars, None)
+    """The saved index if it fits the tars, or else a new one, which one process makes for all."""
+    tars, place = list_tars(folder), index_place(folder, index_folder)
+    index = read_index(place)
+    if index is not None and index.tars == tars:
+        return index
+    with locked(place):
         # Another process may have written it while this one waited.
         tars, index = list_tars(folder), read_index(place)
         if index is None or index.tars != tars:
             index = scan_tars(folder, tars, index)
             write_index(index, place)
-        return index
+    return index
 
 
-def index_places(folder: Path, index_folder: str | None) -> list[Path]:
-    """Where the index may lie, best first."""
+def index_place(folder: Path, index_folder: str | None) -> Path:
+    next_to_tars = folder / INDEX_NAME
+    if index_folder is None and (next_to_tars.exists() or os.access(folder, os.W_OK)):
+        return next_to_tars
     digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    if index_folder is not None:
-        return [Path(index_folder).expanduser() / f"{digest}.npz"]
-    places = [folder / INDEX_NAME]
-    with suppress(RuntimeError):  # a user without a home
-        places.append(Path.home() / ".cache" / "latent-mim" / f"{digest}.npz")
-    return places
+    return Path(index_folder or CACHE_FOLDER).expanduser() / f"{digest}.npz"
 
 
 @contextmanager
-def first_writable(places: list[Path]) -> Iterator[Path | None]:
-    """The first place that can be written, locked for this process; None where there is none."""
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(place.with_name(f".{place.name}.lock"), "a")  # noqa: SIM115 (closed below, by `with`)
-        except OSError:
-            continue
-        with lock:
-            wait_for(lock, place)
-            yield place
-        return
-    yield None
-
-
-def wait_for(lock: TextIO, place: Path) -> None:
+def locked(place: Path) -> Iterator[None]:
     """The kernel gives the lock back when its process ends, however it ends."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        logger.info("waiting for the process that makes %s", place)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:
-        pass  # A file system without locks: each process makes the same index and puts it there.
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(place.with_name(f".{place.name}.lock"), "a")  # noqa: SIM115 (closed below, by `with`)
+    except OSError as error:
+        raise DataError(
+            f"dataset.options.index_folder: expected a folder that can be written, which "
+            f"{place.parent} is not"
+        ) from error
+    with lock:
+        # On a file system without locks each process makes the same index and puts it there.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def read_index(path: Path) -> TarIndex | None:
@@ -194,17 +146,24 @@ def read_index(path: Path) -> TarIndex | None:
         return None
     try:
         # numpy leaves a file open that it opened itself and found damaged.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            index = TarIndex(dict(arrays))
-        return index if index.arrays["format"] == INDEX_FORMAT else None
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            contents = json.loads(str(stored["contents"]))
+            names = os.fsdecode(stored["names"].tobytes()).split("\0")
+            places = stored["places"]
+        tars = [TarFile(*tar) for tar in contents["tars"]]
+        index = TarIndex(tars, contents["classes"], PathList(names), places)
+        return index if contents["format"] == INDEX_FORMAT else None
     except Exception as error:  # damage shows in many ways, and a new index mends them all
         logger.info("the index %s cannot be read (%s): it is made again", path, error)
         return None
 
 
 def write_index(index: TarIndex, path: Path) -> None:
+    contents = {"format": INDEX_FORMAT, "tars": index.tars, "classes": index.classes}
+    names = np.frombuffer(os.fsencode("\0".join(index.names)), dtype=np.uint8)
+    arrays = {"contents": json.dumps(contents), "names": names, "places": index.places}
     try:
-        write_whole(path, lambda file: np.savez(file, **index.arrays))
+        write_whole(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
         logger.warning("cannot write %s (%s): the next start scans again", path, error)
 
@@ -218,20 +177,19 @@ def list_tars(folder: Path) -> list[TarFile]:
         raise DataError(f"{folder} does not exist; expected {folder}/*.tar")
     tars = []
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.is_dir():
-                    continue
-                if entry.name.lower().endswith(COMPRESSED):
-                    raise compressed(entry.path)
-                if entry.name.lower().endswith(".tar"):
-                    status = entry.stat()
-                    tars.append(TarFile(entry.name, status.st_size, status.st_mtime_ns))
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or path.is_dir():
+                continue
+            if path.name.lower().endswith(COMPRESSED):
+                raise compressed(str(path))
+            if path.name.lower().endswith(".tar"):
+                status = path.stat()
+                tars.append(TarFile(path.name, status.st_size, status.st_mtime_ns))
     except OSError as error:
         raise DataError(f"cannot read {error.filename or folder}: {error.strerror}") from error
     if not tars:
         raise DataError(f"{folder} contains no tar files; expected {folder}/*.tar")
-    return sorted(tars)
+    return tars
 
 
 def compressed(path: str) -> DataError:
@@ -243,36 +201,34 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
     unchanged = {tar.name for tar in set(tars) & set(known.tars)} if known else set()
     members = [member for member in known.members() if member.tar in unchanged] if known else []
     pieces = [Piece(tar.name, "", 0, tar.size) for tar in tars if tar.name not in unchanged]
-    title, on_terminal = f"indexing {len(pieces)} tar files in {folder}", sys.stderr.isatty()
-    if not on_terminal:
-        logger.info(title)
-    progress = tqdm(desc=title, unit=" images", leave=False, disable=not on_terminal)
+    title = f"indexing {len(pieces)} tar files in {folder}"
     # Threads, because a scan mostly waits for the file server. Forked processes would read headers
     # in memory faster, but would also copy a process that uses a GPU, and could outlive it.
-    try:
-        with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            while pieces:
-                results = list(pool.map(partial(scan, folder, progress), pieces))
-                members.extend(member for images, _ in results for member in images)
-                pieces = [inner for _, inner_tars in results for inner in inner_tars]
-    finally:
-        progress.close()
+    with (
+        tqdm(desc=title, unit=" images", leave=False, disable=None) as progress,
+        ThreadPoolExecutor(SCAN_THREADS) as pool,
+    ):
+        if progress.disable:  # no terminal
+            logger.info(title)
+        while pieces:
+            results = list(pool.map(partial(scan, folder, progress), pieces))
+            members.extend(member for images, _ in results for member in images)
+            pieces = [inner for _, inner_tars in results for inner in inner_tars]
     empty = sorted({tar.name for tar in tars} - {member.tar for member in members})
     if empty:
         raise DataError(
-            f"{folder} has tar files that contain no images: {first_few(empty)}; "
-            f"expected files ending in {' '.join(EXTENSIONS)}"
+            f"{folder} has tar files that contain no images: {first_few(empty)}; {ENDINGS}"
         )
     return make_index(tars, members)
 
 
 def scan(folder: Path, progress: tqdm, piece: Piece) -> tuple[list[Member], list[Piece]]:
     """The images and the inner tars of one tar."""
-    path = path_of(folder, piece)
+    path = os.path.join(folder, piece.tar, piece.inside).rstrip("/")
     own_class = PurePosixPath(path).stem
     images: dict[str, Member] = {}  # by name: of several the last counts, as in unpacking
     inner_tars = []
-    for member in members_of(folder, piece):
+    for member in members_of(folder, piece, path):
         parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
         if not member.isreg() or any(part.startswith(".") for part in parts):
             continue
@@ -292,51 +248,44 @@ def scan(folder: Path, progress: tqdm, piece: Piece) -> tuple[list[Member], list
     return list(images.values()), inner_tars
 
 
-def path_of(folder: Path, piece: Piece) -> str:
-    return os.path.join(folder, piece.tar, piece.inside).rstrip("/")
-
-
-def members_of(folder: Path, piece: Piece) -> Iterator[tarfile.TarInfo]:
+def members_of(folder: Path, piece: Piece, path: str) -> Iterator[tarfile.TarInfo]:
     """Whatever a tar contains. tarfile takes a damaged header for the end; here it is an error."""
-    path = os.path.join(folder, piece.tar)
-    problem = None
+    outer = os.path.join(folder, piece.tar)
     try:
-        with open(path, "rb", buffering=SCAN_BUFFER) as file:
+        with open(outer, "rb", buffering=SCAN_BUFFER) as file:
             file.seek(piece.start)
-            first_bytes = file.read(8)
+            is_compressed = file.read(8).startswith(COMPRESSED_STARTS)
             file.seek(piece.start)
-            try:
-                tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (it holds nothing of its own: `file` is closed)
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # it would keep them all
-                    if member.isreg() and member.offset_data + member.size > piece.end:
-                        problem = f"it ends in the middle of {member.name}"
-                        break
-                    yield member
-                    if tar.offset >= piece.end:
-                        break
-                problem = problem or wrong_end(file, tar.offset, piece.end)
-            except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
-                problem = str(error) or repr(error)  # the last three: numbers that make no sense
+            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (it holds nothing of its own: `file` is closed)
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # it would keep them all
+                if member.isreg() and member.offset_data + member.size > piece.end:
+                    raise tarfile.ReadError(f"it ends in the middle of {member.name}")
+                yield member
+                if tar.offset >= piece.end:
+                    break
+            check_end(file, tar.offset, piece.end)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if problem and first_bytes.startswith(COMPRESSED_STARTS):
-        raise compressed(path_of(folder, piece))
-    if problem:
+        raise DataError(f"cannot read {outer}: {error.strerror}") from error
+    # The last three: numbers that make no sense.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+        if is_compressed:
+            raise compressed(path) from error
         raise DataError(
-            f"{path_of(folder, piece)} is damaged or incomplete: {problem}; "
+            f"{path} is damaged or incomplete: {str(error) or repr(error)}; "
             f"copy or download it again"
-        )
+        ) from error
 
 
-def wrong_end(file: BinaryIO, offset: int, end: int) -> str | None:
-    """What is wrong where the last member ends: a block of zeros must follow, then nothing else."""
+def check_end(file: BinaryIO, offset: int, end: int) -> None:
+    """Where the last member ends, a block of zeros must follow, then nothing else."""
     file.seek(offset)
     rest = file.read(max(0, min(end - offset, MOST_PADDING)))
     if len(rest) < tarfile.BLOCKSIZE:
-        return "it has no end mark"
+        raise tarfile.ReadError("it has no end mark")
     if any(rest[: tarfile.BLOCKSIZE]):
-        return f"no member begins at byte {offset}"
+        raise tarfile.ReadError(f"no member begins at byte {offset}")
     if rest.strip(b"\0"):
-        return "it goes on after its end mark (tars are joined by tar --concatenate, not by cat)"
-    return None
+        raise tarfile.ReadError(
+            "it goes on after its end mark (tars are joined by tar --concatenate, not by cat)"
+        )

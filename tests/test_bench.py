@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 
-from bench.loader import CustomaryTransform, make_tars
-from bench.photos import SIZES, write_photos
+from bench.loader import PHOTO_SIZES, customary_transform, make_tars, write_photos
 from bench.plain import make_plain, plain_step
 from bench.step import EPOCH, Setting, build_training, count_flops
 from data.datasets import build_dataset
@@ -82,8 +81,8 @@ def test_photos_are_like_imagenets(tmp_path):
     mean = sum(path.stat().st_size for path in paths) / len(paths)
     assert 80_000 < mean < 160_000  # ImageNet: about 110 kB
     dataset = build_dataset("imagefolder", "train", str(tmp_path), {"decoder": "pil"})
-    assert {dataset.load(index).size for index in range(12)} == set(SIZES)
-    assert CustomaryTransform()(dataset.load(0), 0, 0).shape == (3, 280, 280)
+    assert {dataset.load(index).size for index in range(12)} == set(PHOTO_SIZES)
+    assert customary_transform(dataset.load(0), 0, 0).shape == (3, 280, 280)
     make_tars(tmp_path, tmp_path / "tars")
     in_tars = build_dataset("tar", "train", str(tmp_path / "tars"))
     sources = [dataset, in_tars]
@@ -122,9 +121,3 @@ def test_loader_and_training_bench():
     assert output.count("tar in place") == 2
     options = ["--photos", "40", "--encoder", "vit_tiny", "--batch", "4", "--steps", "2"]
     assert "waiting" in run("bench.train", *options, "--precision", "fp32")
-
-
-@pytest.mark.slow
-def test_neighbours_bench_checks_its_answers():
-    sizes = ["--bank", "70000", "--queries", "20", "--dim", "16", "--neighbours", "5"]
-    assert "10 of 10 answers equal to brute force" in run("bench.neighbours", *sizes)

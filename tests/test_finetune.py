@@ -13,7 +13,7 @@ from torch import nn
 
 from data.augmentation import FinetuneTransform, posterize
 from data.base import DataError
-from data.digits import build_digits
+from data.datasets import build_digits
 from eval.backbone import load_backbone
 from eval.finetune import Classifier, build_mixup, freeze_what_is_not_used, main
 from tests.backbones import digits_checkpoint

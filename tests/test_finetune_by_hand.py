@@ -13,7 +13,7 @@ from timm.data import Mixup, create_transform
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from data.digits import build_digits
+from data.datasets import build_digits
 from eval.finetune import main
 from models.vit import Encoder
 from tests.evaluations import config, results

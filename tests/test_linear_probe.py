@@ -164,7 +164,7 @@ def test_classes_are_counted_and_must_be_trained():
 
 
 def test_images_without_label_are_left_out():
-    from data.digits import build_digits
+    from data.datasets import build_digits
 
     digits = build_digits("eval", None)
     digits.labels[::2] = -1

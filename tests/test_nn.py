@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
-from data.digits import build_digits
+from data.datasets import build_digits
 from eval import search
 from eval.features import Features
 from eval.nn import knn, leave_one_out, leave_one_out_hits

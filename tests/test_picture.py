@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.photos import natural_noise
+from bench.loader import natural_noise
 from data.base import UNREADABLE, DataError
 from data.datasets import build_dataset
 from data.picture import decode, size_of, to_image

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from data.digits import build_digits
+from data.datasets import build_digits
 from eval.linear_probe import main
 from eval.networks import OwnBackbone
 from models.vit import Encoder

@@ -271,7 +271,7 @@ DAMAGES = {
     no_mask: "these masks are missing: .*masks/val/0.png$",
     no_masks_folder: "has no masks/; dataset masks needs a folder with images/ and masks/",
     empty_split: "images/val contains no images",
-    other_split: "images has train but no folder named val or validation or test",
+    other_split: "evaluation images in .*/images: val or validation or test$",
     white_objects: "none of the 5 masks holds two classes",
 }
 

@@ -259,7 +259,7 @@ def test_what_is_missing_is_named(tmp_path, root):
     with pytest.raises(DataError, match=r"train contains no tar files; expected .*/train/\*.tar$"):
         build(tmp_path / "empty")
     (root / "val").rename(root / "elsewhere")
-    with pytest.raises(DataError, match="evaluation images: expected one named val or validation"):
+    with pytest.raises(DataError, match="evaluation images in .*: val or validation or test$"):
         build(root, "eval")
     with pytest.raises(DataError, match="decoder=gpu: expected one of fast, pil"):
         build(root, decoder="gpu")
