@@ -5,13 +5,14 @@ BIN = .venv/bin
 # Three tests at a time, also on two cores: many only wait, for Slurm or for other processes.
 TOGETHER = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-fast lint clean
+.PHONY: help demo test test-fast lint types clean
 
 help:
 	@echo "make demo       see it learn: digits on a CPU, one to two minutes (SEED=1: another seed)"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
 	@echo "make lint       ruff"
+	@echo "make types      mypy"
 	@echo "make clean      remove .venv"
 
 .venv/installed: requirements.txt
@@ -33,6 +34,9 @@ test-fast: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv

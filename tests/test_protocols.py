@@ -83,6 +83,8 @@ EVALUATION = (
 )
 TABLE = {
     "lmim": RECIPE,
+    "imagenet100": RECIPE + "dataset=imagenet100 avg_sim_coeff=0 epochs=300 warmup_epochs=30 "
+    "batch_size=128 accum_iter=4",
     "demo": RECIPE + "encoder=vit_nano dataset=digits env.slurm=False env.ngpu=1 grid_size=4 "
     "patch_size=6 patch_gap=1 num_vis=6 min_crop=0.7 proj.mlp_dim=256 decoder_embed_dim=96 "
     "decoder_depth=2 decoder_num_heads=3 precision=fp32 epochs=60 warmup_epochs=5 blr=4e-3 "
@@ -108,7 +110,8 @@ TABLE = {
     "beside_random_init=False",
     "export": EVALUATION,
 }
-TRAINED = ("lmim", "demo", "linear_probe", "finetune")  # there the size of a batch changes results
+# There the size of a batch changes results.
+TRAINED = ("lmim", "imagenet100", "demo", "linear_probe", "finetune")
 CHANGES_NO_RESULT = set(
     "worker job_name output_dir data_path resume overwrite num_workers max_bad_images recompute "
     "max_bad_steps print_freq save_freq save_minutes eval_freq eval_at_start cache_dir "

@@ -1,5 +1,6 @@
 """What the launcher says and does before and after sbatch."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluations import launch, results
 from tests.runs import LAUNCHER, ROOT, TINY, environment, records, run, succeed
 from tests.slurm.cluster import cancel, job_info, squeue, wait_for
-from tests.slurm.jobs import LONG, ON_SLURM, error_text, submit, wait_for_end
+from tests.slurm.jobs import LONG, ON_SLURM, error_text, log_text, submit, wait_for_end
+from util.checkpoint import list_checkpoints
 from util.lock import JobBusy, lock, this_process, unlock
 from util.slurm_queue import has_ended
 
@@ -121,6 +124,25 @@ def test_environment_variables_for_nccl_are_passed_through(tmp_path):
         assert "export NCCL_DEBUG=INFO" in Path(script).read_text()
     finally:
         cancel(job_id)
+
+
+def test_an_evaluation_waits_for_the_training_that_it_is_to_evaluate(tmp_path):
+    """Both are submitted before there is a checkpoint: it is looked for on the node."""
+    training = submit(f"output_dir={tmp_path}", "epochs=1", "warmup_epochs=0", HELD)
+    after = f"+env.slurm_extra.dependency=afterok:{training}"
+    code, output = launch("nn", tmp_path / "demo", tmp_path, *ON_SLURM, after)
+    assert code == 0, output
+    evaluation = output.split("submitted as job ")[1].split()[0]
+    assert not (tmp_path / "demo" / "checkpoints").exists()
+    assert job_info(evaluation)["Dependency"].startswith(f"afterok:{training}")
+    subprocess.run(["scontrol", "release", training], check=True)
+    assert wait_for_end(evaluation, 90) == "COMPLETED", error_text(tmp_path / "nn")
+    assert job_info(training)["JobState"] == "COMPLETED"
+    assert job_info(training)["EndTime"] <= job_info(evaluation)["StartTime"]
+    found = results(tmp_path, "nn")
+    last = list_checkpoints(tmp_path / "demo" / "checkpoints")[0]
+    assert found["backbone"]["sha256"] == hashlib.sha256(last.read_bytes()).hexdigest()
+    assert f"nn: top1 {found['results']['top1']:.4g}" in log_text(tmp_path / "nn", evaluation)
 
 
 # ---- One writer per folder. ----------------------------------------------------------------------
