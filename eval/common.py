@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +17,32 @@ from data.datasets import build_dataset
 from data.loader import EvalLoader, TrainLoader
 from data.picture import Picture
 from data.transforms import EvalTransform, normalise
-from eval.backbone import Backbone, backbone_from, find_checkpoint
-from eval.networks import Colour
+from eval.backbone import Backbone, Colour, Tokens, load_backbone, newest_checkpoint
 from util.checkpoint import CheckpointError
 from util.config import job_directory
-from util.distributed import (
-    Ranks,
-    default_workers,
-    join_processes,
-    leave_processes,
-    on_main,
-)
+from util.distributed import Ranks, default_workers, join_processes, leave_processes, on_main
 from util.files import write_whole
 from util.job import describe_environment, prepare_job_directory
 from util.lock import unlock
+from util.loop import Task, train
 from util.metrics import readable_time
+from util.precision import choose_precision
+from util.preemption import stoppable
 from util.record import TensorBoardFile
 
 PROGRESS_SECONDS = 5
 TOP = 5  # the second number of a classification
+# What the config says of a backbone besides its name.
+CHOICES = "which layer final_norm image_side pretrained_weights random_init seed".split()
 
 
 class EvalRun:
-    """The console, results/NAME.json and TensorBoard. Only the first process writes."""
+    """What an evaluation works with, how it encodes images, and what it leaves behind: the console,
+    results/NAME.json and TensorBoard, to which only the first process writes."""
 
-    def __init__(self, cfg: DictConfig, ranks: Ranks, name: str):
-        self.cfg, self.ranks, self.name = cfg, ranks, name
+    def __init__(self, cfg: DictConfig, ranks: Ranks, name: str, backbone: Backbone):
+        self.cfg, self.ranks, self.name, self.backbone = cfg, ranks, name, backbone
         self.start = self.last_progress = time.monotonic()
-        self.backbone: Backbone | None = None
         if "resume" in cfg:
             self.job = on_main(lambda: prepare_job_directory(cfg), ranks)
             return
@@ -55,17 +53,86 @@ class EvalRun:
             OmegaConf.save(cfg, self.job / "config.yaml")
             write_json(self.job / "environment.json", describe_environment())
 
+    # --- images and tokens
+
+    def loader(
+        self,
+        dataset: ImageDataset,
+        indices: Sequence[int] | None = None,
+        transform: Callable[[Picture], Tensor] | None = None,
+    ) -> EvalLoader:
+        """This process's part of all images, or of those with these indices."""
+        cfg = self.cfg
+        return EvalLoader(
+            dataset=dataset,
+            transform=transform or EvalTransform(self.backbone.image_side, cfg.dataset.crop_ratio),
+            batch_size=cfg.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            num_workers=self.num_workers,
+            device=self.ranks.device,
+            indices=indices,
+        )
+
+    def train_loader(self, dataset: ImageDataset, transform: Callable) -> TrainLoader:
+        cfg = self.cfg
+        return TrainLoader(
+            dataset=dataset,
+            transform=transform,
+            seed=cfg.seed,
+            batch_size=cfg.batch_size,
+            accum_iter=cfg.accum_iter,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            num_workers=self.num_workers,
+            device=self.ranks.device,
+            max_bad_images=cfg.max_bad_images,
+        )
+
+    @property
+    def num_workers(self) -> int:
+        return default_workers() if self.cfg.num_workers is None else self.cfg.num_workers
+
+    @cached_property
+    def precision(self) -> str:
+        return choose_precision(self.cfg.precision, self.ranks.device)
+
+    def autocast(self) -> torch.autocast:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        enabled = self.precision != "fp32"
+        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=enabled)
+
+    @property
+    def colours(self) -> tuple[Colour, Colour]:
+        """The mean and deviation that the backbone was trained with; the data set's where it does
+        not say."""
+        if self.backbone.mean is None:
+            return tuple(self.cfg.dataset.mean), tuple(self.cfg.dataset.std)
+        return self.backbone.mean, self.backbone.std
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return normalise(images, *self.colours)
+
+    def tokens(self, images: Tensor) -> Tokens:
+        """What the backbone makes of uint8 images [B, 3, H, W]."""
+        with self.autocast():
+            return self.backbone(self.normalised(images))
+
+    # --- what it says
+
     def say(self, text: str) -> None:
         if self.ranks.is_main:
             print(text, flush=True)
 
-    def progress(self, done: int, total: int, what: str = "") -> None:
-        """A line every few seconds of long work."""
-        now = time.monotonic()
-        if now - self.last_progress > PROGRESS_SECONDS and done < total:
-            self.last_progress = now
-            elapsed = readable_time(now - self.start)
-            self.say(f"  {self.name}: {what + ' ' if what else ''}{done}/{total}  {elapsed}")
+    def tracked(self, pieces: Collection, what: str) -> Iterator:
+        """The pieces of long work, and a line every few seconds."""
+        for done, piece in enumerate(pieces):
+            now = time.monotonic()
+            if now - self.last_progress > PROGRESS_SECONDS:
+                self.last_progress = now
+                elapsed = readable_time(now - self.start)
+                self.say(f"  {self.name}: {what} {done}/{len(pieces)}  {elapsed}")
+            yield piece
 
     def finish(
         self,
@@ -86,7 +153,7 @@ class EvalRun:
             "evaluation": self.name,
             "results": results,
             "protocol": protocol,
-            "backbone": self.backbone.describe() if self.backbone is not None else None,
+            "backbone": self.backbone.describe(),
             "pretrained": self.cfg.pretrained,
             "random_init": self.cfg.random_init,
             "dataset": self.cfg.dataset.name,
@@ -100,9 +167,6 @@ class EvalRun:
             **(extra or {}),
         }
         write_json(self.job / "results" / f"{self.name}.json", contents)
-        self.write_scalars(results)
-
-    def write_scalars(self, results: dict[str, float]) -> None:
         file = TensorBoardFile(self.job / "tensorboard")
         file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
         file.close()
@@ -115,42 +179,43 @@ def write_json(path: Path, contents: dict) -> None:
 # --- an evaluation from beginning to end --------------------------------------------------------
 
 
-@contextmanager
-def joined_processes() -> Iterator[Ranks]:
-    """Several evaluations in one process, one after the other, join the others only once."""
-    if dist.is_initialized():
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-        return
-    ranks = join_processes()
-    yield ranks
-    leave_processes()
+def run_evaluation(cfg: DictConfig, name: str, evaluate: Callable[[EvalRun], None]) -> None:
+    """What a worker's main(cfg) does. Several evaluations in one process, one after the other, join
+    the other processes only once."""
+    joined = dist.is_initialized()
+    ranks = own_ranks() if joined else join_processes()
+    backbone = load_for_all(cfg, ranks).to(ranks.device)
+    run = EvalRun(cfg, ranks, name, backbone)
+    run.say(f"{name}: {backbone.summary()}")
+    try:
+        evaluate(run)
+    finally:
+        unlock(run.job)
+    if not joined:
+        leave_processes()
 
 
-def run_evaluation(
-    cfg: DictConfig,
-    name: str,
-    evaluate: Callable[[DictConfig, Ranks, Backbone, EvalRun], None],
-) -> None:
-    """What a worker's main(cfg) does."""
-    with joined_processes() as ranks:
-        backbone = load_for_all(cfg, ranks).to(ranks.device)
-        run = EvalRun(cfg, ranks, name)
-        run.backbone = backbone
-        run.say(f"{name}: {backbone.summary()}")
-        try:
-            evaluate(cfg, ranks, backbone, run)
-        finally:
-            unlock(run.job)
+def own_ranks() -> Ranks:
+    """Of a process that has joined the others."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
     """All processes read the same file, also while a running job writes newer ones."""
+    contents = None  # gigabytes, which only their path leaves the first process for
+
+    def choose() -> str:
+        nonlocal contents
+        path, contents = newest_checkpoint(Path(cfg.pretrained))
+        return str(path)
+
     if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
-        cfg.pretrained = on_main(lambda: str(find_checkpoint(Path(cfg.pretrained))), ranks)
-    return backbone_from(cfg)
+        cfg.pretrained = on_main(choose, ranks)
+    choices = {name: cfg[name] for name in CHOICES}
+    return load_backbone(cfg.pretrained, contents=contents, **choices)
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -163,62 +228,6 @@ def build_eval_data(cfg: DictConfig, split: str) -> ImageDataset:
     if len(dataset) == 0:
         raise DataError(f"dataset={cfg.dataset.name}: its {split} split holds no image")
     return dataset
-
-
-def require_labels(cfg: DictConfig, dataset: ImageDataset, purpose: str) -> None:
-    if dataset.labels is None:
-        raise DataError(
-            f"dataset={cfg.dataset.name} has no labels, and {purpose} needs them; expected a "
-            f"labelled one, such as imagefolder"
-        )
-
-
-def eval_batches(
-    cfg: DictConfig,
-    ranks: Ranks,
-    dataset: ImageDataset,
-    side: int,
-    indices: list[int] | None = None,
-    transform: Callable | None = None,
-) -> EvalLoader:
-    """This process's part of all images, or of those with these indices: whole batches, so that a
-    batch holds the same images however many processes there are, and its arithmetic is the same to
-    the last bit."""
-    loader = EvalLoader(
-        dataset=dataset,
-        transform=transform or EvalTransform(side, cfg.dataset.crop_ratio),
-        batch_size=cfg.batch_size,
-        rank=0,
-        world_size=1,
-        num_workers=default_workers() if cfg.num_workers is None else cfg.num_workers,
-        device=ranks.device,
-    )
-    if indices is not None:
-        starts = range(0, len(indices), cfg.batch_size)
-        loader.batches = [indices[start : start + cfg.batch_size] for start in starts]
-    first, last = share_of(len(loader.batches), ranks)
-    loader.batches = loader.batches[first:last]
-    return loader
-
-
-def share_of(count: int, ranks: Ranks) -> tuple[int, int]:
-    """first, last (outside) of this process's contiguous part of so many pieces of work."""
-    return count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size
-
-
-def colours(cfg: DictConfig, backbone: Backbone) -> tuple[Colour, Colour]:
-    """The mean and deviation that the backbone was trained with; the data set's where it does not
-    say."""
-    if backbone.mean is None:
-        return tuple(cfg.dataset.mean), tuple(cfg.dataset.std)
-    return backbone.mean, backbone.std
-
-
-def normalised(cfg: DictConfig, backbone: Backbone, images: Tensor) -> Tensor:
-    return normalise(images, *colours(cfg, backbone))
-
-
-# --- those that train -------------------------------------------------------------------------
 
 
 class LabelledImages(ImageDataset):
@@ -242,7 +251,11 @@ class LabelledImages(ImageDataset):
 
 def labelled_images(cfg: DictConfig, split: str, purpose: str) -> LabelledImages:
     dataset = build_eval_data(cfg, split)
-    require_labels(cfg, dataset, purpose)
+    if dataset.labels is None:
+        raise DataError(
+            f"dataset={cfg.dataset.name} has no labels, and {purpose} needs them; expected a "
+            f"labelled one, such as imagefolder"
+        )
     labelled = LabelledImages(dataset)
     if len(labelled) == 0:
         raise DataError(
@@ -263,19 +276,17 @@ def count_classes(train: Tensor | np.ndarray, evaluation: Tensor | np.ndarray) -
     return max(train) + 1
 
 
-def train_loader(cfg: DictConfig, ranks: Ranks, dataset: ImageDataset, transform) -> TrainLoader:
-    return TrainLoader(
-        dataset=dataset,
-        transform=transform,
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        accum_iter=cfg.accum_iter,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_workers=default_workers() if cfg.num_workers is None else cfg.num_workers,
-        device=ranks.device,
-        max_bad_images=cfg.max_bad_images,
-    )
+# --- those that train -------------------------------------------------------------------------
+
+
+def train_to_the_end(task: Task, run: EvalRun) -> None:
+    """So that the task knows its last evaluation, also where a resumed run had come to its end."""
+    with stoppable(run.ranks) as stop_flag:
+        loop = train(task, run.cfg, run.ranks, run.job, stop_flag)
+    if loop is None:
+        task.evaluate(run.cfg.epochs)
+    else:
+        loop.log.close()
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:

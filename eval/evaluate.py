@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from eval.common import EvalRun, joined_processes, load_for_all, write_json
+from eval.common import EvalRun, run_evaluation, write_json
 from util.command import run_worker
 from util.config import ConfigError, compose_config
 from util.distributed import barrier
@@ -44,30 +44,33 @@ REFERENCES = {
 
 
 def main(cfg: DictConfig) -> None:
-    with joined_processes() as ranks:
-        backbone = load_for_all(cfg, ranks)  # a mistake shows before hours of work
-        check_settings(cfg)
-        variants = [("trained", False), ("random init", True)]
-        variants = (
-            variants if cfg.beside_random_init else [v for v in variants if v[1] == cfg.random_init]
-        )
-        # Composed before the first one runs, so that a wrong key in `settings` ends it at once.
-        plan = [
-            (name, label, compose(cfg, name, label, random_init))
-            for name in cfg.evals
-            for label, random_init in variants
-        ]
-        run = EvalRun(cfg, ranks, "evaluate")
-        run.backbone = backbone
-        run.say(f"evaluate: {backbone.summary()}")
-        del backbone
-        found: dict[str, dict[str, dict]] = {}
-        for name, label, own_cfg in plan:
-            importlib.import_module(own_cfg.worker).main(own_cfg)
-            barrier()  # the first process has written
-            found.setdefault(name, {})[label] = read_results(own_cfg)
-        if ranks.is_main:
-            write_table(cfg, run, found)
+    run_evaluation(cfg, "evaluate", evaluate)
+
+
+def evaluate(run: EvalRun) -> None:
+    cfg = run.cfg
+    run.backbone.cpu()  # it is only described: each evaluation loads its own
+    check_settings(cfg)
+    variants = {"trained": False, "random init": True}
+    if not cfg.beside_random_init:
+        variants = {
+            label: is_random
+            for label, is_random in variants.items()
+            if is_random == cfg.random_init
+        }
+    # Composed before the first one runs, so that a wrong key in `settings` ends it at once.
+    plan = [
+        (name, label, compose(cfg, name, label, is_random))
+        for name in cfg.evals
+        for label, is_random in variants.items()
+    ]
+    found: dict[str, dict[str, dict]] = {}
+    for name, label, own_cfg in plan:
+        importlib.import_module(own_cfg.worker).main(own_cfg)
+        barrier()  # the first process has written
+        found.setdefault(name, {})[label] = read_results(own_cfg)
+    if run.ranks.is_main:
+        write_table(run, found)
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -113,15 +116,16 @@ def read_results(own: DictConfig) -> dict:
 # --- the table ----------------------------------------------------------------------------------
 
 
-def write_table(cfg: DictConfig, run: EvalRun, found: dict[str, dict[str, dict]]) -> None:
-    table = markdown(found, with_references=cfg.dataset.name == "imagenet")
+def write_table(run: EvalRun, found: dict[str, dict[str, dict]]) -> None:
+    has_references = run.cfg.dataset.name == "imagenet"
+    table = markdown(found, has_references)
     path = run.job / "results" / "evaluate.md"
     path.write_text(table + "\n")
     contents = {
-        "backbone": run.backbone.describe() if run.backbone is not None else None,
-        "dataset": cfg.dataset.name,
+        "backbone": run.backbone.describe(),
+        "dataset": run.cfg.dataset.name,
         "evaluations": found,
-        "references": REFERENCES if cfg.dataset.name == "imagenet" else {},
+        "references": REFERENCES if has_references else {},
     }
     write_json(run.job / "results" / "evaluate.json", contents)
     run.say(f"\n{table}\n\ntable  {path}")

@@ -15,9 +15,8 @@ from torch import Tensor
 from data.base import DataError
 from eval.common import EvalRun, count_classes, labelled_images, run_evaluation
 from eval.features import Features, extract
-from eval.networks import Backbone
 from util.command import run_worker
-from util.distributed import Ranks, gather_objects
+from util.distributed import gather_objects
 from util.streams import Stream, generator
 
 QUERIES = 8192  # evaluation images at a time: bounds the memory
@@ -27,23 +26,26 @@ def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "few_shot", evaluate)
 
 
-def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
-    check_shots(labelled_images(cfg, "train", "few_shot").labels, max(cfg.shots))
-    labelled_images(cfg, "eval", "few_shot")  # complain before the work, not after it
-    train = extract(cfg, ranks, backbone, "train", cfg.pooling, True, run).labelled()
-    evaluation = extract(cfg, ranks, backbone, "eval", cfg.pooling, True, run).labelled()
+def evaluate(run: EvalRun) -> None:
+    cfg, ranks = run.cfg, run.ranks
+    # Both before the work, to complain before it and not after it.
+    images = {split: labelled_images(cfg, split, "few_shot") for split in ("train", "eval")}
+    check_shots(images["train"].labels, max(cfg.shots))
+    train, evaluation = (
+        extract(run, labelled.dataset, split, cfg.pooling).labelled()
+        for split, labelled in images.items()
+    )
     classes = count_classes(train.labels, evaluation.labels)
 
     # Each process takes some of the draws; every draw is computed by one process as by any other.
     tasks = [(shots, draw) for shots in cfg.shots for draw in range(cfg.draws)]
     own = {}
-    for number, (shots, draw) in enumerate(tasks[ranks.rank :: ranks.world_size]):
+    for shots, draw in run.tracked(tasks[ranks.rank :: ranks.world_size], "draws:"):
         chosen = choose_shots(train.labels, shots, cfg.seed, draw)
         support = Features(train.features[chosen], train.labels[chosen])
         own[shots, draw] = ridge_accuracies(support, evaluation, classes, list(cfg.regularisers))
-        run.progress((number + 1) * ranks.world_size, len(tasks), "draws:")
     found = {task: value for part in gather_objects(own, ranks) for task, value in part.items()}
-    report(cfg, run, found, len(evaluation.labels))
+    report(run, found, len(evaluation.labels))
 
 
 # --- the shots ----------------------------------------------------------------------------------
@@ -152,8 +154,8 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return tensor.mean().item(), spread
 
 
-def report(cfg: DictConfig, run: EvalRun, found: dict[tuple[int, int], dict], images: int) -> None:
-    results, details = {}, {}
+def report(run: EvalRun, found: dict[tuple[int, int], dict], images: int) -> None:
+    cfg, results, details = run.cfg, {}, {}
     for shots in cfg.shots:
         draws = [found[shots, draw] for draw in range(cfg.draws)]
         mean, spread = mean_and_spread([draw["top1"] for draw in draws])

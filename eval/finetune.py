@@ -13,29 +13,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.augmentation import FinetuneTransform
 from data.loader import TrainBatch, TrainLoader
+from eval.backbone import Backbone
 from eval.common import (
     EvalRun,
     check_same_backbone,
-    colours,
     count_classes,
     count_hits,
-    eval_batches,
     labelled_images,
-    normalised,
     run_evaluation,
-    train_loader,
+    train_to_the_end,
 )
-from eval.features import autocast, pool
-from eval.networks import Backbone
+from eval.features import pool, pooled_width
 from util.checkpoint import load_weights
 from util.command import run_worker
 from util.config import ConfigError
-from util.distributed import Ranks, all_reduce, synchronised
-from util.loop import Line, Task, TrainingStopped, sum_over_processes, train
+from util.distributed import all_reduce, synchronised
+from util.loop import Line, Task, TrainingStopped, sum_over_processes
 from util.metrics import FaultCounter
 from util.optim import layer_decay_groups
-from util.precision import choose_precision
-from util.preemption import stoppable
 from util.schedules import peak_learning_rate, warmup_cosine
 from util.streams import Stream, seed_of, seeded
 
@@ -48,7 +43,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: Backbone, pooling: str, classes: int, seed: int):
         super().__init__()
         self.backbone, self.pooling = backbone, pooling
-        width = backbone.embed_dim * (2 if pooling == "cls+mean" else 1)
+        width = pooled_width(backbone.embed_dim, pooling)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
         with torch.random.fork_rng(devices=[]):
@@ -65,34 +60,29 @@ def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "finetune", evaluate)
 
 
-def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
-    task = Finetuning(cfg, ranks, backbone, run)
-    with stoppable(ranks) as stop_flag:
-        loop = train(task, cfg, ranks, run.job, stop_flag)
-    if loop is None:  # the run that is resumed had come to its end
-        task.evaluate(cfg.epochs)
-    else:
-        loop.log.close()
+def evaluate(run: EvalRun) -> None:
+    task = Finetuning(run)
+    train_to_the_end(task, run)
     top1, top5 = task.accuracies
     run.finish(
         {"top1": top1, "top5": top5},
-        protocol=f"fine-tuning, {cfg.epochs} epochs, top-1 of the last one",
+        protocol=f"fine-tuning, {run.cfg.epochs} epochs, top-1 of the last one",
         images=len(task.evaluation),
     )
 
 
 class Finetuning(Task):
-    def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun):
-        self.cfg, self.ranks, self.run = cfg, ranks, run
+    def __init__(self, run: EvalRun):
+        self.run, self.cfg, self.ranks = run, run.cfg, run.ranks
+        cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
         self.evaluation = labelled_images(cfg, "eval", "finetune")
-        self.loader = build_loader(cfg, ranks, backbone)
+        self.loader = build_loader(run)
         self.classes = count_classes(self.loader.dataset.labels, self.evaluation.labels)
         self.model = Classifier(backbone, cfg.pooling, self.classes, cfg.seed).to(ranks.device)
         backbone.set_drop_path(cfg.drop_path)
         freeze_what_is_not_used(self.model)
         self.network = synchronised(self.model, ranks)
-        self.precision = choose_precision(cfg.precision, ranks.device)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.precision == "fp16")
         self.optimizer = build_optimizer(cfg, self.model)
         self.mixup = build_mixup(cfg, self.classes)
         self.peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
@@ -104,7 +94,7 @@ class Finetuning(Task):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return (
             f"finetune: {len(self.loader.dataset)} images of {self.classes} classes, "
-            f"{trained / 1e6:.1f} M trainable parameters, {self.precision}"
+            f"{trained / 1e6:.1f} M trainable parameters, {self.run.precision}"
         )
 
     def prepare(self) -> None:
@@ -130,7 +120,7 @@ class Finetuning(Task):
         is_last = micro == self.cfg.accum_iter - 1
         keep_local = isinstance(self.network, DistributedDataParallel) and not is_last
         with self.network.no_sync() if keep_local else nullcontext():
-            with autocast(self.ranks.device, self.precision):
+            with self.run.autocast():
                 logits = self.network(images)
             smoothing = self.cfg.label_smoothing if self.mixup is None else 0.0
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
@@ -177,12 +167,10 @@ class Finetuning(Task):
         """Percent of the evaluation images, of all processes."""
         self.model.eval()
         hits = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)
-        backbone = self.model.backbone
-        loader = eval_batches(self.cfg, self.ranks, self.evaluation, backbone.image_side)
-        for number, batch in enumerate(loader):
-            self.run.progress(number, len(loader), "evaluation batches:")
-            with autocast(self.ranks.device, self.precision):
-                logits = self.model(normalised(self.cfg, backbone, batch.images))
+        loader = self.run.loader(self.evaluation)
+        for batch in self.run.tracked(loader, "evaluation batches:"):
+            with self.run.autocast():
+                logits = self.model(self.run.normalised(batch.images))
             hits += count_hits(logits, batch.labels)
         self.model.train()
         top1, top5 = (100 * all_reduce(hits).double() / len(self.evaluation)).tolist()
@@ -195,7 +183,7 @@ class Finetuning(Task):
         if not isinstance(self.network, DistributedDataParallel):
             return
         side = self.model.backbone.image_side
-        with autocast(self.ranks.device, self.precision):
+        with self.run.autocast():
             logits = self.network(torch.zeros(1, 3, side, side, device=self.ranks.device))
         logits.float().sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,17 +207,18 @@ class Finetuning(Task):
 # --- what is built ------------------------------------------------------------------------------
 
 
-def build_loader(cfg: DictConfig, ranks: Ranks, backbone: Backbone) -> TrainLoader:
+def build_loader(run: EvalRun) -> TrainLoader:
+    cfg = run.cfg
     transform = FinetuneTransform(
-        backbone.image_side,
-        *colours(cfg, backbone),
+        run.backbone.image_side,
+        *run.colours,
         flip=cfg.dataset.flip,
         min_crop=cfg.min_crop,
         auto_augment=cfg.auto_augment,
         erase=cfg.erase,
         seed=cfg.seed,
     )
-    return train_loader(cfg, ranks, labelled_images(cfg, "train", "finetune"), transform)
+    return run.train_loader(labelled_images(cfg, "train", "finetune"), transform)
 
 
 def build_optimizer(cfg: DictConfig, model: Classifier) -> torch.optim.AdamW:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from data.base import DataError
 from data.loader import epoch_order
 from data.masks import IGNORE
+from eval.backbone import Tokens
 from eval.common import EvalRun
-from eval.networks import Tokens
 from util.distributed import Ranks, broadcast_object, gather_objects
 
 
@@ -37,10 +37,9 @@ class PatchHead(nn.Module):
         return self.linear((vectors - self.mean) / self.std)
 
 
-def train_patch_head(
-    cfg: DictConfig, ranks: Ranks, run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]
-) -> PatchHead:
+def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> PatchHead:
     """parts: the training tokens and masks of this process. -> the same head on all processes"""
+    cfg, ranks = run.cfg, run.ranks
     grids = gather_objects([tokens.grid for tokens, _ in parts[:1]], ranks)
     grid = next(own[0] for own in grids if own)  # a process may have no images
     # What waits for its turn waits in the memory of the host.
@@ -50,10 +49,9 @@ def train_patch_head(
     head = None
     if ranks.is_main:
         head, optimizer = start(cfg, ranks, tokens, int(labelled_maximum(masks)) + 1)
-    for epoch in range(cfg.patch_head.epochs):
+    for epoch in run.tracked(range(cfg.patch_head.epochs), "epochs of the head:"):
         if ranks.is_main:
             train_epoch(cfg, ranks, head, optimizer, tokens, masks, grid, epoch)
-        run.progress(epoch + 1, cfg.patch_head.epochs, "epochs of the head:")
         broadcast_object(epoch, ranks)  # a sign of life, before the others give up waiting
     state = {key: value.cpu() for key, value in head.state_dict().items()} if head else None
     state = broadcast_object(state, ranks)

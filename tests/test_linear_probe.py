@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.base import DataError
-from eval.backbone import load_backbone
+from eval.backbone import Tokens, load_backbone
 from eval.common import LabelledImages, check_same_backbone, count_classes, count_hits
 from eval.heads import AttentivePool, GlobalBatchNorm, ProbeHead, probe_features
 from eval.linear_probe import (
@@ -21,7 +21,6 @@ from eval.linear_probe import (
     set_learning_rates,
     train_step,
 )
-from eval.networks import Tokens
 from tests.backbones import digits_checkpoint
 from tests.evaluations import (
     arguments,

@@ -16,12 +16,12 @@ from torch import nn, tensor
 
 from data import datasets, davis, imagenet, masks, transforms
 from eval import collapse, evaluate, families, finetune, linear_probe, patch_head
+from eval.backbone import OwnBackbone
 from eval.common import count_hits
 from eval.features import Features
 from eval.few_shot import Ridge, ridge_accuracies
 from eval.heads import ProbeHead
 from eval.metrics_video import boundary_accuracy, score_object
-from eval.networks import OwnBackbone
 from eval.nn import knn
 from main_lmim import build_model, build_training
 from models.lmim import LatentMIM
