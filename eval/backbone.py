@@ -18,14 +18,13 @@ from eval.families import (
     build_from_file,
     build_timm,
     file_fingerprint,
-    fit,
     read_file,
     require_keys,
     state_fingerprint,
     unwrap,
 )
 from models.vit import Encoder
-from util.checkpoint import newest_readable, without_module_prefix
+from util.checkpoint import load_weights, newest_readable, without_module_prefix
 
 PARTS = {"encoder": "encoder.", "target": "target_encoder."}
 SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
@@ -181,20 +180,17 @@ class TimmBackbone(Backbone):
                 setattr(model, unused, nn.Identity())
         self.model = model
         self.embed_dim = model.num_features
-        self.patch_size = self.find_patch_size()
+        if self.is_vit:
+            self.patch_size, width = model.patch_embed.patch_size
+            if self.patch_size != width:
+                raise BackboneError(f"{family}:{name}: expected square patches")
+        else:
+            self.patch_size = model.feature_info[-1]["reduction"]
         settings = model.pretrained_cfg
         self.image_side = settings["input_size"][-1]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         # Where the class token is: in front of any registers.
         self.has_cls = self.is_vit and getattr(model, "cls_token", None) is not None
-
-    def find_patch_size(self) -> int:
-        if self.is_vit:
-            height, width = self.model.patch_embed.patch_size
-            if height != width:
-                raise BackboneError(f"{self.family}:{self.name}: expected square patches")
-            return height
-        return self.model.feature_info[-1]["reduction"]
 
     def blocks(self) -> nn.ModuleList:
         if not self.is_vit:
@@ -336,7 +332,7 @@ def load_own(
     weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     encoder = encoder_for(weights, config, path)
     if not random_init:
-        fit(encoder, weights, path)
+        load_weights(encoder, weights, path)
     depth = len(encoder.blocks)
     size = config.get("encoder", {}).get("name") or f"vit_{SIZES.get((encoder.embed_dim, depth))}"
     name = f"{size}-{which}" if which != "encoder" else size

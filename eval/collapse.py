@@ -67,31 +67,32 @@ def evaluate(run: EvalRun) -> None:
 def rank_me(features: Tensor) -> float:
     """Singular values from the D x D products, so that any number of images fits."""
     products = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for start in range(0, len(features), ROWS):
-        part = features[start : start + ROWS].double()
+    for part in features.split(ROWS):
+        part = part.double()
         products += part.T @ part
     singular = torch.linalg.eigvalsh(products).clamp_min(0).sqrt()
     share = singular / singular.sum()
     return torch.special.entr(share).sum().exp().item()
 
 
+def unit_sums(features: Tensor) -> Tensor:
+    """Over all rows, brought to length 1: the sum of each channel, and of its square. [2, D]"""
+    sums = torch.zeros(2, features.shape[1], dtype=torch.float64)
+    for part in features.split(ROWS):
+        unit = F.normalize(part.double(), dim=1)
+        sums += torch.stack([unit.sum(dim=0), unit.square().sum(dim=0)])
+    return sums
+
+
 def mean_cosine(features: Tensor) -> float:
     """All pairs at once: their sum is the squared length of the sum, less each with itself."""
     count = len(features)
-    total = torch.zeros(features.shape[1], dtype=torch.float64)
-    for start in range(0, count, ROWS):
-        total += F.normalize(features[start : start + ROWS].double(), dim=1).sum(dim=0)
-    return ((total.square().sum() - count) / (count * (count - 1))).item()
+    return ((unit_sums(features)[0].square().sum() - count) / (count * (count - 1))).item()
 
 
 def channel_std(features: Tensor) -> float:
-    count, width = features.shape
-    sums = torch.zeros(2, width, dtype=torch.float64)
-    for start in range(0, count, ROWS):
-        part = F.normalize(features[start : start + ROWS].double(), dim=1)
-        sums += torch.stack([part.sum(dim=0), part.square().sum(dim=0)])
-    mean, square = sums / count
-    return ((square - mean**2).clamp_min(0).sqrt().mean() * width**0.5).item()
+    mean, square = unit_sums(features) / len(features)
+    return ((square - mean**2).clamp_min(0).sqrt().mean() * features.shape[1] ** 0.5).item()
 
 
 # --- patch tokens -------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -18,9 +17,16 @@ from data.loader import EvalLoader, TrainLoader
 from data.picture import Picture
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone, newest_checkpoint
-from util.checkpoint import CheckpointError
+from util.checkpoint import CheckpointError, load_weights
 from util.config import job_directory
-from util.distributed import Ranks, default_workers, join_processes, leave_processes, on_main
+from util.distributed import (
+    Ranks,
+    all_reduce,
+    default_workers,
+    join_processes,
+    leave_processes,
+    on_main,
+)
 from util.files import write_whole
 from util.job import describe_environment, prepare_job_directory
 from util.lock import unlock
@@ -43,14 +49,17 @@ class EvalRun:
     def __init__(self, cfg: DictConfig, ranks: Ranks, name: str, backbone: Backbone):
         self.cfg, self.ranks, self.name, self.backbone = cfg, ranks, name, backbone
         self.start = self.last_progress = time.monotonic()
-        if "resume" in cfg:
-            self.job = on_main(lambda: prepare_job_directory(cfg), ranks)
-            return
         self.job = job_directory(cfg)
-        if ranks.is_main:
+        self.report: dict = {}  # what the first process has written to results/NAME.json
+
+    def prepare(self) -> None:
+        """The folder, and what runs in it."""
+        if "resume" in self.cfg:
+            on_main(lambda: prepare_job_directory(self.cfg), self.ranks)
+        elif self.ranks.is_main:
             for folder in ("results", "tensorboard"):
                 (self.job / folder).mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(cfg, self.job / "config.yaml")
+            OmegaConf.save(self.cfg, self.job / "config.yaml")
             write_json(self.job / "environment.json", describe_environment())
 
     # --- images and tokens
@@ -62,36 +71,24 @@ class EvalRun:
         transform: Callable[[Picture], Tensor] | None = None,
     ) -> EvalLoader:
         """This process's part of all images, or of those with these indices."""
-        cfg = self.cfg
-        return EvalLoader(
-            dataset=dataset,
-            transform=transform or EvalTransform(self.backbone.image_side, cfg.dataset.crop_ratio),
-            batch_size=cfg.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            num_workers=self.num_workers,
-            device=self.ranks.device,
-            indices=indices,
-        )
+        side, crop_ratio = self.backbone.image_side, self.cfg.dataset.crop_ratio
+        transform = transform or EvalTransform(side, crop_ratio)
+        return EvalLoader(dataset, transform, indices=indices, **self.loading())
 
     def train_loader(self, dataset: ImageDataset, transform: Callable) -> TrainLoader:
-        cfg = self.cfg
-        return TrainLoader(
-            dataset=dataset,
-            transform=transform,
-            seed=cfg.seed,
-            batch_size=cfg.batch_size,
-            accum_iter=cfg.accum_iter,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            num_workers=self.num_workers,
-            device=self.ranks.device,
-            max_bad_images=cfg.max_bad_images,
-        )
+        own = {key: self.cfg[key] for key in ("seed", "accum_iter", "max_bad_images")}
+        return TrainLoader(dataset, transform, **own, **self.loading())
 
-    @property
-    def num_workers(self) -> int:
-        return default_workers() if self.cfg.num_workers is None else self.cfg.num_workers
+    def loading(self) -> dict:
+        """What both loaders need to know."""
+        workers = self.cfg.num_workers
+        return {
+            "batch_size": self.cfg.batch_size,
+            "rank": self.ranks.rank,
+            "world_size": self.ranks.world_size,
+            "num_workers": default_workers() if workers is None else workers,
+            "device": self.ranks.device,
+        }
 
     @cached_property
     def precision(self) -> str:
@@ -135,12 +132,7 @@ class EvalRun:
             yield piece
 
     def finish(
-        self,
-        results: dict[str, float],
-        *,
-        protocol: str,
-        images: int,
-        extra: dict | None = None,
+        self, results: dict[str, float], *, protocol: str, images: int, extra: dict | None = None
     ) -> None:
         """One line, results/NAME.json and a TensorBoard scalar per number."""
         if not self.ranks.is_main:
@@ -149,7 +141,7 @@ class EvalRun:
         numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in results.items())
         self.say(f"{self.name}: {numbers}  ({protocol}; {images} images, {seconds:.1f} s)")
         environment = describe_environment()
-        contents = {
+        self.report = {
             "evaluation": self.name,
             "results": results,
             "protocol": protocol,
@@ -166,7 +158,7 @@ class EvalRun:
             "git_commit": environment["git_commit"],
             **(extra or {}),
         }
-        write_json(self.job / "results" / f"{self.name}.json", contents)
+        write_json(self.job / "results" / f"{self.name}.json", self.report)
         file = TensorBoardFile(self.job / "tensorboard")
         file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
         file.close()
@@ -180,27 +172,25 @@ def write_json(path: Path, contents: dict) -> None:
 
 
 def run_evaluation(cfg: DictConfig, name: str, evaluate: Callable[[EvalRun], None]) -> None:
-    """What a worker's main(cfg) does. Several evaluations in one process, one after the other, join
-    the other processes only once."""
-    joined = dist.is_initialized()
-    ranks = own_ranks() if joined else join_processes()
+    """What a worker's main(cfg) does."""
+    ranks = join_processes()
+    run_joined(cfg, ranks, name, evaluate)
+    leave_processes()
+
+
+def run_joined(
+    cfg: DictConfig, ranks: Ranks, name: str, evaluate: Callable[[EvalRun], None]
+) -> EvalRun:
+    """One evaluation of processes that have joined each other; several may follow."""
     backbone = load_for_all(cfg, ranks).to(ranks.device)
     run = EvalRun(cfg, ranks, name, backbone)
-    run.say(f"{name}: {backbone.summary()}")
+    run.prepare()
     try:
+        run.say(f"{name}: {backbone.summary()}")
         evaluate(run)
     finally:
         unlock(run.job)
-    if not joined:
-        leave_processes()
-
-
-def own_ranks() -> Ranks:
-    """Of a process that has joined the others."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return run
 
 
 def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
@@ -249,19 +239,22 @@ class LabelledImages(ImageDataset):
         return self.dataset.describe(int(self.positions[index]))
 
 
-def labelled_images(cfg: DictConfig, split: str, purpose: str) -> LabelledImages:
-    dataset = build_eval_data(cfg, split)
-    if dataset.labels is None:
-        raise DataError(
-            f"dataset={cfg.dataset.name} has no labels, and {purpose} needs them; expected a "
-            f"labelled one, such as imagefolder"
-        )
-    labelled = LabelledImages(dataset)
-    if len(labelled) == 0:
-        raise DataError(
-            f"dataset={cfg.dataset.name}: no image of its {split} split has a label, and {purpose} "
-            f"needs them"
-        )
+def labelled_images(cfg: DictConfig, purpose: str, *splits: str) -> dict[str, LabelledImages]:
+    """By split. All of them before any work on one, to complain before it and not after it."""
+    labelled = {}
+    for split in splits:
+        dataset = build_eval_data(cfg, split)
+        if dataset.labels is None:
+            raise DataError(
+                f"dataset={cfg.dataset.name} has no labels, and {purpose} needs them; expected a "
+                f"labelled one, such as imagefolder"
+            )
+        labelled[split] = LabelledImages(dataset)
+        if len(labelled[split]) == 0:
+            raise DataError(
+                f"dataset={cfg.dataset.name}: no image of its {split} split has a label, and "
+                f"{purpose} needs them"
+            )
     return labelled
 
 
@@ -279,14 +272,53 @@ def count_classes(train: Tensor | np.ndarray, evaluation: Tensor | np.ndarray) -
 # --- those that train -------------------------------------------------------------------------
 
 
-def train_to_the_end(task: Task, run: EvalRun) -> None:
-    """So that the task knows its last evaluation, also where a resumed run had come to its end."""
-    with stoppable(run.ranks) as stop_flag:
-        loop = train(task, run.cfg, run.ranks, run.job, stop_flag)
-    if loop is None:
-        task.evaluate(run.cfg.epochs)
-    else:
-        loop.log.close()
+class Classification(Task):
+    """Trains `model`, all of it or parts of it, to name the classes of images. `names`: of what
+    predicts in it, each for itself."""
+
+    def __init__(self, run: EvalRun, scales_loss: bool):
+        self.run, self.cfg, self.ranks = run, run.cfg, run.ranks
+        enabled = scales_loss and run.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(run.ranks.device.type, enabled=enabled)
+        self.accuracies: Tensor | None = None  # percent, [names, 2]: the first, the first five
+
+    def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Of this process's evaluation images: the logits of each name, and the labels."""
+        raise NotImplementedError
+
+    def train_to_the_end(self) -> None:
+        """Up to the last evaluation, also where the run that is resumed had come to its end."""
+        with stoppable(self.ranks) as stop_flag:
+            loop = train(self, self.cfg, self.ranks, self.run.job, stop_flag)
+        if loop is None:
+            self.evaluate(self.cfg.epochs)
+        else:
+            loop.log.close()
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """The accuracies on the evaluation images of all processes."""
+        self.model.eval()
+        hits = torch.zeros(len(self.names), 2, dtype=torch.int64, device=self.ranks.device)
+        for predicted, labels in self.predictions():
+            hits += torch.stack([count_hits(logits, labels) for logits in predicted])
+        self.model.train()
+        self.accuracies = 100 * all_reduce(hits).double() / len(self.evaluation)
+
+    def state(self) -> dict:
+        return {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_scaler": self.scaler.state_dict(),
+            "backbone": self.run.backbone.describe(),
+        }
+
+    def restore(self, contents: dict, source: Path) -> None:
+        check_same_backbone(contents, self.run.backbone)
+        load_weights(self.model, contents["state_dict"], source)
+        self.optimizer.load_state_dict(contents["optimizer"])
+        if contents["loss_scaler"]:  # empty unless that run was in fp16
+            self.scaler.load_state_dict(contents["loss_scaler"])
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:

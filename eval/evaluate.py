@@ -8,15 +8,13 @@ output_dir/job_name/NAME/results, the table in output_dir/job_name/results/evalu
 """
 
 import importlib
-import json
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from eval.common import EvalRun, run_evaluation, write_json
+from eval.common import EvalRun, run_evaluation, run_joined, write_json
 from util.command import run_worker
 from util.config import ConfigError, compose_config
-from util.distributed import barrier
 from util.job import is_restart
 from util.validate import check_config
 
@@ -66,9 +64,10 @@ def evaluate(run: EvalRun) -> None:
     ]
     found: dict[str, dict[str, dict]] = {}
     for name, label, own_cfg in plan:
-        importlib.import_module(own_cfg.worker).main(own_cfg)
-        barrier()  # the first process has written
-        found.setdefault(name, {})[label] = read_results(own_cfg)
+        worker = importlib.import_module(own_cfg.worker)
+        worker_name = own_cfg.worker.rpartition(".")[2]
+        own = run_joined(own_cfg, run.ranks, worker_name, worker.evaluate)
+        found.setdefault(name, {})[label] = own.report
     if run.ranks.is_main:
         write_table(run, found)
 
@@ -108,11 +107,6 @@ def compose(cfg: DictConfig, name: str, label: str, random_init: bool) -> DictCo
     return own
 
 
-def read_results(own: DictConfig) -> dict:
-    folder = Path(own.output_dir) / own.job_name / "results"
-    return json.loads((folder / f"{own.worker.rpartition('.')[2]}.json").read_text())
-
-
 # --- the table ----------------------------------------------------------------------------------
 
 
@@ -141,8 +135,7 @@ def markdown(found: dict[str, dict[str, dict]], with_references: bool) -> str:
                 f"{variants[label]['results'].get(metric, float('nan')):.4g}" for label in labels
             ]
             rows.append([name, metric, *values])
-    lines = [header, ["---", "---", *["---:" for _ in labels]], *rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = aligned_right(header, rows, from_column=2)
     protocols = "\n".join(
         f"- {name}: {variants[labels[0]]['protocol']}" for name, variants in found.items()
     )
@@ -157,15 +150,18 @@ def reference_table(names: list[str]) -> str:
     if not columns:
         return ""
     titles = {"nn": "nn (leave-one-out)", "knn": "knn (training bank)"}
-    lines = [
-        ["published, ViT-B/16", *[titles.get(name, name) for name in columns]],
-        ["---", *["---:" for _ in columns]],
-        *[
-            [method, *[numbers.get(name, "-") for name in columns]]
-            for method, numbers in REFERENCES.items()
-        ],
+    header = ["published, ViT-B/16", *[titles.get(name, name) for name in columns]]
+    rows = [
+        [method, *[numbers.get(name, "-") for name in columns]]
+        for method, numbers in REFERENCES.items()
     ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return aligned_right(header, rows, from_column=1)
+
+
+def aligned_right(header: list[str], rows: list[list[str]], from_column: int) -> str:
+    """A table of Markdown."""
+    rule = ["---"] * from_column + ["---:"] * (len(header) - from_column)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
 
 
 if __name__ == "__main__":

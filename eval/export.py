@@ -65,11 +65,9 @@ def export(run: EvalRun) -> None:
     mean, std = run.colours
     config = describe(backbone.encoder, {"mean": list(mean), "std": list(std)})
     write_safetensors(folder / "model.safetensors", weights)
-    head = {
-        "head.weight": torch.zeros(TIMM_CLASSES, backbone.embed_dim),
-        "head.bias": torch.zeros(TIMM_CLASSES),
-    }
     with_head = run.job / f"{backbone.name}.safetensors"
+    shapes = {"head.weight": (TIMM_CLASSES, backbone.embed_dim), "head.bias": (TIMM_CLASSES,)}
+    head = {key: torch.zeros(shape) for key, shape in shapes.items()}
     write_safetensors(with_head, weights | head)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").write_text(
@@ -80,13 +78,9 @@ def export(run: EvalRun) -> None:
             width=backbone.embed_dim,
         )
     )
-    arguments = config["model_args"]
+    files = {folder / "model.safetensors": 0, with_head: TIMM_CLASSES}
     difference = max(
-        largest_difference(backbone, config["architecture"], file, arguments | classes)
-        for file, classes in (
-            (folder / "model.safetensors", {}),
-            (with_head, {"num_classes": TIMM_CLASSES}),
-        )
+        largest_difference(backbone, config, file, classes) for file, classes in files.items()
     )
     if difference > TOLERANCE:
         raise AssertionError(f"timm's features differ from ours by {difference}")
@@ -148,11 +142,10 @@ def describe(encoder: Encoder, colours: dict[str, list[float]]) -> dict:
 
 
 @torch.inference_mode()
-def largest_difference(
-    backbone: OwnBackbone, architecture: str, file: Path, arguments: dict
-) -> float:
+def largest_difference(backbone: OwnBackbone, config: dict, file: Path, classes: int) -> float:
     """Between our tokens and those of timm's model that loads the file."""
-    model = timm.create_model(architecture, checkpoint_path=str(file), **arguments)
+    arguments = config["model_args"] | {"num_classes": classes}
+    model = timm.create_model(config["architecture"], checkpoint_path=str(file), **arguments)
     side = backbone.image_side
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     ours = backbone(images)

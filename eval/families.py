@@ -7,6 +7,7 @@ are resampled as timm does it, which for DINOv2 is close to the official way and
 
 import hashlib
 import re
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from util.checkpoint import CheckpointError, check_weights_fit, load_file, without_module_prefix
+from util.checkpoint import CheckpointError, load_file, load_weights, without_module_prefix
 from util.config import ConfigError
 
 StateDict = dict[str, Tensor]
@@ -42,13 +43,13 @@ def read_file(path: Path) -> dict:
         return load_file(path)
     except CheckpointError as error:
         wanted = unsafe_names(path)
-        if wanted:
-            raise BackboneError(
-                f"{path} is refused, because reading it would run code: it wants "
-                f"{', '.join(wanted)}; expected a file of tensors and plain types, so save its "
-                f"weights alone where you trust it"
-            ) from error
-        raise BackboneError(str(error)) from error
+        if not wanted:
+            raise
+        raise BackboneError(
+            f"{path} is refused, because reading it would run code: it wants "
+            f"{', '.join(wanted)}; expected a file of tensors and plain types, so save its "
+            f"weights alone where you trust it"
+        ) from error
 
 
 def read_safetensors(path: Path) -> StateDict:
@@ -91,15 +92,6 @@ def require_keys(weights: StateDict, needed: tuple[str, ...], path: Path) -> Non
         raise BackboneError(f"{path} holds another architecture: {', '.join(missing)} is missing")
 
 
-def fit(model: nn.Module, weights: StateDict, source: object) -> None:
-    """Every key must be there, in its shape, and no other."""
-    try:
-        check_weights_fit(weights, model.state_dict(), source)
-    except CheckpointError as error:
-        raise BackboneError(str(error)) from error
-    model.load_state_dict(weights)
-
-
 def file_fingerprint(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -123,19 +115,18 @@ def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Mo
         close = get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them"
         raise BackboneError(f"pretrained=timm:{name}: timm has no such model; {hint}")
-    model = create_timm_model(name, from_hub=weights_file is None and not random_init)
-    if weights_file is not None and not random_init:
-        fit_timm(model, weights_file)
-    return model
-
-
-def create_timm_model(name: str, from_hub: bool) -> nn.Module:
+    options = {"num_classes": 0}
+    with suppress(TypeError), torch.device("meta"):  # where there is no such option
+        timm.create_model(name, **options, dynamic_img_size=True)
+        options["dynamic_img_size"] = True  # other image sizes are resampled
+    if random_init or weights_file is not None:
+        model = timm.create_model(name, **options)
+        if not random_init:
+            fit_timm(model, weights_file)
+        return model
     try:
-        # Other image sizes are resampled where the model knows how to.
-        return timm.create_model(name, pretrained=from_hub, num_classes=0, **size_options(name))
+        return timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub fails in many ways, all of which mean the same
-        if not from_hub:
-            raise
         reason = " ".join(str(error).split())[:200]
         raise BackboneError(
             f"pretrained=timm:{name}: its weights could not be fetched ({type(error).__name__}: "
@@ -143,26 +134,15 @@ def create_timm_model(name: str, from_hub: bool) -> nn.Module:
         ) from error
 
 
-def size_options(name: str) -> dict[str, bool]:
-    """What makes a model of timm take images of any size, if it can."""
-    try:
-        with torch.device("meta"):
-            timm.create_model(name, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # it has no such option, most often because it needs none
-        return {}
-    return {"dynamic_img_size": True}
-
-
 def fit_timm(model: nn.Module, path: Path) -> None:
     """A local file of timm's own keys; the classifier is left out."""
-    weights = unwrap(read_file(path), ("state_dict", "model"), path)
-    weights = without_module_prefix(weights)
+    weights = without_module_prefix(unwrap(read_file(path), ("state_dict", "model"), path))
     expected = model.state_dict()
     heads = ("head.", "fc.", "classifier.", "head_dist.")
     weights = {
         key: value for key, value in weights.items() if key in expected or not key.startswith(heads)
     }
-    fit(model, weights, path)
+    load_weights(model, weights, path)
 
 
 # --- families -----------------------------------------------------------------------------------
@@ -219,7 +199,7 @@ def build_from_file(name: str, path: Path, which: str, random_init: bool) -> tup
     weights = encoder_weights(family, read_file(path), which, path)
     model = vit_like(weights, path)
     if not random_init:
-        fit(model, weights, path)
+        load_weights(model, weights, path)
     patch_size = model.patch_embed.patch_size[0]
     # Without a side of its own a family has a table of positions, which tells.
     side = family.image_side or patch_size * model.patch_embed.grid_size[0]

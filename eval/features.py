@@ -15,13 +15,12 @@ from torch import Tensor
 from data.base import ImageDataset
 from data.loader import EvalLoader
 from eval.backbone import Tokens
-from eval.common import EvalRun
+from eval.common import EvalRun, LabelledImages
 from eval.families import BackboneError
 from util.distributed import Ranks, barrier, broadcast_object, share_rows
 from util.files import write_whole
 
 ROWS = 65536  # features that are copied or normalised at a time: bounds the memory
-POOLINGS = ("cls", "mean", "cls+mean")
 
 
 class Features(NamedTuple):
@@ -36,8 +35,6 @@ class Features(NamedTuple):
 
 def pool(tokens: Tokens, pooling: str) -> Tensor:
     """-> [B, D], or [B, 2 D] for cls+mean"""
-    if pooling not in POOLINGS:
-        raise BackboneError(f"pooling={pooling}: expected one of {', '.join(POOLINGS)}")
     if pooling != "mean" and tokens.cls is None:
         raise BackboneError(f"pooling={pooling}: this backbone has no class token; expected mean")
     parts = {"cls": [tokens.cls], "mean": [None], "cls+mean": [tokens.cls, None]}[pooling]
@@ -66,8 +63,17 @@ def extract(
                 write_whole(path, lambda file: np.save(file, features.numpy()))
             barrier()
         features = torch.from_numpy(np.load(path, mmap_mode="c"))
-    labels = labels_of(dataset)
-    return Features(unit_length(features) if normalised else features, labels)
+    return Features(unit_length(features) if normalised else features, labels_of(dataset))
+
+
+def extract_labelled(
+    run: EvalRun, images: dict[str, LabelledImages], pooling: str, normalised: bool = True
+) -> dict[str, Features]:
+    """Of those images of each split that have a label."""
+    return {
+        split: extract(run, labelled.dataset, split, pooling, normalised).labelled()
+        for split, labelled in images.items()
+    }
 
 
 def labels_of(dataset: ImageDataset) -> Tensor:
@@ -80,8 +86,8 @@ def labels_of(dataset: ImageDataset) -> Tensor:
 def unit_length(features: Tensor) -> Tensor:
     """A normalised copy, part by part: a file that is mapped is never in memory as a whole."""
     result = torch.empty(features.shape)
-    for start in range(0, len(features), ROWS):
-        F.normalize(features[start : start + ROWS], dim=-1, out=result[start : start + ROWS])
+    for part, normalised in zip(features.split(ROWS), result.split(ROWS), strict=True):
+        F.normalize(part, dim=-1, out=normalised)
     return result
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.base import DataError
 from eval.common import EvalRun, count_classes, labelled_images, run_evaluation
-from eval.features import Features, extract
+from eval.features import Features, extract_labelled
 from util.command import run_worker
 from util.distributed import gather_objects
 from util.streams import Stream, generator
@@ -28,13 +28,9 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate(run: EvalRun) -> None:
     cfg, ranks = run.cfg, run.ranks
-    # Both before the work, to complain before it and not after it.
-    images = {split: labelled_images(cfg, split, "few_shot") for split in ("train", "eval")}
+    images = labelled_images(cfg, "few_shot", "train", "eval")
     check_shots(images["train"].labels, max(cfg.shots))
-    train, evaluation = (
-        extract(run, labelled.dataset, split, cfg.pooling).labelled()
-        for split, labelled in images.items()
-    )
+    train, evaluation = extract_labelled(run, images, cfg.pooling).values()
     classes = count_classes(train.labels, evaluation.labels)
 
     # Each process takes some of the draws; every draw is computed by one process as by any other.
@@ -87,16 +83,13 @@ class Ridge:
         self.targets = targets.double() - self.offset
         self.unit = self.features.square().sum() / len(features)
         # Of the two products the smaller one; both have the same eigenvalues besides zeros.
-        if len(features) < features.shape[1]:
-            values, vectors = torch.linalg.eigh(self.features @ self.features.T)
-            kept = values > values[-1] * 1e-12
-            self.values, self.left = values[kept], vectors[:, kept]
-            self.right = self.features.T @ self.left / self.values.sqrt()
-        else:
-            values, vectors = torch.linalg.eigh(self.features.T @ self.features)
-            kept = values > values[-1] * 1e-12
-            self.values, self.right = values[kept], vectors[:, kept]
-            self.left = self.features @ self.right / self.values.sqrt()
+        is_wide = len(features) < features.shape[1]
+        rows = self.features if is_wide else self.features.T
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        kept = values > values[-1] * 1e-12
+        self.values, vectors = values[kept], vectors[:, kept]
+        others = rows.T @ vectors / self.values.sqrt()
+        self.left, self.right = (vectors, others) if is_wide else (others, vectors)
         self.projected = self.left.T @ self.targets  # [rank, classes]
 
     def weights(self, strength: float) -> Tensor:
@@ -123,9 +116,8 @@ def ridge_accuracies(
     targets = F.one_hot(support.labels, classes)
     ridge = Ridge(support.features, targets)
     hits = torch.zeros(len(regularisers))
-    for start in range(0, len(evaluation.labels), QUERIES):
-        features = evaluation.features[start : start + QUERIES]
-        labels = evaluation.labels[start : start + QUERIES]
+    parts = zip(evaluation.features.split(QUERIES), evaluation.labels.split(QUERIES), strict=True)
+    for features, labels in parts:
         for position, strength in enumerate(regularisers):
             hits[position] += (ridge.predict(features, strength).argmax(dim=1) == labels).sum()
     percent = (100 * hits.double() / len(evaluation.labels)).tolist()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,23 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.augmentation import FinetuneTransform
-from data.loader import TrainBatch, TrainLoader
+from data.loader import TrainBatch
 from eval.backbone import Backbone
-from eval.common import (
-    EvalRun,
-    check_same_backbone,
-    count_classes,
-    count_hits,
-    labelled_images,
-    run_evaluation,
-    train_to_the_end,
-)
+from eval.common import Classification, EvalRun, count_classes, labelled_images, run_evaluation
 from eval.features import pool, pooled_width
-from util.checkpoint import load_weights
 from util.command import run_worker
 from util.config import ConfigError
-from util.distributed import all_reduce, synchronised
-from util.loop import Line, Task, TrainingStopped, sum_over_processes
+from util.distributed import synchronised
+from util.loop import Line, TrainingStopped, sum_over_processes
 from util.metrics import FaultCounter
 from util.optim import layer_decay_groups
 from util.schedules import peak_learning_rate, warmup_cosine
@@ -62,33 +52,32 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate(run: EvalRun) -> None:
     task = Finetuning(run)
-    train_to_the_end(task, run)
-    top1, top5 = task.accuracies
+    task.train_to_the_end()
     run.finish(
-        {"top1": top1, "top5": top5},
+        dict(zip(("top1", "top5"), task.accuracies[0].tolist(), strict=True)),
         protocol=f"fine-tuning, {run.cfg.epochs} epochs, top-1 of the last one",
         images=len(task.evaluation),
     )
 
 
-class Finetuning(Task):
+class Finetuning(Classification):
+    names = ("top1",)
+
     def __init__(self, run: EvalRun):
-        self.run, self.cfg, self.ranks = run, run.cfg, run.ranks
+        super().__init__(run, scales_loss=True)
         cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
-        self.evaluation = labelled_images(cfg, "eval", "finetune")
-        self.loader = build_loader(run)
-        self.classes = count_classes(self.loader.dataset.labels, self.evaluation.labels)
+        images, self.evaluation = labelled_images(cfg, "finetune", "train", "eval").values()
+        self.loader = run.train_loader(images, build_transform(run))
+        self.classes = count_classes(images.labels, self.evaluation.labels)
         self.model = Classifier(backbone, cfg.pooling, self.classes, cfg.seed).to(ranks.device)
         backbone.set_drop_path(cfg.drop_path)
         freeze_what_is_not_used(self.model)
         self.network = synchronised(self.model, ranks)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.precision == "fp16")
         self.optimizer = build_optimizer(cfg, self.model)
         self.mixup = build_mixup(cfg, self.classes)
         self.peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
         self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.bad_steps = FaultCounter(ranks.device)
-        self.accuracies: list[float] = []  # the last ones: first, among the first five
 
     def introduction(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -162,54 +151,32 @@ class Finetuning(Task):
         }
         return values, f"loss {values['loss']:.4f}  lr {values['lr']:.2e}"
 
-    @torch.no_grad()
-    def evaluate(self, epoch: int) -> Line:
-        """Percent of the evaluation images, of all processes."""
-        self.model.eval()
-        hits = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)
+    def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         loader = self.run.loader(self.evaluation)
         for batch in self.run.tracked(loader, "evaluation batches:"):
             with self.run.autocast():
                 logits = self.model(self.run.normalised(batch.images))
-            hits += count_hits(logits, batch.labels)
-        self.model.train()
-        top1, top5 = (100 * all_reduce(hits).double() / len(self.evaluation)).tolist()
-        self.accuracies = [top1, top5]
+            yield [logits], batch.labels
+
+    def evaluate(self, epoch: int) -> Line:
+        self.measure()
+        top1, top5 = self.accuracies[0].tolist()
         return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"
 
     def settle_gradient_buckets(self) -> None:
         """One pass before the first step, of a new run and of a resumed one alike: processes sum
         gradients in another order after their first backward pass (as in main_lmim)."""
-        if not isinstance(self.network, DistributedDataParallel):
-            return
-        side = self.model.backbone.image_side
-        with self.run.autocast():
-            logits = self.network(torch.zeros(1, 3, side, side, device=self.ranks.device))
-        logits.float().sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state(self) -> dict:
-        return {
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss_scaler": self.scaler.state_dict(),
-            "backbone": self.model.backbone.describe(),
-        }
-
-    def restore(self, contents: dict, source: Path) -> None:
-        check_same_backbone(contents, self.model.backbone)
-        load_weights(self.model, contents["state_dict"], source)
-        self.optimizer.load_state_dict(contents["optimizer"])
-        if contents["loss_scaler"]:  # empty unless that run was in fp16
-            self.scaler.load_state_dict(contents["loss_scaler"])
+        if isinstance(self.network, DistributedDataParallel):
+            blank_pass(self.network, self.model)
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 # --- what is built ------------------------------------------------------------------------------
 
 
-def build_loader(run: EvalRun) -> TrainLoader:
+def build_transform(run: EvalRun) -> FinetuneTransform:
     cfg = run.cfg
-    transform = FinetuneTransform(
+    return FinetuneTransform(
         run.backbone.image_side,
         *run.colours,
         flip=cfg.dataset.flip,
@@ -218,7 +185,6 @@ def build_loader(run: EvalRun) -> TrainLoader:
         erase=cfg.erase,
         seed=cfg.seed,
     )
-    return run.train_loader(labelled_images(cfg, "train", "finetune"), transform)
 
 
 def build_optimizer(cfg: DictConfig, model: Classifier) -> torch.optim.AdamW:
@@ -248,16 +214,17 @@ def build_mixup(cfg: DictConfig, classes: int) -> Mixup | None:
 def freeze_what_is_not_used(model: Classifier) -> None:
     """Parameters that the loss does not reach, such as the norm of an unused class token: they get
     no gradient, and processes would wait for it."""
-    side = model.backbone.image_side
-    device = model.head.weight.device
     model.eval()
-    F.cross_entropy(
-        model(torch.zeros(1, 3, side, side, device=device)),
-        torch.zeros(1, dtype=int, device=device),
-    ).backward()
+    blank_pass(model, model)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
         parameter.grad = None
+
+
+def blank_pass(network: nn.Module, model: Classifier) -> None:
+    """Gradients of the model from one blank image, through whatever is around the model."""
+    side = model.backbone.image_side
+    network(torch.zeros(1, 3, side, side, device=model.head.weight.device)).sum().backward()
 
 
 if __name__ == "__main__":

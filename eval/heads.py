@@ -5,11 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.backbone import Tokens
-from eval.features import POOLINGS, pool, pooled_width
+from eval.features import pool, pooled_width
 from util.distributed import all_reduce
 
 ATTENTIVE = "attentive"
-PROBE_POOLINGS = (*POOLINGS, ATTENTIVE)
 CHANNELS_PER_QUERY = 64
 
 

@@ -6,7 +6,6 @@ backbone. They share nothing else: each ends with the weights that it would have
 
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,23 +16,14 @@ from torch import Tensor, nn
 from data.loader import EvalBatch, StepOrder, TrainBatch, share_of
 from data.transforms import TrainTransform
 from eval.backbone import Backbone
-from eval.common import (
-    EvalRun,
-    check_same_backbone,
-    count_classes,
-    count_hits,
-    labelled_images,
-    run_evaluation,
-    train_to_the_end,
-)
-from eval.features import Features, extract
+from eval.common import Classification, EvalRun, count_classes, labelled_images, run_evaluation
+from eval.features import extract_labelled
 from eval.heads import ATTENTIVE, ProbeHead, probe_features
-from util.checkpoint import load_weights
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce
 from util.lars import LARS
-from util.loop import Line, Task, sum_over_processes
+from util.loop import Line, sum_over_processes
 from util.schedules import peak_learning_rate, warmup_cosine
 
 
@@ -50,29 +40,25 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate(run: EvalRun) -> None:
     task = Probe(run)
-    train_to_the_end(task, run)
+    task.train_to_the_end()
     report(run, task)
 
 
-class Probe(Task):
+class Probe(Classification):
     def __init__(self, run: EvalRun):
-        self.cfg, self.ranks, self.backbone = cfg, ranks, backbone = (
-            run.cfg,
-            run.ranks,
-            run.backbone,
-        )
+        super().__init__(run, scales_loss=False)  # heads are float32
+        cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
         backbone.requires_grad_(False)
         self.data = CachedFeatures(run) if cfg.cached else LiveFeatures(run)
-        self.loader = self.data.loader
-        self.heads = build_heads(cfg, ranks, backbone, self.data.classes)
-        self.optimizer = build_optimizer(cfg, ranks, self.heads)
+        self.loader, self.evaluation = self.data.loader, self.data.evaluation
+        self.model = build_heads(cfg, ranks, backbone, self.data.classes)
+        self.optimizer = build_optimizer(cfg, ranks, self.model)
         self.names = [head_name(pooling, blr) for pooling, blr in head_choices(cfg)]
-        self.losses = torch.zeros(len(self.heads), dtype=torch.float64, device=ranks.device)
-        self.accuracies: Tensor | None = None  # the last ones, [heads, 2]: first, first five
+        self.losses = torch.zeros(len(self.names), dtype=torch.float64, device=ranks.device)
 
     def introduction(self) -> str:
         source = "features without augmentation" if self.cfg.cached else "augmented images"
-        return f"linear_probe: {len(self.heads)} heads, {self.data.classes} classes, {source}"
+        return f"linear_probe: {len(self.names)} heads, {self.data.classes} classes, {source}"
 
     def step(self, step: int, batches: Iterator) -> None:
         """The micro-steps of a step together: batch norm sees all its images."""
@@ -83,7 +69,7 @@ class Probe(Task):
             for pooling in self.cfg.poolings
         }
         data = StepData(features, torch.cat([part.labels for part in parts]))
-        self.losses += train_step(self.heads, self.optimizer, data, self.ranks)
+        self.losses += train_step(self.model, self.optimizer, data, self.ranks)
 
     def log_line(self, done: int, steps: int) -> Line:
         losses = sum_over_processes(self.losses, self.loader, self.ranks)
@@ -92,32 +78,15 @@ class Probe(Task):
         values = {f"loss/{name}": mean for name, mean in zip(self.names, means, strict=True)}
         return values, f"loss {min(means):.4f} to {max(means):.4f}"
 
-    @torch.no_grad()
-    def evaluate(self, epoch: int) -> Line:
-        """Percent of the evaluation images, of all processes."""
-        self.heads.eval()
-        hits = torch.zeros(len(self.heads), 2, dtype=torch.int64, device=self.ranks.device)
+    def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         for part in self.data.evaluation_parts():
-            for position, head in enumerate(self.heads.values()):
-                hits[position] += count_hits(head(part.features), part.labels)
-        self.heads.train()
-        self.accuracies = 100 * all_reduce(hits).double() / self.data.eval_images
+            yield [head(part.features) for head in self.model.values()], part.labels
+
+    def evaluate(self, epoch: int) -> Line:
+        self.measure()
         first = dict(zip(self.names, self.accuracies[:, 0].tolist(), strict=True))
         summary = "  ".join(f"{name} {value:.2f} %" for name, value in first.items())
         return {f"top1/{name}": value for name, value in first.items()}, summary
-
-    def state(self) -> dict:
-        return {
-            "state_dict": self.heads.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "loss_scaler": {},  # heads are float32
-            "backbone": self.backbone.describe(),
-        }
-
-    def restore(self, contents: dict, source: Path) -> None:
-        check_same_backbone(contents, self.backbone)
-        load_weights(self.heads, contents["state_dict"], source)
-        self.optimizer.load_state_dict(contents["optimizer"])
 
 
 # --- heads --------------------------------------------------------------------------------------
@@ -179,9 +148,7 @@ class LiveFeatures:
 
     def __init__(self, run: EvalRun):
         self.run, cfg = run, run.cfg
-        train = labelled_images(cfg, "train", "linear_probe")
-        self.evaluation = labelled_images(cfg, "eval", "linear_probe")
-        self.eval_images = len(self.evaluation)
+        train, self.evaluation = labelled_images(cfg, "linear_probe", "train", "eval").values()
         self.classes = count_classes(train.labels, self.evaluation.labels)
         side = run.backbone.image_side
         transform = TrainTransform(side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
@@ -209,24 +176,21 @@ class CachedFeatures(StepOrder):
                 "cached=True: expected poolings: cls, mean and cls+mean, because attentive needs "
                 "all tokens"
             )
-        # Both before the work, to complain before it and not after it.
-        images = {split: labelled_images(cfg, split, "linear_probe") for split in ("train", "eval")}
-        train, evaluation = (labelled.labels for labelled in images.values())
-        self.classes, self.eval_images = count_classes(train, evaluation), len(evaluation)
+        images = labelled_images(cfg, "linear_probe", "train", "eval")
+        train, self.evaluation = images.values()
+        self.classes = count_classes(train.labels, self.evaluation.labels)
         sizes = (cfg.batch_size, cfg.accum_iter)
         super().__init__(len(train), cfg.seed, *sizes, self.ranks.rank, self.ranks.world_size)
-        self.train, self.evaluation = (
-            {
-                pooling: extract(run, labelled.dataset, split, pooling, normalised=False).labelled()
-                for pooling in cfg.poolings
-            }
-            for split, labelled in images.items()
-        )
+        self.features = {
+            pooling: extract_labelled(run, images, pooling, normalised=False)
+            for pooling in cfg.poolings
+        }
 
-    def rows(self, source: dict[str, Features], indices: list[int] | Tensor) -> StepData:
+    def rows(self, split: str, indices: list[int] | Tensor) -> StepData:
         device = self.ranks.device
-        features = {name: part.features[indices].to(device) for name, part in source.items()}
-        labels = next(iter(source.values())).labels  # of any pooling: they are the same
+        parts = {pooling: splits[split] for pooling, splits in self.features.items()}
+        features = {pooling: part.features[indices].to(device) for pooling, part in parts.items()}
+        labels = next(iter(parts.values())).labels  # of any pooling: they are the same
         return StepData(features, labels[indices].to(device))
 
     def stream(self, first_step: int, last_step: int) -> Iterator[list[int]]:
@@ -234,12 +198,13 @@ class CachedFeatures(StepOrder):
         return (indices for _, indices in self.micro_steps(first_step, last_step))
 
     def encoded(self, indices: list[int]) -> StepData:
-        return self.rows(self.train, indices)
+        return self.rows("train", indices)
 
     def evaluation_parts(self) -> Iterator[StepData]:
-        own = share_of(self.eval_images, self.rank, self.world_size)
-        for indices in torch.arange(self.eval_images)[own].split(self.batch_size):
-            yield self.rows(self.evaluation, indices)
+        count = len(self.evaluation)
+        own = torch.arange(count)[share_of(count, self.rank, self.world_size)]
+        for indices in own.split(self.batch_size):
+            yield self.rows("eval", indices)
 
 
 def report(run: EvalRun, task: Probe) -> None:
@@ -253,7 +218,7 @@ def report(run: EvalRun, task: Probe) -> None:
         results,
         protocol=f"linear probe, {cfg.epochs} epochs of {source}, LARS; top1 is the best of "
         f"{len(names)} heads (pooling/learning rate), chosen on the evaluation images",
-        images=task.data.eval_images,
+        images=len(task.evaluation),
         extra={
             "best_head": names[best],
             "top5_by_head": dict(zip(names, final[:, 1].tolist(), strict=True)),

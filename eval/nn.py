@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.loader import EvalLoader, share_of
 from eval.common import EvalRun, labelled_images, run_evaluation
-from eval.features import Features, encode, extract, labels_of, unit_length
+from eval.features import Features, encode, extract_labelled, labels_of, unit_length
 from eval.search import Neighbours, nearest
 from models.vit import Encoder
 from util.command import run_worker
@@ -32,19 +32,16 @@ def main(cfg: DictConfig) -> None:
 def evaluate(run: EvalRun) -> None:
     cfg = run.cfg
     splits = ("eval", "train") if cfg.protocol == "knn" else ("eval",)
-    images = {split: labelled_images(cfg, split, "nearest neighbours") for split in splits}
-
-    def labelled(split: str) -> Features:
-        return extract(run, images[split].dataset, split, cfg.pooling).labelled()
-
-    queries = labelled("eval")
+    images = labelled_images(cfg, "nearest neighbours", *splits)
+    found = extract_labelled(run, images, cfg.pooling)
+    queries = found["eval"]
     if cfg.protocol == "paper":
         check_bank(1, len(queries.labels) - 1, "evaluation images besides each query")
         results = {"top1": leave_one_out(queries, run.ranks, run)}
         protocol = "nearest neighbour, leave-one-out inside the evaluation images"
         run.finish(results, protocol=f"{protocol}, {describe(cfg)}", images=len(queries.labels))
         return
-    bank = labelled("train")
+    bank = found["train"]
     check_bank(max(cfg.neighbours), len(bank.labels), "labelled training images")
     run.finish(
         knn(bank, queries, list(cfg.neighbours), cfg.temperature, run.ranks, run),
@@ -94,12 +91,11 @@ def knn(
             hits[row, 0] += int(is_hit[:, 0].sum())
             hits[row, 1] += int(is_hit.sum())
     shares = 100 * all_reduce(hits.to(ranks.device)).cpu().double() / len(queries.labels)
-    names = [
-        (f"k{k}_top{top}", row, column)
+    return {
+        f"k{k}_top{top}": shares[row, column].item()
         for row, k in enumerate(neighbours)
         for column, top in enumerate((1, 5))
-    ]
-    return {name: shares[row, column].item() for name, row, column in names}
+    }
 
 
 def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes: int) -> Tensor:
@@ -116,12 +112,7 @@ def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes:
 
 
 def search_shared(
-    bank: Tensor,
-    queries: Tensor,
-    k: int,
-    ranks: Ranks,
-    run: EvalRun | None,
-    own: bool = False,
+    bank: Tensor, queries: Tensor, k: int, ranks: Ranks, run: EvalRun | None, own: bool = False
 ) -> Iterator[tuple[Tensor, Neighbours]]:
     """This process's part of the queries: yields their rows, and what is nearest to them. own: the
     queries are the bank, and none is a neighbour of itself."""

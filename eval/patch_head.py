@@ -48,16 +48,15 @@ def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> Pa
     parts.clear()
     head = None
     if ranks.is_main:
-        head, optimizer = start(cfg, ranks, tokens, int(labelled_maximum(masks)) + 1)
+        labelled = masks[masks != IGNORE]
+        if len(labelled) == 0:
+            raise DataError("no pixel of the training masks has a class")
+        head, optimizer = start(cfg, ranks, tokens, classes=int(labelled.max()) + 1)
     for epoch in run.tracked(range(cfg.patch_head.epochs), "epochs of the head:"):
         if ranks.is_main:
             train_epoch(cfg, ranks, head, optimizer, tokens, masks, grid, epoch)
         broadcast_object(epoch, ranks)  # a sign of life, before the others give up waiting
-    state = {key: value.cpu() for key, value in head.state_dict().items()} if head else None
-    state = broadcast_object(state, ranks)
-    head = PatchHead(state["mean"], state["std"], len(state["linear.bias"]))
-    head.load_state_dict(state)
-    return head.to(ranks.device)
+    return broadcast_object(head.cpu() if ranks.is_main else None, ranks).to(ranks.device)
 
 
 def start(
@@ -113,14 +112,6 @@ def class_counts(masks: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     labelled = cells != IGNORE
     counts = torch.zeros(batch, rows * columns, classes, device=masks.device)
     return counts.scatter_add_(2, cells * labelled, labelled.float())
-
-
-def labelled_maximum(masks: Tensor) -> Tensor:
-    """The largest class number."""
-    labelled = masks[masks != IGNORE]
-    if len(labelled) == 0:
-        raise DataError("no pixel of the training masks has a class")
-    return labelled.max()
 
 
 def gather_to_first(parts: list[Tensor], ranks: Ranks) -> Tensor | None:

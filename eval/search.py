@@ -28,11 +28,7 @@ class Neighbours(NamedTuple):
 
 @torch.inference_mode()
 def nearest(
-    bank: Tensor,
-    queries: Tensor,
-    k: int,
-    device: torch.device,
-    leave_out: Tensor | None = None,
+    bank: Tensor, queries: Tensor, k: int, device: torch.device, leave_out: Tensor | None = None
 ) -> Neighbours:
     """The k rows of bank [N, D] of largest inner product with each query [Q, D].
 

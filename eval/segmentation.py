@@ -20,15 +20,15 @@ from data.base import DataError, ImageDataset
 from data.masks import IGNORE, MaskTransform, WithMasks
 from eval.backbone import Tokens
 from eval.common import EvalRun, build_eval_data, run_evaluation
-from eval.metrics_segmentation import (
+from eval.metrics import (
     CLASSES,
     adjusted_rand_index,
     class_ious,
     confusion_matrix,
     contingency,
     matched_miou,
+    mean,
 )
-from eval.metrics_video import mean
 from eval.patch_head import PatchHead, train_patch_head
 from models.views import extract_patches
 from util.command import run_worker

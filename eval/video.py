@@ -20,7 +20,7 @@ from torch import Tensor
 from data.davis import VOID, Video, read_videos
 from data.picture import to_tensor
 from eval.common import EvalRun, run_evaluation
-from eval.metrics_video import mean, score_sequence, summarise
+from eval.metrics import mean, score_sequence, summarise
 from util.command import run_worker
 from util.distributed import gather_objects
 
@@ -42,21 +42,15 @@ def evaluate(run: EvalRun) -> None:
     scores = {video.name: gathered[video.name] for video in videos}
     run.finish(
         {name: 100 * value for name, value in summarise(scores).items()},
-        protocol=describe(cfg),
+        protocol=f"label propagation, shorter side {cfg.frame_side}, first and "
+        f"{cfg.previous_frames} previous frames, neighbourhood {cfg.neighbourhood}, top "
+        f"{cfg.top_k}, temperature {cfg.temperature}; means over objects, percent",
         images=sum(len(video.frames) for video in videos),
         extra={
             "dataset": f"DAVIS-2017 {cfg.video_split}",
             "sequences": {name: sequence_means(score) for name, score in scores.items()},
             "objects": scores,
         },
-    )
-
-
-def describe(cfg: DictConfig) -> str:
-    return (
-        f"label propagation, shorter side {cfg.frame_side}, first and {cfg.previous_frames} "
-        f"previous frames, neighbourhood {cfg.neighbourhood}, top {cfg.top_k}, temperature "
-        f"{cfg.temperature}; means over objects, percent"
     )
 
 

@@ -167,7 +167,7 @@ def test_a_file_with_a_key_too_few_or_too_many_is_refused(tmp_path):
     weights = official("mae")
     del weights["norm.bias"]
     torch.save({"model": weights | {"blocks.0.ls1.gamma_": EXTRA}}, tmp_path / "a.pth")
-    with pytest.raises(BackboneError, match="norm.bias is missing; blocks.0.ls1.gamma_ is unexp"):
+    with pytest.raises(CheckpointError, match="norm.bias is missing; blocks.0.ls1.gamma_ is unexp"):
         load_backbone(f"mae:{tmp_path / 'a.pth'}")
 
 
@@ -352,7 +352,7 @@ def test_a_pickle_with_code_is_refused_by_name(tmp_path, capsys):
         load_backbone(str(tmp_path / "harm.pth"))
     with open(tmp_path / "plain.pth", "wb") as file:
         pickle.dump(Harmful(), file)
-    with pytest.raises(BackboneError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_backbone(f"mae:{tmp_path / 'plain.pth'}")
     assert "this ran" not in capsys.readouterr().out
 
@@ -365,7 +365,7 @@ def test_a_flipped_bit_is_named(tmp_path):
         damaged = bytearray(path.read_bytes())
         damaged[places_of_numbers(path)[3][5]] ^= 16
         path.write_bytes(damaged)
-        with pytest.raises(BackboneError, match=rf"{path} is damaged: tensor \S+ has changed"):
+        with pytest.raises(CheckpointError, match=rf"{path} is damaged: tensor \S+ has changed"):
             load_backbone(f"{prefix}{path}")
 
 

@@ -16,7 +16,7 @@ from data.davis import VOID, voc_palette
 from eval import video
 from eval.backbone import Backbone, Tokens
 from eval.common import EvalRun
-from eval.metrics_video import (
+from eval.metrics import (
     boundary_accuracy,
     region_similarity,
     score_object,
@@ -251,7 +251,9 @@ def settings_for(root: Path, output: Path, *overrides: str) -> list[str]:
 
 def evaluate_pixels(root: Path, output: Path, *overrides: str) -> dict:
     cfg = compose_config("video", settings_for(root, output, *overrides))
-    video.evaluate(EvalRun(cfg, ALONE, "video", PixelBackbone(CELL)))
+    run = EvalRun(cfg, ALONE, "video", PixelBackbone(CELL))
+    run.prepare()
+    video.evaluate(run)
     return json.loads((output / "v" / "results" / "video.json").read_text())
 
 
