@@ -4,8 +4,8 @@ Candidates come from ordinary matrix products. Their similarities are then compu
 float64 sum over one pair of vectors: it depends on nothing but these two vectors, so that equal
 ones tie exactly, and of equal similarities the lower index comes first. Where rounding in the
 matrix product could have hidden a neighbour among those that were left out, the query is searched
-again with more digits and more candidates, in the end with every row. The answer is therefore the
-same for all chunk sizes, processes and devices.
+again: with more digits, then with more candidates, in the end with every row. The answer is
+therefore the same for all chunk sizes, processes and devices.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 
 BANK_ROWS = 65536  # bank rows at a time
 SPARE = 32  # candidates beyond k
-MORE = 8  # times as many candidates where the first ones leave a doubt
+MORE = 8  # times as many candidates where more digits leave a doubt
 PAIR_VALUES = 2**24  # float64 values at a time when pairs are computed again
 
 
@@ -55,7 +55,8 @@ def nearest(
             is_certain = found.similarities[:, k - 1] > approximate[:, -1].double() + error
             in_doubt.append(own[~is_certain & (kept < available)])
         waiting = torch.cat(in_doubt)
-        kept, dtype = min(MORE * kept, available), torch.float64
+        more = MORE if dtype == torch.float64 else 1
+        kept, dtype = min(more * kept, available), torch.float64
     return Neighbours(similarities, indices)
 
 
@@ -97,9 +98,9 @@ def pair_similarities(queries: Tensor, bank: Tensor, candidates: Tensor) -> Tens
     """float64 [Q, kept]: one sum per pair, on the CPU."""
     queries = queries.cpu().double()
     result = torch.empty(candidates.shape, dtype=torch.float64)
-    pairs = candidates.flatten()
-    for own in torch.arange(len(pairs)).split(max(1, PAIR_VALUES // bank.shape[1])):
-        vectors = bank[pairs[own].to(bank.device)].cpu().double()
-        products = queries[own // candidates.shape[1]] * vectors
-        result.view(-1)[own] = products.sum(dim=1)
+    pairs = max(1, PAIR_VALUES // bank.shape[1])  # at a time
+    for columns in torch.arange(candidates.shape[1]).split(pairs):
+        for rows in torch.arange(len(queries)).split(max(1, pairs // len(columns))):
+            vectors = bank[candidates[rows][:, columns].to(bank.device)].cpu().double()
+            result[rows[:, None], columns] = (queries[rows, None] * vectors).sum(dim=2)
     return result

@@ -62,9 +62,11 @@ def test_search_equals_brute_force(monkeypatch, bank_rows, k):
     assert np.allclose(found.similarities.numpy(), values, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("pair_values", [1, 2000, 2**24])
 @pytest.mark.parametrize("copies", [2, 30, 200])  # more than there are spare candidates
-def test_of_equal_similarities_the_lower_index_comes_first(monkeypatch, copies):
+def test_of_equal_similarities_the_lower_index_comes_first(monkeypatch, copies, pair_values):
     monkeypatch.setattr(search, "BANK_ROWS", 100)
+    monkeypatch.setattr(search, "PAIR_VALUES", pair_values)
     unique = random_features(5, 2).features
     bank = unique.repeat(copies, 1)  # row i and row i + 5, i + 10, ... are the same
     found = nearest(bank, unique, copies, CPU)
