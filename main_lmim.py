@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data.datasets import build_dataset
 from data.loader import EvalLoader, TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
 from engine_pretrain import Training, train_step
@@ -25,13 +24,13 @@ from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
 from util.distributed import (
     Ranks,
-    default_workers,
     gather_objects,
     join_processes,
     leave_processes,
     synchronised,
 )
 from util.job import list_checkpoints
+from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, sum_over_processes, train
 from util.metrics import memory_in_use
 from util.optim import build_adamw
@@ -173,34 +172,13 @@ def build_data(
     cfg: DictConfig, ranks: Ranks, geometry: Geometry
 ) -> tuple[TrainLoader, EvalLoader | None]:
     """The training stream, and the evaluation images if they have labels."""
-    options = OmegaConf.to_container(cfg.dataset.options)
-    train_set = build_dataset(cfg.dataset.name, "train", cfg.data_path, options)
-    num_workers = default_workers() if cfg.num_workers is None else cfg.num_workers
-    loader = TrainLoader(
-        dataset=train_set,
-        transform=TrainTransform(geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed),
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        accum_iter=cfg.accum_iter,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_workers=num_workers,
-        device=ranks.device,
-        max_bad_images=cfg.max_bad_images,
-    )
-    eval_set = build_dataset(cfg.dataset.name, "eval", cfg.data_path, options)
-    if eval_set.labels is None:
+    crops = TrainTransform(geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
+    loader = train_loader(cfg, ranks, open_split(cfg, "train"), crops)
+    images = open_split(cfg, "eval")
+    if images.labels is None:
         return loader, None
-    evaluation = EvalLoader(
-        dataset=eval_set,
-        transform=EvalTransform(geometry.side_without_gaps, cfg.dataset.crop_ratio),
-        batch_size=cfg.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_workers=num_workers,
-        device=ranks.device,
-    )
-    return loader, evaluation
+    centre = EvalTransform(geometry.side_without_gaps, cfg.dataset.crop_ratio)
+    return loader, eval_loader(cfg, ranks, images, centre)
 
 
 def build_model(cfg: DictConfig) -> LatentMIM:

@@ -8,7 +8,7 @@ accumulation steps changes the images of a step.
 import logging
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -46,12 +46,48 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(generator(Stream.ORDER, seed, epoch).permutation(size))
 
 
-class TrainLoader:
-    """An endless shuffled stream of batches for one process (`rank`) of `world_size`.
+def share_of(count: int, rank: int, world_size: int) -> slice:
+    """The contiguous part of so many pieces of work that is this process's."""
+    return slice(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+class StepOrder:
+    """Which images one process (`rank`) of `world_size` sees in each step.
 
     A step is one update of the optimiser: accum_iter micro-steps of all processes. Steps are always
     whole: the images that are left over at the end of an epoch are not run.
     """
+
+    def __init__(
+        self, images: int, seed: int, batch_size: int, accum_iter: int, rank: int, world_size: int
+    ) -> None:
+        self.images, self.seed = images, seed
+        self.batch_size, self.accum_iter = batch_size, accum_iter
+        self.rank, self.world_size = rank, world_size
+        self.bad_images: set[str] = set()
+        images_per_step = batch_size * accum_iter * world_size
+        self.steps_per_epoch = images // images_per_step
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"the dataset has {images} images, but one step needs {images_per_step}: "
+                f"batch_size={batch_size} x accum_iter={accum_iter} x {world_size} processes"
+            )
+
+    def micro_steps(self, first_step: int, last_step: int) -> Iterator[tuple[int, list[int]]]:
+        """For each micro-step of the steps first_step .. last_step - 1 the epoch, and which images
+        are this process's. Steps are counted from the start of training."""
+        order_epoch, order = None, None
+        for step in range(first_step, last_step):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = epoch, epoch_order(self.images, self.seed, epoch)
+            for micro_step in range(place * self.accum_iter, (place + 1) * self.accum_iter):
+                start = (micro_step * self.world_size + self.rank) * self.batch_size
+                yield epoch, order[start : start + self.batch_size].tolist()
+
+
+class TrainLoader(StepOrder):
+    """An endless shuffled stream of batches for one process."""
 
     def __init__(
         self,
@@ -66,63 +102,36 @@ class TrainLoader:
         device: torch.device | str,
         max_bad_images: float = 0.001,
     ) -> None:
+        super().__init__(len(dataset), seed, batch_size, accum_iter, rank, world_size)
         self.dataset = dataset
         self.samples = _TrainSamples(dataset, transform)
-        self.seed = seed
-        self.batch_size = batch_size
-        self.accum_iter = accum_iter
-        self.rank = rank
-        self.world_size = world_size
         self.num_workers = num_workers
         self.device = torch.device(device)
         self.max_bad_images = max_bad_images
-        self.bad_images: set[str] = set()
-
-        images_per_step = batch_size * accum_iter * world_size
-        self.steps_per_epoch = len(dataset) // images_per_step
-        self.iterations_per_epoch = self.steps_per_epoch * accum_iter
-        if self.steps_per_epoch == 0:
-            raise DataError(
-                f"the dataset has {len(dataset)} images, but one step needs {images_per_step}: "
-                f"batch_size={batch_size} x accum_iter={accum_iter} x {world_size} processes"
-            )
 
     def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
         """One batch for each micro-step of the steps first_step .. last_step - 1.
 
         Steps are counted from the start of training. The workers stay busy across epochs.
         """
-        micro_steps = self._micro_steps(first_step, last_step)
+        micro_steps = (
+            [(epoch, index) for index in indices]
+            for epoch, indices in self.micro_steps(first_step, last_step)
+        )
         batches = _load(self.samples, micro_steps, self.num_workers, self.device)
         for images, labels, unreadable in batches:
             batch = TrainBatch(images, labels, list(chain.from_iterable(unreadable)))
             self._note_bad_images(batch.unreadable)
             yield batch
 
-    def check_bad_images(self, world_total: int | None = None) -> None:
-        """Stop the training if too many different images could not be read.
-
-        world_total: the number over all processes, where the caller has added it up.
-        """
-        total = len(self.bad_images) if world_total is None else world_total
+    def check_bad_images(self) -> None:
+        """Stop the training if too many different images could not be read."""
+        total = len(self.bad_images)
         if total > self.max_bad_images * len(self.dataset):
-            seen_here = first_few(sorted(self.bad_images), 20) or "see the other processes' logs"
             raise DataError(
                 f"{total} of {len(self.dataset)} images could not be read, more than "
-                f"max_bad_images={self.max_bad_images} allows: {seen_here}"
+                f"max_bad_images={self.max_bad_images} allows: {first_few(sorted(self.bad_images), 20)}"
             )
-
-    def _micro_steps(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
-        """For each micro-step the (epoch, index) of this process's images."""
-        order_epoch, order = None, None
-        for step in range(first_step, last_step):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order_epoch, order = epoch, epoch_order(len(self.dataset), self.seed, epoch)
-            for micro_step in range(place * self.accum_iter, (place + 1) * self.accum_iter):
-                start = (micro_step * self.world_size + self.rank) * self.batch_size
-                indices = order[start : start + self.batch_size].tolist()
-                yield [(epoch, index) for index in indices]
 
     def _note_bad_images(self, descriptions: list[str]) -> None:
         for description in descriptions:
@@ -132,7 +141,12 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """The images of one process in order, each exactly once: a contiguous part of the data set."""
+    """This process's part of all images, or of those with these indices, in order and each exactly
+    once.
+
+    It is a contiguous part, of whole batches: a batch holds the same images however many processes
+    there are, so that its arithmetic is the same to the last bit.
+    """
 
     def __init__(
         self,
@@ -143,14 +157,14 @@ class EvalLoader:
         world_size: int,
         num_workers: int,
         device: torch.device | str,
+        indices: Sequence[int] | None = None,
     ) -> None:
-        self.samples = _EvalSamples(dataset, transform)
-        first = len(dataset) * rank // world_size
-        last = len(dataset) * (rank + 1) // world_size
-        self.batches = [
-            range(start, min(start + batch_size, last)) for start in range(first, last, batch_size)
-        ]
-        self.labelled = dataset.labels is not None
+        self.dataset = dataset
+        self.samples, self.batch_size = _EvalSamples(dataset, transform), batch_size
+        indices = range(len(dataset)) if indices is None else indices
+        starts = range(0, len(indices), batch_size)
+        own = starts[share_of(len(starts), rank, world_size)]
+        self.batches = [indices[start : start + batch_size] for start in own]
         self.num_workers = num_workers
         self.device = torch.device(device)
 
@@ -160,9 +174,8 @@ class EvalLoader:
     def __iter__(self) -> Iterator[EvalBatch]:
         batches = _load(self.samples, self.batches, self.num_workers, self.device)
         for images, labels, indices in batches:
-            yield EvalBatch(
-                images, labels if self.labelled else None, torch.tensor(indices).to(self.device)
-            )
+            labels = None if self.dataset.labels is None else labels
+            yield EvalBatch(images, labels, torch.tensor(indices).to(self.device))
 
 
 # ---- What runs in the workers. -------------------------------------------------------------------

@@ -1,50 +1,228 @@
-"""From `pretrained=` to a backbone: this project's checkpoints, the published one, any model of
-timm, and the official files of other methods (eval/families.py)."""
+"""The one interface that all evaluations see, and from `pretrained=` to what has it: this project's
+checkpoints, the published one, any model of timm, and official files of other methods."""
 
 import math
-from difflib import get_close_matches
+import re
 from pathlib import Path
+from typing import NamedTuple
 
-import timm
 import torch
-from omegaconf import DictConfig
+from timm.layers import DropPath
+from torch import Tensor, nn
 
-from eval.families import FAMILIES, HEADS, build_from_file
-from eval.networks import Backbone, OwnBackbone, TimmBackbone, Tokens
-from eval.weights import (
+from eval.families import (
+    FAMILIES,
+    HEADS,
     BackboneError,
     StateDict,
+    build_from_file,
+    build_timm,
     file_fingerprint,
-    fit,
     read_file,
+    require_keys,
     state_fingerprint,
     unwrap,
 )
 from models.vit import Encoder
-from util.checkpoint import newest_readable, without_module_prefix
-
-__all__ = ["Backbone", "BackboneError", "Tokens", "backbone_from", "load_backbone"]
+from util.checkpoint import load_weights, newest_readable, without_module_prefix
 
 PARTS = {"encoder": "encoder.", "target": "target_encoder."}
 SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
+Colour = tuple[float, float, float]
 
 
-def backbone_from(cfg: DictConfig) -> Backbone:
-    return load_backbone(
-        cfg.pretrained,
-        which=cfg.which,
-        layer=cfg.layer,
-        final_norm=cfg.final_norm,
-        image_side=cfg.image_side,
-        pretrained_weights=cfg.pretrained_weights,
-        random_init=cfg.random_init,
-        seed=cfg.seed,
-    )
+class Tokens(NamedTuple):
+    cls: Tensor | None  # [B, D]
+    patches: Tensor  # [B, L, D], row by row over the grid
+    grid: tuple[int, int]  # rows, columns
+
+
+class Backbone(nn.Module):
+    """Images in, tokens out: of one layer, with or without the final norm, fixed when loaded."""
+
+    family: str
+    name: str
+    embed_dim: int
+    depth: int  # blocks that are run
+    patch_size: int
+    image_side: int  # what it was trained on, or what was asked for
+    mean: Colour | None  # None: the data set's
+    std: Colour | None
+    fingerprint: str
+    layer: int  # the last block that is run
+    final_norm: bool
+    is_vit: bool = True  # others take images of any size
+
+    def forward(self, images: Tensor) -> Tokens:
+        """images [B, 3, H, W], normalised; H and W are multiples of patch_size."""
+        raise NotImplementedError
+
+    def blocks(self) -> nn.ModuleList:
+        raise NotImplementedError
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise BackboneError(
+                f"images of {height} x {width} pixels: expected multiples of the patch size "
+                f"{self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def layer_of(self, parameter_name: str) -> int:
+        """0: embeddings, class token, positions; 1 .. depth: blocks; depth + 1: what comes after.
+
+        For parameters of this module, also where it lies inside another one.
+        """
+        if block := re.search(r"(?:^|\.)blocks\.(\d+)\.", parameter_name):
+            return int(block.group(1)) + 1
+        after = re.search(r"(?:^|\.)(norm|fc_norm|head)\.", parameter_name)
+        return self.depth + 1 if after else 0
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth: none in the first block, `rate` in the last, linear in between."""
+        blocks = self.blocks()
+        for index, block in enumerate(blocks):
+            share = rate * index / max(len(blocks) - 1, 1)
+            for name in ("drop_path1", "drop_path2"):
+                if not hasattr(block, name):
+                    raise BackboneError(
+                        f"{self.family}:{self.name}: stochastic depth is only for plain ViTs"
+                    )
+                setattr(block, name, DropPath(share) if share > 0 else nn.Identity())
+
+    def describe(self) -> dict[str, object]:
+        """For results files."""
+        return {
+            "family": self.family,
+            "name": self.name,
+            "image_side": self.image_side,
+            "patch_size": self.patch_size,
+            "embed_dim": self.embed_dim,
+            "layer": self.layer,
+            "final_norm": self.final_norm,
+            "parameters": sum(parameter.numel() for parameter in self.parameters()),
+            "sha256": self.fingerprint,
+        }
+
+    def summary(self) -> str:
+        norm = "with" if self.final_norm else "without"
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return (
+            f"{self.family}:{self.name}, {self.image_side} x {self.image_side} pixels, patches of "
+            f"{self.patch_size}, {self.embed_dim} channels, block {self.layer} {norm} final norm, "
+            f"{parameters / 1e6:.1f} M parameters, sha256 {self.fingerprint[:16]}"
+        )
+
+
+def block_index(layer: int, depth: int) -> int:
+    """The last block that is run, counted from 0; -1 is the last of all."""
+    if not -1 <= layer < depth:
+        raise BackboneError(
+            f"layer={layer}: expected -1 (the last) or 0 to {depth - 1}, the blocks of the backbone"
+        )
+    return depth - 1 if layer == -1 else layer
+
+
+class OwnBackbone(Backbone):
+    """This project's encoder: no gap between patches, no projection head."""
+
+    def __init__(self, encoder: Encoder, *, name: str, layer: int, final_norm: bool):
+        super().__init__()
+        self.layer = block_index(layer, len(encoder.blocks))
+        # What is not run is not there either: it would be trained in vain, or counted.
+        encoder.blocks = encoder.blocks[: self.layer + 1]
+        encoder.head = nn.Identity()
+        if not final_norm:
+            encoder.norm = nn.Identity()
+        self.encoder = encoder
+        self.family, self.name, self.final_norm = "lmim", name, final_norm
+        self.embed_dim, self.patch_size = encoder.embed_dim, encoder.patch_size
+        self.depth = len(encoder.blocks)
+        self.image_side = encoder.grid_size * encoder.patch_size
+        self.mean = self.std = None
+
+    def blocks(self) -> nn.ModuleList:
+        return self.encoder.blocks
+
+    def forward(self, images: Tensor) -> Tokens:
+        grid = self.grid_of(images)
+        tokens = self.encoder.norm(self.encoder.encode_images(images))
+        return Tokens(tokens[:, 0], tokens[:, 1:], grid)
+
+
+class TimmBackbone(Backbone):
+    """Any model of timm. Its last feature map gives the patch tokens; layers, stochastic depth and
+    layer decay are for those with a list of transformer blocks."""
+
+    def __init__(self, model: nn.Module, *, family: str, name: str, layer: int, final_norm: bool):
+        super().__init__()
+        self.is_vit = hasattr(model, "num_prefix_tokens") and isinstance(
+            getattr(model, "blocks", None), nn.Sequential | nn.ModuleList
+        )
+        self.family, self.name, self.final_norm = family, name, final_norm
+        if self.is_vit:
+            self.layer = block_index(layer, len(model.blocks))
+            model.blocks = model.blocks[: self.layer + 1]
+            self.depth = len(model.blocks)
+        elif layer != -1:
+            raise BackboneError(f"layer={layer}: expected -1 for {family}:{name}, which is no ViT")
+        else:
+            self.layer = self.depth = len(model.feature_info)
+        has_norm = not isinstance(getattr(model, "norm", None), nn.Identity)
+        if self.is_vit and not has_norm and hasattr(model, "fc_norm"):
+            model.norm = model.fc_norm  # its only norm stands behind timm's own pooling
+        if not final_norm and hasattr(model, "norm"):
+            model.norm = nn.Identity()
+        # Norm and head behind timm's own pooling are not run.
+        for unused in ("fc_norm", "head_drop", "head", "attn_pool"):
+            if hasattr(model, unused):
+                setattr(model, unused, nn.Identity())
+        self.model = model
+        self.embed_dim = model.num_features
+        if self.is_vit:
+            self.patch_size, width = model.patch_embed.patch_size
+            if self.patch_size != width:
+                raise BackboneError(f"{family}:{name}: expected square patches")
+        else:
+            self.patch_size = model.feature_info[-1]["reduction"]
+        settings = model.pretrained_cfg
+        self.image_side = settings["input_size"][-1]
+        self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
+        # Where the class token is: in front of any registers.
+        self.has_cls = self.is_vit and getattr(model, "cls_token", None) is not None
+
+    def blocks(self) -> nn.ModuleList:
+        if not self.is_vit:
+            raise BackboneError(
+                f"{self.family}:{self.name}: stochastic depth and layer decay are only for ViTs"
+            )
+        return self.model.blocks
+
+    def layer_of(self, parameter_name: str) -> int:
+        self.blocks()
+        return super().layer_of(parameter_name)
+
+    def forward(self, images: Tensor) -> Tokens:
+        grid = self.grid_of(images) if self.is_vit else None
+        features = self.model.forward_features(images)
+        if self.is_vit:
+            patches = features[:, self.model.num_prefix_tokens :]
+            return Tokens(features[:, 0] if self.has_cls else None, patches, grid)
+        if features.ndim != 4:
+            raise BackboneError(f"{self.family}:{self.name}: expected ViTs and feature maps")
+        if getattr(self.model, "output_fmt", "NCHW") == "NCHW":
+            features = features.permute(0, 2, 3, 1)
+        return Tokens(None, features.flatten(1, 2), tuple(features.shape[1:3]))
+
+
+# --- loading ------------------------------------------------------------------------------------
 
 
 def load_backbone(
     pretrained: str | None,
     *,
+    contents: dict | None = None,
     which: str = "encoder",
     layer: int = -1,
     final_norm: bool = True,
@@ -54,8 +232,9 @@ def load_backbone(
     seed: int = 0,
 ) -> Backbone:
     """pretrained: a checkpoint or job folder of this project, the published checkpoint, timm:NAME,
-    or FAMILY:FILE. which: the encoder or its target, where a file holds both. layer: -1 the last
-    block, others counted from 0. random_init: the same architecture with fresh weights."""
+    or FAMILY:FILE. contents: of this project's checkpoint, where the caller has read it. which: the
+    encoder or its target, where a file holds both. layer: -1 the last block, others counted from 0.
+    random_init: the same architecture with fresh weights."""
     if pretrained is None:
         raise BackboneError(
             "pretrained=null: expected a checkpoint or job folder, timm:NAME, or one of "
@@ -69,16 +248,22 @@ def load_backbone(
     # Fresh weights follow from the seed, and the numbers of others do not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if colon and family == "timm":
-            backbone = load_timm(rest, pretrained_weights, random_init, layer, final_norm)
-        elif colon and family in FAMILIES:
-            backbone = load_family(family, Path(rest), which, random_init, layer, final_norm)
+        if colon and family in ("timm", *FAMILIES):
+            file = pretrained_weights if family == "timm" else rest
+            file = None if file is None else Path(file)
+            backbone = load_other(family, rest, file, which, random_init, layer, final_norm)
         elif colon and not Path(pretrained).exists():
             raise BackboneError(
                 f"pretrained={pretrained}: no such family; valid: timm, {', '.join(FAMILIES)}"
             )
         else:
-            backbone = load_own(Path(pretrained), which, random_init, layer, final_norm)
+            file = Path(pretrained)
+            if file.is_dir():
+                file, contents = newest_checkpoint(file)
+            contents = read_file(file) if contents is None else contents
+            backbone = load_own(file, contents, which, random_init, layer, final_norm)
+    from_file = file is not None and not random_init
+    backbone.fingerprint = file_fingerprint(file) if from_file else state_fingerprint(backbone)
     if image_side is not None:
         backbone.image_side = image_side
     if backbone.is_vit and backbone.image_side % backbone.patch_size:
@@ -115,22 +300,18 @@ def check_forward(backbone: TimmBackbone) -> None:
 # --- this project's -----------------------------------------------------------------------------
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The file itself; of a job the newest checkpoint that can be read."""
-    if not path.is_dir():
-        return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    newest = newest_readable(folder, report=print)
+def newest_checkpoint(folder: Path) -> tuple[Path, dict]:
+    """The newest checkpoint of a job that can be read, and what it holds."""
+    inside = folder / "checkpoints"
+    newest = newest_readable(inside if inside.is_dir() else folder, report=print)
     if newest is None:
-        raise BackboneError(f"pretrained={path}: this folder holds no checkpoint")
-    return newest[0]
+        raise BackboneError(f"pretrained={folder}: this folder holds no checkpoint")
+    return newest
 
 
 def load_own(
-    path: Path, which: str, random_init: bool, layer: int, final_norm: bool
+    path: Path, contents: dict, which: str, random_init: bool, layer: int, final_norm: bool
 ) -> OwnBackbone:
-    path = find_checkpoint(path)
-    contents = read_file(path)
     weights = without_module_prefix(unwrap(contents, ("state_dict",), path))
     prefix = PARTS[which]
     weights = {
@@ -151,23 +332,19 @@ def load_own(
     weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     encoder = encoder_for(weights, config, path)
     if not random_init:
-        fit(encoder, weights, path)
+        load_weights(encoder, weights, path)
     depth = len(encoder.blocks)
     size = config.get("encoder", {}).get("name") or f"vit_{SIZES.get((encoder.embed_dim, depth))}"
     name = f"{size}-{which}" if which != "encoder" else size
     backbone = OwnBackbone(encoder, name=name, layer=layer, final_norm=final_norm)
     if dataset := config.get("dataset"):  # the published file does not say
         backbone.mean, backbone.std = tuple(dataset["mean"]), tuple(dataset["std"])
-    backbone.fingerprint = state_fingerprint(backbone) if random_init else file_fingerprint(path)
     return backbone
 
 
 def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
     """The architecture, read off the shapes. What shapes do not tell stands in the config."""
-    needed = ("cls_token", "embed.proj.weight", "pos_embed.pos_embeds")
-    missing = [key for key in needed if key not in weights]
-    if missing:
-        raise BackboneError(f"{path} holds another architecture: {', '.join(missing)} is missing")
+    require_keys(weights, ("cls_token", "embed.proj.weight", "pos_embed.pos_embeds"), path)
     embed_dim, patch_values = weights["embed.proj.weight"].shape
     blocks = {int(key.split(".")[1]) for key in weights if key.startswith("blocks.")}
     heads = config.get("encoder", {}).get("num_heads") or HEADS.get(embed_dim)
@@ -189,71 +366,22 @@ def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
 # --- others -------------------------------------------------------------------------------------
 
 
-def load_timm(
-    name: str, weights_file: str | None, random_init: bool, layer: int, final_norm: bool
+def load_other(
+    family: str,
+    name: str,
+    file: Path | None,
+    which: str,
+    random_init: bool,
+    layer: int,
+    final_norm: bool,
 ) -> TimmBackbone:
-    if not timm.is_model(name.split(".")[0]):
-        close = get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them"
-        raise BackboneError(f"pretrained=timm:{name}: timm has no such model; {hint}")
-    from_hub = weights_file is None and not random_init
-    model = create_timm_model(name, from_hub)
-    if weights_file is not None and not random_init:
-        fit_timm(model, Path(weights_file))
+    if family == "timm":
+        model = build_timm(name, file, random_init)
+    else:
+        model, name = build_from_file(family, file, which, random_init)
     try:
-        backbone = TimmBackbone(model, family="timm", name=name, layer=layer, final_norm=final_norm)
+        return TimmBackbone(model, family=family, name=name, layer=layer, final_norm=final_norm)
     except (AttributeError, TypeError) as error:
         raise BackboneError(
-            f"pretrained=timm:{name}: expected ViTs and models with feature maps ({error})"
+            f"pretrained={family}:{name}: expected ViTs and models with feature maps ({error})"
         ) from error
-    is_file = weights_file is not None and not random_init
-    backbone.fingerprint = (
-        file_fingerprint(Path(weights_file)) if is_file else state_fingerprint(backbone)
-    )
-    return backbone
-
-
-def create_timm_model(name: str, from_hub: bool) -> torch.nn.Module:
-    try:
-        # Other image sizes are resampled where the model knows how to.
-        return timm.create_model(name, pretrained=from_hub, num_classes=0, **size_options(name))
-    except Exception as error:  # the hub fails in many ways, all of which mean the same
-        if not from_hub:
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise BackboneError(
-            f"pretrained=timm:{name}: its weights could not be fetched ({type(error).__name__}: "
-            f"{reason}); expected a file of them, pretrained_weights=FILE"
-        ) from error
-
-
-def size_options(name: str) -> dict[str, bool]:
-    """What makes a model of timm take images of any size, if it can."""
-    try:
-        with torch.device("meta"):
-            timm.create_model(name, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # it has no such option, most often because it needs none
-        return {}
-    return {"dynamic_img_size": True}
-
-
-def fit_timm(model: torch.nn.Module, path: Path) -> None:
-    """A local file of timm's own keys; the classifier is left out."""
-    weights = unwrap(read_file(path), ("state_dict", "model"), path)
-    weights = without_module_prefix(weights)
-    expected = model.state_dict()
-    heads = ("head.", "fc.", "classifier.", "head_dist.")
-    weights = {
-        key: value for key, value in weights.items() if key in expected or not key.startswith(heads)
-    }
-    fit(model, weights, path)
-
-
-def load_family(
-    family: str, path: Path, which: str, random_init: bool, layer: int, final_norm: bool
-) -> TimmBackbone:
-    model, name = build_from_file(family, path, which, random_init)
-    name = f"{name}-{which}" if which != "encoder" else name
-    backbone = TimmBackbone(model, family=family, name=name, layer=layer, final_norm=final_norm)
-    backbone.fingerprint = state_fingerprint(backbone) if random_init else file_fingerprint(path)
-    return backbone

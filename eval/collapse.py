@@ -15,19 +15,20 @@ python launcher.py --config-name=collapse pretrained=checkpoints/lmim-vit_base \
     data_path=/path/to/imagenet
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
 from data.base import DataError, ImageDataset
-from eval.backbone import Backbone
-from eval.common import EvalRun, build_eval_data, eval_batches, normalised, run_evaluation
-from eval.features import ROWS, autocast, extract
+from eval.common import EvalRun, run_evaluation
+from eval.features import ROWS, extract
 from models.losses import average_similarity
 from util.command import run_worker
-from util.distributed import Ranks, all_reduce
-from util.precision import choose_precision
+from util.distributed import all_reduce
+from util.loaders import open_split
 
 RIDGE = 1e-4  # of the mean variance of a channel
 
@@ -36,15 +37,16 @@ def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "collapse", evaluate)
 
 
-def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
-    dataset = build_eval_data(cfg, cfg.split)
+def evaluate(run: EvalRun) -> None:
+    cfg = run.cfg
+    dataset = open_split(cfg, cfg.split)
     if len(dataset) < 4:
         raise DataError(
             f"dataset={cfg.dataset.name}: its {cfg.split} split has {len(dataset)} images; valid "
             f"are at least 4, two to fit the position probe and two to test it"
         )
-    found = extract(cfg, ranks, backbone, cfg.split, cfg.pooling, False, run, dataset)
-    probe = TokenProbe(cfg, ranks, backbone, dataset, run)
+    found = extract(run, dataset, cfg.split, cfg.pooling, normalised=False)
+    probe = TokenProbe(run, dataset)
     results = {
         "rankme": rank_me(found.features),
         "mean_cosine": mean_cosine(found.features),
@@ -66,31 +68,32 @@ def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) ->
 def rank_me(features: Tensor) -> float:
     """Singular values from the D x D products, so that any number of images fits."""
     products = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for start in range(0, len(features), ROWS):
-        part = features[start : start + ROWS].double()
+    for part in features.split(ROWS):
+        part = part.double()
         products += part.T @ part
     singular = torch.linalg.eigvalsh(products).clamp_min(0).sqrt()
     share = singular / singular.sum()
     return torch.special.entr(share).sum().exp().item()
 
 
+def unit_sums(features: Tensor) -> Tensor:
+    """Over all rows, brought to length 1: the sum of each channel, and of its square. [2, D]"""
+    sums = torch.zeros(2, features.shape[1], dtype=torch.float64)
+    for part in features.split(ROWS):
+        unit = F.normalize(part.double(), dim=1)
+        sums += torch.stack([unit.sum(dim=0), unit.square().sum(dim=0)])
+    return sums
+
+
 def mean_cosine(features: Tensor) -> float:
     """All pairs at once: their sum is the squared length of the sum, less each with itself."""
     count = len(features)
-    total = torch.zeros(features.shape[1], dtype=torch.float64)
-    for start in range(0, count, ROWS):
-        total += F.normalize(features[start : start + ROWS].double(), dim=1).sum(dim=0)
-    return ((total.square().sum() - count) / (count * (count - 1))).item()
+    return ((unit_sums(features)[0].square().sum() - count) / (count * (count - 1))).item()
 
 
 def channel_std(features: Tensor) -> float:
-    count, width = features.shape
-    sums = torch.zeros(2, width, dtype=torch.float64)
-    for start in range(0, count, ROWS):
-        part = F.normalize(features[start : start + ROWS].double(), dim=1)
-        sums += torch.stack([part.sum(dim=0), part.square().sum(dim=0)])
-    mean, square = sums / count
-    return ((square - mean**2).clamp_min(0).sqrt().mean() * width**0.5).item()
+    mean, square = unit_sums(features) / len(features)
+    return ((square - mean**2).clamp_min(0).sqrt().mean() * features.shape[1] ** 0.5).item()
 
 
 # --- patch tokens -------------------------------------------------------------------------------
@@ -100,40 +103,27 @@ class TokenProbe:
     """A linear map from token to place, fitted in closed form on half of a sample of images and
     tested on the other half."""
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        ranks: Ranks,
-        backbone: Backbone,
-        dataset: ImageDataset,
-        run: EvalRun,
-    ):
-        self.cfg, self.ranks, self.backbone, self.dataset = cfg, ranks, backbone, dataset
-        self.run = run
+    def __init__(self, run: EvalRun, dataset: ImageDataset):
+        cfg, backbone = run.cfg, run.backbone
+        self.run, self.dataset, self.device = run, dataset, run.ranks.device
         generator = torch.Generator().manual_seed(cfg.seed)
         chosen = torch.randperm(len(dataset), generator=generator)[: cfg.probe_images].tolist()
         half = len(chosen) // 2
         self.images = len(chosen)
-        self.similarity_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self.similarity_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.places = (backbone.image_side // backbone.patch_size) ** 2
         weight, bias = self.fit(chosen[:half])
         self.accuracy = 100 * self.test(chosen[half:], weight, bias)
         self.similarity = all_reduce(self.similarity_sum).item() / len(chosen)
 
     @torch.inference_mode()
-    def tokens(self, indices: list[int]):
-        """Yields float32 [B, L, D] for this process's part of the images."""
-        precision = choose_precision(self.cfg.precision, self.ranks.device)
-        side = self.backbone.image_side
-        done = 0
-        for batch in eval_batches(self.cfg, self.ranks, self.dataset, side, indices):
-            with autocast(self.ranks.device, precision):
-                tokens = self.backbone(normalised(self.cfg, self.backbone, batch.images)).patches
-            tokens = tokens.float()
+    def tokens(self, indices: list[int]) -> Iterator[Tensor]:
+        """float32 [B, L, D], of this process's part of the images."""
+        loader = self.run.loader(self.dataset, indices)
+        for batch in self.run.tracked(loader, "batches probed:"):
+            tokens = self.run.tokens(batch.images).patches.float()
             self.similarity_sum += average_similarity(tokens).double() * len(tokens)
             yield tokens
-            done += len(tokens)
-            self.run.progress(done, len(indices) // self.ranks.world_size, "images probed:")
 
     def fit(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Ridge regression of the one-hot place -> weight [D, L], bias [L]
@@ -141,10 +131,9 @@ class TokenProbe:
         Each place occurs once per image, so that the sum of tokens over images, place by place, is
         the product of tokens and one-hot places.
         """
-        width = self.backbone.embed_dim
-        device = self.ranks.device
-        products = torch.zeros(width, width, dtype=torch.float64, device=device)
-        by_place = torch.zeros(self.places, width, dtype=torch.float64, device=device)
+        width = self.run.backbone.embed_dim
+        products = torch.zeros(width, width, dtype=torch.float64, device=self.device)
+        by_place = torch.zeros(self.places, width, dtype=torch.float64, device=self.device)
         for tokens in self.tokens(indices):
             by_place += tokens.double().sum(dim=0)
             flat = tokens.flatten(0, 1).double()
@@ -162,8 +151,8 @@ class TokenProbe:
         return weight, 1 / self.places - mean @ weight
 
     def test(self, indices: list[int], weight: Tensor, bias: Tensor) -> float:
-        hits = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
-        place = torch.arange(self.places, device=self.ranks.device)
+        hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        place = torch.arange(self.places, device=self.device)
         for tokens in self.tokens(indices):
             hits += ((tokens.double() @ weight + bias).argmax(dim=2) == place).sum()
         return all_reduce(hits).item() / (len(indices) * self.places)

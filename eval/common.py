@@ -2,78 +2,121 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from data.base import DataError, ImageDataset
-from data.datasets import build_dataset
-from data.loader import EvalLoader, TrainLoader
+from data.loader import EvalLoader
 from data.picture import Picture
 from data.transforms import EvalTransform, normalise
-from eval.backbone import Backbone, backbone_from, find_checkpoint
-from eval.networks import Colour
+from eval.backbone import Backbone, Colour, Tokens, load_backbone, newest_checkpoint
 from util.checkpoint import CheckpointError
 from util.config import job_directory
 from util.distributed import (
     Ranks,
-    default_workers,
+    all_reduce,
     join_processes,
     leave_processes,
     on_main,
 )
 from util.files import write_whole
 from util.job import describe_environment, prepare_job_directory
+from util.loaders import eval_loader, open_split
 from util.lock import unlock
+from util.loop import Loop, Task, train
 from util.metrics import readable_time
+from util.precision import choose_precision
+from util.preemption import stoppable
 from util.record import TensorBoardFile
 
 PROGRESS_SECONDS = 5
 TOP = 5  # the second number of a classification
+# What the config says of a backbone besides its name.
+CHOICES = "which layer final_norm image_side pretrained_weights random_init seed".split()
 
 
 class EvalRun:
-    """The console, results/NAME.json and TensorBoard. Only the first process writes."""
+    """What an evaluation works with, how it encodes images, and what it leaves behind: the console,
+    results/NAME.json and TensorBoard, to which only the first process writes."""
 
-    def __init__(self, cfg: DictConfig, ranks: Ranks, name: str):
-        self.cfg, self.ranks, self.name = cfg, ranks, name
+    def __init__(self, cfg: DictConfig, ranks: Ranks, name: str, backbone: Backbone):
+        self.cfg, self.ranks, self.name, self.backbone = cfg, ranks, name, backbone
         self.start = self.last_progress = time.monotonic()
-        self.backbone: Backbone | None = None
-        if "resume" in cfg:
-            self.job = on_main(lambda: prepare_job_directory(cfg), ranks)
-            return
         self.job = job_directory(cfg)
-        if ranks.is_main:
+        self.report: dict = {}  # what the first process has written to results/NAME.json
+
+    def prepare(self) -> None:
+        """The folder, and what runs in it."""
+        if "resume" in self.cfg:
+            on_main(lambda: prepare_job_directory(self.cfg), self.ranks)
+        elif self.ranks.is_main:
             for folder in ("results", "tensorboard"):
                 (self.job / folder).mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(cfg, self.job / "config.yaml")
+            OmegaConf.save(self.cfg, self.job / "config.yaml")
             write_json(self.job / "environment.json", describe_environment())
+
+    # --- images and tokens
+
+    def loader(
+        self,
+        dataset: ImageDataset,
+        indices: Sequence[int] | None = None,
+        transform: Callable[[Picture], Tensor] | None = None,
+    ) -> EvalLoader:
+        """This process's part of all images, or of those with these indices."""
+        side, crop_ratio = self.backbone.image_side, self.cfg.dataset.crop_ratio
+        transform = transform or EvalTransform(side, crop_ratio)
+        return eval_loader(self.cfg, self.ranks, dataset, transform, indices)
+
+    @cached_property
+    def precision(self) -> str:
+        return choose_precision(self.cfg.precision, self.ranks.device)
+
+    def autocast(self) -> torch.autocast:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        enabled = self.precision != "fp32"
+        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=enabled)
+
+    @property
+    def colours(self) -> tuple[Colour, Colour]:
+        """The mean and deviation that the backbone was trained with; the data set's where it does
+        not say."""
+        if self.backbone.mean is None:
+            return tuple(self.cfg.dataset.mean), tuple(self.cfg.dataset.std)
+        return self.backbone.mean, self.backbone.std
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return normalise(images, *self.colours)
+
+    def tokens(self, images: Tensor) -> Tokens:
+        """What the backbone makes of uint8 images [B, 3, H, W]."""
+        with self.autocast():
+            return self.backbone(self.normalised(images))
+
+    # --- what it says
 
     def say(self, text: str) -> None:
         if self.ranks.is_main:
             print(text, flush=True)
 
-    def progress(self, done: int, total: int, what: str = "") -> None:
-        """A line every few seconds of long work."""
-        now = time.monotonic()
-        if now - self.last_progress > PROGRESS_SECONDS and done < total:
-            self.last_progress = now
-            elapsed = readable_time(now - self.start)
-            self.say(f"  {self.name}: {what + ' ' if what else ''}{done}/{total}  {elapsed}")
+    def tracked(self, pieces: Collection, what: str) -> Iterator:
+        """The pieces of long work, and a line every few seconds."""
+        for done, piece in enumerate(pieces):
+            now = time.monotonic()
+            if now - self.last_progress > PROGRESS_SECONDS:
+                self.last_progress = now
+                elapsed = readable_time(now - self.start)
+                self.say(f"  {self.name}: {what} {done}/{len(pieces)}  {elapsed}")
+            yield piece
 
     def finish(
-        self,
-        results: dict[str, float],
-        *,
-        protocol: str,
-        images: int,
-        extra: dict | None = None,
+        self, results: dict[str, float], *, protocol: str, images: int, extra: dict | None = None
     ) -> None:
         """One line, results/NAME.json and a TensorBoard scalar per number."""
         if not self.ranks.is_main:
@@ -82,11 +125,11 @@ class EvalRun:
         numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in results.items())
         self.say(f"{self.name}: {numbers}  ({protocol}; {images} images, {seconds:.1f} s)")
         environment = describe_environment()
-        contents = {
+        self.report = {
             "evaluation": self.name,
             "results": results,
             "protocol": protocol,
-            "backbone": self.backbone.describe() if self.backbone is not None else None,
+            "backbone": self.backbone.describe(),
             "pretrained": self.cfg.pretrained,
             "random_init": self.cfg.random_init,
             "dataset": self.cfg.dataset.name,
@@ -99,10 +142,7 @@ class EvalRun:
             "git_commit": environment["git_commit"],
             **(extra or {}),
         }
-        write_json(self.job / "results" / f"{self.name}.json", contents)
-        self.write_scalars(results)
-
-    def write_scalars(self, results: dict[str, float]) -> None:
+        write_json(self.job / "results" / f"{self.name}.json", self.report)
         file = TensorBoardFile(self.job / "tensorboard")
         file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
         file.close()
@@ -115,110 +155,44 @@ def write_json(path: Path, contents: dict) -> None:
 # --- an evaluation from beginning to end --------------------------------------------------------
 
 
-@contextmanager
-def joined_processes() -> Iterator[Ranks]:
-    """Several evaluations in one process, one after the other, join the others only once."""
-    if dist.is_initialized():
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-        return
+def run_evaluation(cfg: DictConfig, name: str, evaluate: Callable[[EvalRun], None]) -> None:
+    """What a worker's main(cfg) does."""
     ranks = join_processes()
-    yield ranks
+    run_joined(cfg, ranks, name, evaluate)
     leave_processes()
 
 
-def run_evaluation(
-    cfg: DictConfig,
-    name: str,
-    evaluate: Callable[[DictConfig, Ranks, Backbone, EvalRun], None],
-) -> None:
-    """What a worker's main(cfg) does."""
-    with joined_processes() as ranks:
-        backbone = load_for_all(cfg, ranks).to(ranks.device)
-        run = EvalRun(cfg, ranks, name)
-        run.backbone = backbone
+def run_joined(
+    cfg: DictConfig, ranks: Ranks, name: str, evaluate: Callable[[EvalRun], None]
+) -> EvalRun:
+    """One evaluation of processes that have joined each other; several may follow."""
+    backbone = load_for_all(cfg, ranks).to(ranks.device)
+    run = EvalRun(cfg, ranks, name, backbone)
+    run.prepare()
+    try:
         run.say(f"{name}: {backbone.summary()}")
-        try:
-            evaluate(cfg, ranks, backbone, run)
-        finally:
-            unlock(run.job)
+        evaluate(run)
+    finally:
+        unlock(run.job)
+    return run
 
 
 def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
     """All processes read the same file, also while a running job writes newer ones."""
+    contents = None  # gigabytes, which only their path leaves the first process for
+
+    def choose() -> str:
+        nonlocal contents
+        path, contents = newest_checkpoint(Path(cfg.pretrained))
+        return str(path)
+
     if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
-        cfg.pretrained = on_main(lambda: str(find_checkpoint(Path(cfg.pretrained))), ranks)
-    return backbone_from(cfg)
+        cfg.pretrained = on_main(choose, ranks)
+    choices = {name: cfg[name] for name in CHOICES}
+    return load_backbone(cfg.pretrained, contents=contents, **choices)
 
 
 # --- data ---------------------------------------------------------------------------------------
-
-
-def build_eval_data(cfg: DictConfig, split: str) -> ImageDataset:
-    """The data set as in pre-training; an empty one is an error."""
-    options = OmegaConf.to_container(cfg.dataset.options)
-    dataset = build_dataset(cfg.dataset.name, split, cfg.data_path, options)
-    if len(dataset) == 0:
-        raise DataError(f"dataset={cfg.dataset.name}: its {split} split holds no image")
-    return dataset
-
-
-def require_labels(cfg: DictConfig, dataset: ImageDataset, purpose: str) -> None:
-    if dataset.labels is None:
-        raise DataError(
-            f"dataset={cfg.dataset.name} has no labels, and {purpose} needs them; expected a "
-            f"labelled one, such as imagefolder"
-        )
-
-
-def eval_batches(
-    cfg: DictConfig,
-    ranks: Ranks,
-    dataset: ImageDataset,
-    side: int,
-    indices: list[int] | None = None,
-    transform: Callable | None = None,
-) -> EvalLoader:
-    """This process's part of all images, or of those with these indices: whole batches, so that a
-    batch holds the same images however many processes there are, and its arithmetic is the same to
-    the last bit."""
-    loader = EvalLoader(
-        dataset=dataset,
-        transform=transform or EvalTransform(side, cfg.dataset.crop_ratio),
-        batch_size=cfg.batch_size,
-        rank=0,
-        world_size=1,
-        num_workers=default_workers() if cfg.num_workers is None else cfg.num_workers,
-        device=ranks.device,
-    )
-    if indices is not None:
-        starts = range(0, len(indices), cfg.batch_size)
-        loader.batches = [indices[start : start + cfg.batch_size] for start in starts]
-    first, last = share_of(len(loader.batches), ranks)
-    loader.batches = loader.batches[first:last]
-    return loader
-
-
-def share_of(count: int, ranks: Ranks) -> tuple[int, int]:
-    """first, last (outside) of this process's contiguous part of so many pieces of work."""
-    return count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size
-
-
-def colours(cfg: DictConfig, backbone: Backbone) -> tuple[Colour, Colour]:
-    """The mean and deviation that the backbone was trained with; the data set's where it does not
-    say."""
-    if backbone.mean is None:
-        return tuple(cfg.dataset.mean), tuple(cfg.dataset.std)
-    return backbone.mean, backbone.std
-
-
-def normalised(cfg: DictConfig, backbone: Backbone, images: Tensor) -> Tensor:
-    return normalise(images, *colours(cfg, backbone))
-
-
-# --- those that train -------------------------------------------------------------------------
 
 
 class LabelledImages(ImageDataset):
@@ -240,15 +214,22 @@ class LabelledImages(ImageDataset):
         return self.dataset.describe(int(self.positions[index]))
 
 
-def labelled_images(cfg: DictConfig, split: str, purpose: str) -> LabelledImages:
-    dataset = build_eval_data(cfg, split)
-    require_labels(cfg, dataset, purpose)
-    labelled = LabelledImages(dataset)
-    if len(labelled) == 0:
-        raise DataError(
-            f"dataset={cfg.dataset.name}: no image of its {split} split has a label, and {purpose} "
-            f"needs them"
-        )
+def labelled_images(cfg: DictConfig, purpose: str, *splits: str) -> dict[str, LabelledImages]:
+    """By split. All of them before any work on one, to complain before it and not after it."""
+    labelled = {}
+    for split in splits:
+        dataset = open_split(cfg, split)
+        if dataset.labels is None:
+            raise DataError(
+                f"dataset={cfg.dataset.name} has no labels, and {purpose} needs them; expected a "
+                f"labelled one, such as imagefolder"
+            )
+        labelled[split] = LabelledImages(dataset)
+        if len(labelled[split]) == 0:
+            raise DataError(
+                f"dataset={cfg.dataset.name}: no image of its {split} split has a label, and "
+                f"{purpose} needs them"
+            )
     return labelled
 
 
@@ -263,19 +244,47 @@ def count_classes(train: Tensor | np.ndarray, evaluation: Tensor | np.ndarray) -
     return max(train) + 1
 
 
-def train_loader(cfg: DictConfig, ranks: Ranks, dataset: ImageDataset, transform) -> TrainLoader:
-    return TrainLoader(
-        dataset=dataset,
-        transform=transform,
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        accum_iter=cfg.accum_iter,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_workers=default_workers() if cfg.num_workers is None else cfg.num_workers,
-        device=ranks.device,
-        max_bad_images=cfg.max_bad_images,
-    )
+# --- those that train -------------------------------------------------------------------------
+
+
+class Classification(Task):
+    """Trains `model`, all of it or parts of it, to name the classes of images. `names`: of what
+    predicts in it, each for itself."""
+
+    def __init__(self, run: EvalRun, scales_loss: bool):
+        self.run, self.cfg, self.ranks = run, run.cfg, run.ranks
+        enabled = scales_loss and run.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(run.ranks.device.type, enabled=enabled)
+        self.accuracies: Tensor | None = None  # percent, [names, 2]: the first, the first five
+
+    def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Of this process's evaluation images: the logits of each name, and the labels."""
+        raise NotImplementedError
+
+    def train_to_the_end(self) -> None:
+        with stoppable(self.ranks) as stop_flag:
+            train(self, self.cfg, self.ranks, self.run.job, stop_flag)
+
+    def finish(self, loop: Loop) -> None:
+        if self.accuracies is None:  # the run that is resumed had come to its end
+            self.evaluate(self.cfg.epochs)
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """The accuracies on the evaluation images of all processes."""
+        self.model.eval()
+        hits = torch.zeros(len(self.names), 2, dtype=torch.int64, device=self.ranks.device)
+        for predicted, labels in self.predictions():
+            hits += torch.stack([count_hits(logits, labels) for logits in predicted])
+        self.model.train()
+        self.accuracies = 100 * all_reduce(hits).double() / len(self.evaluation)
+
+    def state(self) -> dict:
+        return super().state() | {"backbone": self.run.backbone.describe()}
+
+    def restore(self, contents: dict, source: Path) -> None:
+        check_same_backbone(contents, self.run.backbone)
+        super().restore(contents, source)
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,15 +8,13 @@ output_dir/job_name/NAME/results, the table in output_dir/job_name/results/evalu
 """
 
 import importlib
-import json
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from eval.common import EvalRun, joined_processes, load_for_all, write_json
+from eval.common import EvalRun, run_evaluation, run_joined, write_json
 from util.command import run_worker
 from util.config import ConfigError, compose_config
-from util.distributed import barrier
 from util.job import is_restart
 from util.validate import check_config
 
@@ -44,30 +42,34 @@ REFERENCES = {
 
 
 def main(cfg: DictConfig) -> None:
-    with joined_processes() as ranks:
-        backbone = load_for_all(cfg, ranks)  # a mistake shows before hours of work
-        check_settings(cfg)
-        variants = [("trained", False), ("random init", True)]
-        variants = (
-            variants if cfg.beside_random_init else [v for v in variants if v[1] == cfg.random_init]
-        )
-        # Composed before the first one runs, so that a wrong key in `settings` ends it at once.
-        plan = [
-            (name, label, compose(cfg, name, label, random_init))
-            for name in cfg.evals
-            for label, random_init in variants
-        ]
-        run = EvalRun(cfg, ranks, "evaluate")
-        run.backbone = backbone
-        run.say(f"evaluate: {backbone.summary()}")
-        del backbone
-        found: dict[str, dict[str, dict]] = {}
-        for name, label, own_cfg in plan:
-            importlib.import_module(own_cfg.worker).main(own_cfg)
-            barrier()  # the first process has written
-            found.setdefault(name, {})[label] = read_results(own_cfg)
-        if ranks.is_main:
-            write_table(cfg, run, found)
+    run_evaluation(cfg, "evaluate", evaluate)
+
+
+def evaluate(run: EvalRun) -> None:
+    cfg = run.cfg
+    run.backbone.cpu()  # it is only described: each evaluation loads its own
+    check_settings(cfg)
+    variants = {"trained": False, "random init": True}
+    if not cfg.beside_random_init:
+        variants = {
+            label: is_random
+            for label, is_random in variants.items()
+            if is_random == cfg.random_init
+        }
+    # Composed before the first one runs, so that a wrong key in `settings` ends it at once.
+    plan = [
+        (name, label, compose(cfg, name, label, is_random))
+        for name in cfg.evals
+        for label, is_random in variants.items()
+    ]
+    found: dict[str, dict[str, dict]] = {}
+    for name, label, own_cfg in plan:
+        worker = importlib.import_module(own_cfg.worker)
+        worker_name = own_cfg.worker.rpartition(".")[2]
+        own = run_joined(own_cfg, run.ranks, worker_name, worker.evaluate)
+        found.setdefault(name, {})[label] = own.report
+    if run.ranks.is_main:
+        write_table(run, found)
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -105,23 +107,19 @@ def compose(cfg: DictConfig, name: str, label: str, random_init: bool) -> DictCo
     return own
 
 
-def read_results(own: DictConfig) -> dict:
-    folder = Path(own.output_dir) / own.job_name / "results"
-    return json.loads((folder / f"{own.worker.rpartition('.')[2]}.json").read_text())
-
-
 # --- the table ----------------------------------------------------------------------------------
 
 
-def write_table(cfg: DictConfig, run: EvalRun, found: dict[str, dict[str, dict]]) -> None:
-    table = markdown(found, with_references=cfg.dataset.name == "imagenet")
+def write_table(run: EvalRun, found: dict[str, dict[str, dict]]) -> None:
+    has_references = run.cfg.dataset.name == "imagenet"
+    table = markdown(found, has_references)
     path = run.job / "results" / "evaluate.md"
     path.write_text(table + "\n")
     contents = {
-        "backbone": run.backbone.describe() if run.backbone is not None else None,
-        "dataset": cfg.dataset.name,
+        "backbone": run.backbone.describe(),
+        "dataset": run.cfg.dataset.name,
         "evaluations": found,
-        "references": REFERENCES if cfg.dataset.name == "imagenet" else {},
+        "references": REFERENCES if has_references else {},
     }
     write_json(run.job / "results" / "evaluate.json", contents)
     run.say(f"\n{table}\n\ntable  {path}")
@@ -137,8 +135,7 @@ def markdown(found: dict[str, dict[str, dict]], with_references: bool) -> str:
                 f"{variants[label]['results'].get(metric, float('nan')):.4g}" for label in labels
             ]
             rows.append([name, metric, *values])
-    lines = [header, ["---", "---", *["---:" for _ in labels]], *rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = aligned_right(header, rows, from_column=2)
     protocols = "\n".join(
         f"- {name}: {variants[labels[0]]['protocol']}" for name, variants in found.items()
     )
@@ -153,15 +150,18 @@ def reference_table(names: list[str]) -> str:
     if not columns:
         return ""
     titles = {"nn": "nn (leave-one-out)", "knn": "knn (training bank)"}
-    lines = [
-        ["published, ViT-B/16", *[titles.get(name, name) for name in columns]],
-        ["---", *["---:" for _ in columns]],
-        *[
-            [method, *[numbers.get(name, "-") for name in columns]]
-            for method, numbers in REFERENCES.items()
-        ],
+    header = ["published, ViT-B/16", *[titles.get(name, name) for name in columns]]
+    rows = [
+        [method, *[numbers.get(name, "-") for name in columns]]
+        for method, numbers in REFERENCES.items()
     ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return aligned_right(header, rows, from_column=1)
+
+
+def aligned_right(header: list[str], rows: list[list[str]], from_column: int) -> str:
+    """A table of Markdown."""
+    rule = ["---"] * from_column + ["---:"] * (len(header) - from_column)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
 
 
 if __name__ == "__main__":

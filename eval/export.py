@@ -19,15 +19,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from eval.backbone import BackboneError
-from eval.common import EvalRun, colours, joined_processes, load_for_all
-from eval.networks import OwnBackbone
+from eval.backbone import OwnBackbone
+from eval.common import EvalRun, run_evaluation
+from eval.families import SIZES, BackboneError
 from models.vit import Encoder
 from util.command import run_worker
 from util.files import write_whole
 
 # Next to the file of weights: what timm.create_model needs to build the rest.
-TIMM_NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 TIMM_CLASSES = 1000
 TOLERANCE = 1e-5
 README = """# {name}
@@ -45,34 +44,30 @@ features = model.eval().forward_features(images)[:, 1:].mean(1)  # [1, {width}],
 
 
 def main(cfg: DictConfig) -> None:
-    with joined_processes() as ranks:
-        backbone = load_for_all(cfg, ranks)
-        run = EvalRun(cfg, ranks, "export")
-        run.backbone = backbone
-        if not isinstance(backbone, OwnBackbone):
-            raise BackboneError(
-                f"pretrained={cfg.pretrained}: expected a checkpoint of this project"
-            )
-        if ranks.is_main:
-            export(cfg, backbone, run)
+    run_evaluation(cfg, "export", export)
 
 
-def export(cfg: DictConfig, backbone: OwnBackbone, run: EvalRun) -> None:
+def export(run: EvalRun) -> None:
+    backbone = run.backbone.cpu()
+    if not isinstance(backbone, OwnBackbone):
+        raise BackboneError(
+            f"pretrained={run.cfg.pretrained}: expected a checkpoint of this project"
+        )
     if not backbone.final_norm:
         raise BackboneError(
             "final_norm=False: expected True for an export: timm's ViT has the norm"
         )
+    if not run.ranks.is_main:
+        return
     folder = run.job / backbone.name
     folder.mkdir(parents=True, exist_ok=True)
     weights = timm_weights(backbone.encoder)
-    mean, std = colours(cfg, backbone)
+    mean, std = run.colours
     config = describe(backbone.encoder, {"mean": list(mean), "std": list(std)})
     write_safetensors(folder / "model.safetensors", weights)
-    head = {
-        "head.weight": torch.zeros(TIMM_CLASSES, backbone.embed_dim),
-        "head.bias": torch.zeros(TIMM_CLASSES),
-    }
     with_head = run.job / f"{backbone.name}.safetensors"
+    shapes = {"head.weight": (TIMM_CLASSES, backbone.embed_dim), "head.bias": (TIMM_CLASSES,)}
+    head = {key: torch.zeros(shape) for key, shape in shapes.items()}
     write_safetensors(with_head, weights | head)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").write_text(
@@ -83,17 +78,12 @@ def export(cfg: DictConfig, backbone: OwnBackbone, run: EvalRun) -> None:
             width=backbone.embed_dim,
         )
     )
-    arguments = config["model_args"]
+    files = {folder / "model.safetensors": 0, with_head: TIMM_CLASSES}
     difference = max(
-        largest_difference(backbone, config["architecture"], file, arguments | classes)
-        for file, classes in (
-            (folder / "model.safetensors", {}),
-            (with_head, {"num_classes": TIMM_CLASSES}),
-        )
+        largest_difference(backbone, config, file, classes) for file, classes in files.items()
     )
     if difference > TOLERANCE:
         raise AssertionError(f"timm's features differ from ours by {difference}")
-    run.say(f"export: {backbone.summary()}")
     run.say(f"export: {with_head} and {folder}/; timm's tokens differ by {difference:.1e} at most")
 
 
@@ -120,7 +110,7 @@ def describe(encoder: Encoder, colours: dict[str, list[float]]) -> dict:
     side = encoder.grid_size * encoder.patch_size
     architecture = "vit_base_patch16_224"
     if encoder.patch_size in (8, 16, 32):
-        size = TIMM_NAMES.get(encoder.embed_dim, "base")
+        size = SIZES.get(encoder.embed_dim, "base")
         candidate = f"vit_{size}_patch{encoder.patch_size}_224"
         architecture = candidate if timm.is_model(candidate) else architecture
     arguments = {
@@ -152,11 +142,10 @@ def describe(encoder: Encoder, colours: dict[str, list[float]]) -> dict:
 
 
 @torch.inference_mode()
-def largest_difference(
-    backbone: OwnBackbone, architecture: str, file: Path, arguments: dict
-) -> float:
+def largest_difference(backbone: OwnBackbone, config: dict, file: Path, classes: int) -> float:
     """Between our tokens and those of timm's model that loads the file."""
-    model = timm.create_model(architecture, checkpoint_path=str(file), **arguments)
+    arguments = config["model_args"] | {"num_classes": classes}
+    model = timm.create_model(config["architecture"], checkpoint_path=str(file), **arguments)
     side = backbone.image_side
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     ours = backbone(images)

@@ -1,19 +1,151 @@
-"""Official files of other methods: which keys hold the encoder, and how they are called in timm.
+"""Weights from elsewhere: files, read without running anything in them and fitted key by key;
+models of timm; and official files of other methods, with the keys that hold their encoder.
 
-All are plain ViTs and become timm's VisionTransformer. Positions at other image sizes are resampled
-as timm does it, which for DINOv2 is close to the official way and not the same.
+These methods use plain ViTs, which become timm's VisionTransformer. Positions at other image sizes
+are resampled as timm does it, which for DINOv2 is close to the official way and not the same.
 """
 
+import hashlib
 import re
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from eval.weights import BackboneError, StateDict, fit, read_file, unwrap
+from util.checkpoint import CheckpointError, load_file, load_weights, without_module_prefix
+from util.config import ConfigError
+
+StateDict = dict[str, Tensor]
+
+
+class BackboneError(ConfigError):
+    """The backbone is not available as it was asked for; the message says what is."""
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> dict:
+    """Plain types and tensors only: a file that wants more is refused by name, never run."""
+    if not path.is_file():
+        raise BackboneError(f"pretrained weights: there is no file {path}")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        return load_file(path)
+    except CheckpointError as error:
+        wanted = unsafe_names(path)
+        if not wanted:
+            raise
+        raise BackboneError(
+            f"{path} is refused, because reading it would run code: it wants "
+            f"{', '.join(wanted)}; expected a file of tensors and plain types, so save its "
+            f"weights alone where you trust it"
+        ) from error
+
+
+def read_safetensors(path: Path) -> StateDict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file as load_safetensors
+
+    try:
+        return load_safetensors(path)
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(f"{path} cannot be read ({error})") from error
+
+
+def unsafe_names(path: Path) -> list[str]:
+    """What a pickle wants to import beyond tensors; empty where the file is damaged instead."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # it could not be read, and the caller says so
+        return []
+
+
+def unwrap(contents: object, names: tuple[str, ...], path: Path) -> StateDict:
+    """The tensors below the first of these keys that is there, or at the top."""
+    if not isinstance(contents, dict):
+        raise BackboneError(f"{path} holds a {type(contents).__name__}; expected a state_dict")
+    for name in names:
+        if isinstance(contents.get(name), dict):
+            contents = contents[name]
+            break
+    tensors = {key: value for key, value in contents.items() if isinstance(value, Tensor)}
+    if not tensors:
+        found = ", ".join(map(str, list(contents)[:5])) or "nothing"
+        raise BackboneError(f"{path} holds no weights where they are expected; it holds {found}")
+    return tensors
+
+
+def require_keys(weights: StateDict, needed: tuple[str, ...], path: Path) -> None:
+    """Those that the architecture is read off."""
+    missing = [key for key in needed if key not in weights]
+    if missing:
+        raise BackboneError(f"{path} holds another architecture: {', '.join(missing)} is missing")
+
+
+def file_fingerprint(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_fingerprint(model: nn.Module) -> str:
+    """The same for weights that come from no file."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# --- timm ---------------------------------------------------------------------------------------
+
+
+def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Module:
+    """Any model of timm, with the weights of a local file or of the hub."""
+    if not timm.is_model(name.split(".")[0]):
+        close = get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them"
+        raise BackboneError(f"pretrained=timm:{name}: timm has no such model; {hint}")
+    options = {"num_classes": 0}
+    with suppress(TypeError), torch.device("meta"):  # where there is no such option
+        timm.create_model(name, **options, dynamic_img_size=True)
+        options["dynamic_img_size"] = True  # other image sizes are resampled
+    if random_init or weights_file is not None:
+        model = timm.create_model(name, **options)
+        if not random_init:
+            fit_timm(model, weights_file)
+        return model
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # the hub fails in many ways, all of which mean the same
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(
+            f"pretrained=timm:{name}: its weights could not be fetched ({type(error).__name__}: "
+            f"{reason}); expected a file of them, pretrained_weights=FILE"
+        ) from error
+
+
+def fit_timm(model: nn.Module, path: Path) -> None:
+    """A local file of timm's own keys; the classifier is left out."""
+    weights = without_module_prefix(unwrap(read_file(path), ("state_dict", "model"), path))
+    expected = model.state_dict()
+    heads = ("head.", "fc.", "classifier.", "head_dist.")
+    weights = {
+        key: value for key, value in weights.items() if key in expected or not key.startswith(heads)
+    }
+    load_weights(model, weights, path)
+
+
+# --- families -----------------------------------------------------------------------------------
 
 # Heads per width: shapes do not tell.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
@@ -67,7 +199,7 @@ def build_from_file(name: str, path: Path, which: str, random_init: bool) -> tup
     weights = encoder_weights(family, read_file(path), which, path)
     model = vit_like(weights, path)
     if not random_init:
-        fit(model, weights, path)
+        load_weights(model, weights, path)
     patch_size = model.patch_embed.patch_size[0]
     # Without a side of its own a family has a table of positions, which tells.
     side = family.image_side or patch_size * model.patch_embed.grid_size[0]
@@ -76,7 +208,8 @@ def build_from_file(name: str, path: Path, which: str, random_init: bool) -> tup
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
     }
-    return model, f"vit_{SIZES.get(model.num_features, 'other')}_patch{patch_size}"
+    size = f"vit_{SIZES.get(model.num_features, 'other')}_patch{patch_size}"
+    return model, f"{size}-{which}" if which != "encoder" else size
 
 
 def encoder_weights(family: Family, contents: dict, which: str, path: Path) -> StateDict:
@@ -101,10 +234,7 @@ def encoder_weights(family: Family, contents: dict, which: str, path: Path) -> S
 
 def vit_like(weights: StateDict, path: Path) -> VisionTransformer:
     """The architecture, read off the shapes."""
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
-    missing = [key for key in needed if key not in weights]
-    if missing:
-        raise BackboneError(f"{path} holds another architecture: {', '.join(missing)} is missing")
+    require_keys(weights, ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"), path)
     width, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
     if width not in HEADS:
         valid = ", ".join(map(str, HEADS))

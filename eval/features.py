@@ -8,23 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from data.base import ImageDataset
-from eval.common import EvalRun, build_eval_data, colours, eval_batches, normalised
-from eval.networks import Backbone, Tokens
-from eval.weights import BackboneError
-from models.views import extract_patches
-from models.vit import Encoder
-from util.distributed import Ranks, barrier, broadcast_object
+from data.loader import EvalLoader
+from eval.backbone import Tokens
+from eval.common import EvalRun, LabelledImages
+from eval.families import BackboneError
+from util.distributed import Ranks, barrier, broadcast_object, share_rows
 from util.files import write_whole
-from util.precision import choose_precision
 
-ROWS = 65536  # features that are copied, sent or normalised at a time: bounds the memory
-POOLINGS = ("cls", "mean", "cls+mean")
+ROWS = 65536  # features that are copied or normalised at a time: bounds the memory
 
 
 class Features(NamedTuple):
@@ -39,127 +35,108 @@ class Features(NamedTuple):
 
 def pool(tokens: Tokens, pooling: str) -> Tensor:
     """-> [B, D], or [B, 2 D] for cls+mean"""
-    if pooling not in POOLINGS:
-        raise BackboneError(f"pooling={pooling}: expected one of {', '.join(POOLINGS)}")
     if pooling != "mean" and tokens.cls is None:
         raise BackboneError(f"pooling={pooling}: this backbone has no class token; expected mean")
     parts = {"cls": [tokens.cls], "mean": [None], "cls+mean": [tokens.cls, None]}[pooling]
     return torch.cat([tokens.patches.mean(dim=1) if p is None else p for p in parts], dim=1)
 
 
+def pooled_width(width: int, pooling: str) -> int:
+    return 2 * width if pooling == "cls+mean" else width
+
+
 def extract(
-    cfg: DictConfig,
-    ranks: Ranks,
-    backbone: Backbone,
-    split: str,
-    pooling: str,
-    normalised: bool = True,
-    run: EvalRun | None = None,
-    dataset: ImageDataset | None = None,
+    run: EvalRun, dataset: ImageDataset, split: str, pooling: str, normalised: bool = True
 ) -> Features:
     """Pooled features of all images of a split, on every process. normalised: to length 1.
 
-    dataset: the split, where the caller has it already. With cache_dir features are computed once,
-    and read from there by all evaluations and processes.
+    With cache_dir features are computed once, and read from there by all evaluations and processes.
     """
-    dataset = build_eval_data(cfg, split) if dataset is None else dataset
-    labels = torch.full((len(dataset),), -1)
-    if dataset.labels is not None:
-        labels = torch.from_numpy(np.asarray(dataset.labels, dtype=np.int64))
-    path = cache_path(cfg, ranks, backbone, dataset, split, pooling)
+    path = cache_path(run, dataset, split, pooling)
     if path is None:
-        features = compute(cfg, ranks, backbone, dataset, pooling, run)
+        features = compute(run, dataset, pooling)
     else:
-        if not broadcast_object(path.exists(), ranks):
-            features = compute(cfg, ranks, backbone, dataset, pooling, run)
-            if ranks.is_main:
-                save_features(path, features)
-            del features
+        if not broadcast_object(path.exists(), run.ranks):
+            features = compute(run, dataset, pooling)
+            if run.ranks.is_main:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, lambda file: np.save(file, features.numpy()))
             barrier()
         features = torch.from_numpy(np.load(path, mmap_mode="c"))
-    if normalised:
-        features = unit_length(features)
-    return Features(features, labels)
+    return Features(unit_length(features) if normalised else features, labels_of(dataset))
+
+
+def extract_labelled(
+    run: EvalRun, images: dict[str, LabelledImages], pooling: str, normalised: bool = True
+) -> dict[str, Features]:
+    """Of those images of each split that have a label."""
+    return {
+        split: extract(run, labelled.dataset, split, pooling, normalised).labelled()
+        for split, labelled in images.items()
+    }
+
+
+def labels_of(dataset: ImageDataset) -> Tensor:
+    """int64 [N]; -1 where an image has none."""
+    if dataset.labels is None:
+        return torch.full((len(dataset),), -1)
+    return torch.from_numpy(np.asarray(dataset.labels, dtype=np.int64))
 
 
 def unit_length(features: Tensor) -> Tensor:
     """A normalised copy, part by part: a file that is mapped is never in memory as a whole."""
     result = torch.empty(features.shape)
-    for start in range(0, len(features), ROWS):
-        F.normalize(features[start : start + ROWS], dim=-1, out=result[start : start + ROWS])
+    for part, normalised in zip(features.split(ROWS), result.split(ROWS), strict=True):
+        F.normalize(part, dim=-1, out=normalised)
     return result
 
 
-@torch.inference_mode()
-def compute(
-    cfg: DictConfig,
-    ranks: Ranks,
-    backbone: Backbone,
-    dataset: ImageDataset,
-    pooling: str,
-    run: EvalRun | None,
-) -> Tensor:
-    """Each process encodes its part; then all have all. -> float32 [N, D], not normalised"""
-    backbone.eval()
-    precision = choose_precision(cfg.precision, ranks.device)
-    loader = eval_batches(cfg, ranks, dataset, backbone.image_side)
-    first = loader.batches[0].start if loader.batches else 0
-    width = backbone.embed_dim * (2 if pooling == "cls+mean" else 1)
-    features = torch.empty(len(dataset), width)
-    done = first
-    for batch in loader:
-        with autocast(ranks.device, precision):
-            pooled = pool(backbone(normalised(cfg, backbone, batch.images)), pooling)
-        features[done : done + len(pooled)] = pooled.float().cpu()
-        done += len(pooled)
-        if run is not None:
-            run.progress(done - first, len(dataset) // ranks.world_size, "images encoded:")
-    share_rows(features, (first, done), ranks)
+def compute(run: EvalRun, dataset: ImageDataset, pooling: str) -> Tensor:
+    """-> float32 [N, D], not normalised"""
+    backbone = run.backbone.eval()
+    width = pooled_width(backbone.embed_dim, pooling)
+
+    def vectors(images: Tensor) -> Tensor:
+        return pool(run.tokens(images), pooling)
+
+    features = encode(run.loader(dataset), vectors, width, run.ranks, run)
     if not features.isfinite().all():
         raise BackboneError(
             f"{backbone.family}:{backbone.name} gives features that are not finite, of images of "
-            f"{cfg.dataset.name} in precision={precision}"
+            f"{run.cfg.dataset.name} in precision={run.precision}"
         )
     return features
 
 
-def autocast(device: torch.device, precision: str):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+@torch.inference_mode()
+def encode(
+    loader: EvalLoader,
+    vectors: Callable[[Tensor], Tensor],
+    width: int,
+    ranks: Ranks,
+    run: EvalRun | None = None,
+) -> Tensor:
+    """Each process encodes its part; then all have all. -> float32 [N, width], on the CPU
 
-
-def share_rows(rows: Tensor, mine: tuple[int, int], ranks: Ranks) -> None:
-    """In place: each process has filled the rows mine[0] .. mine[1] - 1; then all have all rows."""
-    if ranks.world_size == 1:
-        return
-    bounds = [
-        torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(ranks.world_size)
-    ]
-    dist.all_gather(bounds, torch.tensor(mine, device=ranks.device))
-    for source, (first, last) in enumerate(torch.stack(bounds).tolist()):
-        for start in range(first, last, ROWS):
-            part = rows[start : min(start + ROWS, last)]
-            buffer = part.to(ranks.device)
-            dist.broadcast(buffer, source)
-            part.copy_(buffer)
+    vectors: uint8 images [B, 3, H, W] on the device -> [B, width]
+    """
+    features = torch.empty(len(loader.dataset), width)
+    for batch in loader if run is None else run.tracked(loader, "batches encoded:"):
+        features[batch.indices.cpu()] = vectors(batch.images).float().cpu()
+    share_rows(features, loader.batch_size, ranks)
+    return features
 
 
 # --- the cache ----------------------------------------------------------------------------------
 
 
-def cache_path(
-    cfg: DictConfig,
-    ranks: Ranks,
-    backbone: Backbone,
-    dataset: ImageDataset,
-    split: str,
-    pooling: str,
-) -> Path | None:
+def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) -> Path | None:
     """Named after everything that the features depend on. The files of a data set are not read for
     this: whoever changes images in place, keeping their number and labels, empties the cache."""
+    cfg, backbone = run.cfg, run.backbone
     if cfg.cache_dir is None:
         return None
-    labels = b"" if dataset.labels is None else np.asarray(dataset.labels, np.int64).tobytes()
+    labels = b"" if dataset.labels is None else labels_of(dataset).numpy().tobytes()
     key = {
         "backbone": backbone.fingerprint,
         "which": backbone.name,
@@ -167,11 +144,11 @@ def cache_path(
         "final_norm": backbone.final_norm,
         "side": backbone.image_side,
         "pooling": pooling,
-        "precision": choose_precision(cfg.precision, ranks.device),
+        "precision": run.precision,
         "dataset": cfg.dataset.name,
         "options": OmegaConf.to_container(cfg.dataset.options),
         "crop_ratio": cfg.dataset.crop_ratio,
-        "colours": colours(cfg, backbone),
+        "colours": run.colours,
         "data_path": None if cfg.data_path is None else str(Path(cfg.data_path).resolve()),
         "split": split,
         "images": len(dataset),
@@ -179,35 +156,3 @@ def cache_path(
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return Path(cfg.cache_dir) / f"features-{name}.npy"
-
-
-def save_features(path: Path, features: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: np.save(file, features.numpy()))
-
-
-# --- while pre-training -------------------------------------------------------------------------
-
-
-def patch_tokens(encoder: Encoder, images: Tensor) -> Tensor:
-    """All patches, no gap, before the final norm, without the class token. -> [N, L, D]"""
-    patches = extract_patches(images, encoder.patch_size)
-    ids = torch.arange(patches.shape[1], device=images.device).expand(len(patches), -1)
-    return encoder.forward_features(patches, ids)[:, 1:]
-
-
-@torch.inference_mode()
-def pooled_features(encoder: Encoder, batches, normalise: Callable[[Tensor], Tensor]):
-    """Mean of the patch tokens, L2-normalised, for the images of this process.
-
-    batches yields (images uint8, labels, indices) -> features [n, D] and labels [n].
-    """
-    was_training = encoder.training
-    encoder.eval()
-    features, labels = [], []
-    for batch in batches:
-        tokens = patch_tokens(encoder, normalise(batch.images))
-        features.append(F.normalize(tokens.mean(dim=1).float(), dim=-1))
-        labels.append(batch.labels)
-    encoder.train(was_training)
-    return torch.cat(features), torch.cat(labels)

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from data.base import DataError
 from eval.common import EvalRun, count_classes, labelled_images, run_evaluation
-from eval.features import Features, extract
-from eval.networks import Backbone
+from eval.features import Features, extract_labelled
 from util.command import run_worker
-from util.distributed import Ranks, gather_objects
+from util.distributed import gather_objects
 from util.streams import Stream, generator
 
 QUERIES = 8192  # evaluation images at a time: bounds the memory
@@ -27,23 +26,22 @@ def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "few_shot", evaluate)
 
 
-def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
-    check_shots(labelled_images(cfg, "train", "few_shot").labels, max(cfg.shots))
-    labelled_images(cfg, "eval", "few_shot")  # complain before the work, not after it
-    train = extract(cfg, ranks, backbone, "train", cfg.pooling, True, run).labelled()
-    evaluation = extract(cfg, ranks, backbone, "eval", cfg.pooling, True, run).labelled()
+def evaluate(run: EvalRun) -> None:
+    cfg, ranks = run.cfg, run.ranks
+    images = labelled_images(cfg, "few_shot", "train", "eval")
+    check_shots(images["train"].labels, max(cfg.shots))
+    train, evaluation = extract_labelled(run, images, cfg.pooling).values()
     classes = count_classes(train.labels, evaluation.labels)
 
     # Each process takes some of the draws; every draw is computed by one process as by any other.
     tasks = [(shots, draw) for shots in cfg.shots for draw in range(cfg.draws)]
     own = {}
-    for number, (shots, draw) in enumerate(tasks[ranks.rank :: ranks.world_size]):
+    for shots, draw in run.tracked(tasks[ranks.rank :: ranks.world_size], "draws:"):
         chosen = choose_shots(train.labels, shots, cfg.seed, draw)
         support = Features(train.features[chosen], train.labels[chosen])
         own[shots, draw] = ridge_accuracies(support, evaluation, classes, list(cfg.regularisers))
-        run.progress((number + 1) * ranks.world_size, len(tasks), "draws:")
     found = {task: value for part in gather_objects(own, ranks) for task, value in part.items()}
-    report(cfg, run, found, len(evaluation.labels))
+    report(run, found, len(evaluation.labels))
 
 
 # --- the shots ----------------------------------------------------------------------------------
@@ -85,16 +83,13 @@ class Ridge:
         self.targets = targets.double() - self.offset
         self.unit = self.features.square().sum() / len(features)
         # Of the two products the smaller one; both have the same eigenvalues besides zeros.
-        if len(features) < features.shape[1]:
-            values, vectors = torch.linalg.eigh(self.features @ self.features.T)
-            kept = values > values[-1] * 1e-12
-            self.values, self.left = values[kept], vectors[:, kept]
-            self.right = self.features.T @ self.left / self.values.sqrt()
-        else:
-            values, vectors = torch.linalg.eigh(self.features.T @ self.features)
-            kept = values > values[-1] * 1e-12
-            self.values, self.right = values[kept], vectors[:, kept]
-            self.left = self.features @ self.right / self.values.sqrt()
+        is_wide = len(features) < features.shape[1]
+        rows = self.features if is_wide else self.features.T
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        kept = values > values[-1] * 1e-12
+        self.values, vectors = values[kept], vectors[:, kept]
+        others = rows.T @ vectors / self.values.sqrt()
+        self.left, self.right = (vectors, others) if is_wide else (others, vectors)
         self.projected = self.left.T @ self.targets  # [rank, classes]
 
     def weights(self, strength: float) -> Tensor:
@@ -121,9 +116,8 @@ def ridge_accuracies(
     targets = F.one_hot(support.labels, classes)
     ridge = Ridge(support.features, targets)
     hits = torch.zeros(len(regularisers))
-    for start in range(0, len(evaluation.labels), QUERIES):
-        features = evaluation.features[start : start + QUERIES]
-        labels = evaluation.labels[start : start + QUERIES]
+    parts = zip(evaluation.features.split(QUERIES), evaluation.labels.split(QUERIES), strict=True)
+    for features, labels in parts:
         for position, strength in enumerate(regularisers):
             hits[position] += (ridge.predict(features, strength).argmax(dim=1) == labels).sum()
     percent = (100 * hits.double() / len(evaluation.labels)).tolist()
@@ -152,8 +146,8 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return tensor.mean().item(), spread
 
 
-def report(cfg: DictConfig, run: EvalRun, found: dict[tuple[int, int], dict], images: int) -> None:
-    results, details = {}, {}
+def report(run: EvalRun, found: dict[tuple[int, int], dict], images: int) -> None:
+    cfg, results, details = run.cfg, {}, {}
     for shots in cfg.shots:
         draws = [found[shots, draw] for draw in range(cfg.draws)]
         mean, spread = mean_and_spread([draw["top1"] for draw in draws])

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,29 +11,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.augmentation import FinetuneTransform
-from data.loader import TrainBatch, TrainLoader
-from eval.common import (
-    EvalRun,
-    check_same_backbone,
-    colours,
-    count_classes,
-    count_hits,
-    eval_batches,
-    labelled_images,
-    normalised,
-    run_evaluation,
-    train_loader,
-)
-from eval.features import autocast, pool
-from eval.networks import Backbone
+from data.loader import TrainBatch
+from eval.backbone import Backbone
+from eval.common import Classification, EvalRun, count_classes, labelled_images, run_evaluation
+from eval.features import pool, pooled_width
 from util.command import run_worker
 from util.config import ConfigError, TrainingStopped
-from util.distributed import Ranks, all_reduce, synchronised
-from util.loop import Line, Loop, Task, sum_over_processes, train
+from util.distributed import synchronised
+from util.loaders import train_loader
+from util.loop import Line, sum_over_processes
 from util.metrics import FaultCounter
 from util.optim import layer_decay_groups
-from util.precision import choose_precision
-from util.preemption import stoppable
 from util.schedules import peak_learning_rate, warmup_cosine
 from util.streams import Stream, seed_of, seeded
 
@@ -47,7 +34,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: Backbone, pooling: str, classes: int, seed: int):
         super().__init__()
         self.backbone, self.pooling = backbone, pooling
-        width = backbone.embed_dim * (2 if pooling == "cls+mean" else 1)
+        width = pooled_width(backbone.embed_dim, pooling)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
         with torch.random.fork_rng(devices=[]):
@@ -64,36 +51,40 @@ def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "finetune", evaluate)
 
 
-def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
-    task = Finetuning(cfg, ranks, backbone, run)
-    with stoppable(ranks) as stop_flag:
-        train(task, cfg, ranks, run.job, stop_flag)
+def evaluate(run: EvalRun) -> None:
+    task = Finetuning(run)
+    task.train_to_the_end()
+    run.finish(
+        dict(zip(("top1", "top5"), task.accuracies[0].tolist(), strict=True)),
+        protocol=f"fine-tuning, {run.cfg.epochs} epochs, top-1 of the last one",
+        images=len(task.evaluation),
+    )
 
 
-class Finetuning(Task):
-    def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun):
-        self.cfg, self.ranks, self.run = cfg, ranks, run
-        self.evaluation = labelled_images(cfg, "eval", "finetune")
-        self.loader = build_loader(cfg, ranks, backbone)
-        self.classes = count_classes(self.loader.dataset.labels, self.evaluation.labels)
+class Finetuning(Classification):
+    names = ("top1",)
+
+    def __init__(self, run: EvalRun):
+        super().__init__(run, scales_loss=True)
+        cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
+        images, self.evaluation = labelled_images(cfg, "finetune", "train", "eval").values()
+        self.loader = train_loader(cfg, ranks, images, build_transform(run))
+        self.classes = count_classes(images.labels, self.evaluation.labels)
         self.model = Classifier(backbone, cfg.pooling, self.classes, cfg.seed).to(ranks.device)
         backbone.set_drop_path(cfg.drop_path)
         freeze_what_is_not_used(self.model)
         self.network = synchronised(self.model, ranks)
-        self.precision = choose_precision(cfg.precision, ranks.device)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.optimizer = build_optimizer(cfg, self.model)
         self.mixup = build_mixup(cfg, self.classes)
         self.peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
         self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.bad_steps = FaultCounter(ranks.device)
-        self.accuracies: list[float] = []  # the last ones: first, among the first five
 
     def introduction(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return (
             f"finetune: {len(self.loader.dataset)} images of {self.classes} classes, "
-            f"{trained / 1e6:.1f} M trainable parameters, {self.precision}"
+            f"{trained / 1e6:.1f} M trainable parameters, {self.run.precision}"
         )
 
     def prepare(self) -> None:
@@ -119,7 +110,7 @@ class Finetuning(Task):
         is_last = micro == self.cfg.accum_iter - 1
         keep_local = isinstance(self.network, DistributedDataParallel) and not is_last
         with self.network.no_sync() if keep_local else nullcontext():
-            with autocast(self.ranks.device, self.precision):
+            with self.run.autocast():
                 logits = self.network(images)
             smoothing = self.cfg.label_smoothing if self.mixup is None else 0.0
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
@@ -161,66 +152,40 @@ class Finetuning(Task):
         }
         return values, f"loss {values['loss']:.4f}  lr {values['lr']:.2e}"
 
-    @torch.no_grad()
+    def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
+        loader = self.run.loader(self.evaluation)
+        for batch in self.run.tracked(loader, "evaluation batches:"):
+            with self.run.autocast():
+                logits = self.model(self.run.normalised(batch.images))
+            yield [logits], batch.labels
+
     def evaluate(self, epoch: int) -> Line:
-        """Percent of the evaluation images, of all processes."""
-        self.model.eval()
-        hits = torch.zeros(2, dtype=torch.int64, device=self.ranks.device)
-        backbone = self.model.backbone
-        loader = eval_batches(self.cfg, self.ranks, self.evaluation, backbone.image_side)
-        for number, batch in enumerate(loader):
-            self.run.progress(number, len(loader), "evaluation batches:")
-            with autocast(self.ranks.device, self.precision):
-                logits = self.model(normalised(self.cfg, backbone, batch.images))
-            hits += count_hits(logits, batch.labels)
-        self.model.train()
-        top1, top5 = (100 * all_reduce(hits).double() / len(self.evaluation)).tolist()
-        self.accuracies = [top1, top5]
+        self.measure()
+        top1, top5 = self.accuracies[0].tolist()
         return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"
 
     def settle_gradient_buckets(self) -> None:
         """One pass before the first step, of a new run and of a resumed one alike: processes sum
         gradients in another order after their first backward pass (as in main_lmim)."""
-        if not isinstance(self.network, DistributedDataParallel):
-            return
-        side = self.model.backbone.image_side
-        with autocast(self.ranks.device, self.precision):
-            logits = self.network(torch.zeros(1, 3, side, side, device=self.ranks.device))
-        logits.float().sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def finish(self, loop: Loop) -> None:
-        if not self.accuracies:  # the run that is resumed had come to its end
-            self.evaluate(self.cfg.epochs)
-        top1, top5 = self.accuracies
-        self.run.finish(
-            {"top1": top1, "top5": top5},
-            protocol=f"fine-tuning, {self.cfg.epochs} epochs, top-1 of the last one",
-            images=len(self.evaluation),
-        )
-
-    def state(self) -> dict:
-        return super().state() | {"backbone": self.model.backbone.describe()}
-
-    def restore(self, contents: dict, source: Path) -> None:
-        check_same_backbone(contents, self.model.backbone)
-        super().restore(contents, source)
+        if isinstance(self.network, DistributedDataParallel):
+            blank_pass(self.network, self.model)
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 # --- what is built ------------------------------------------------------------------------------
 
 
-def build_loader(cfg: DictConfig, ranks: Ranks, backbone: Backbone) -> TrainLoader:
-    transform = FinetuneTransform(
-        backbone.image_side,
-        *colours(cfg, backbone),
+def build_transform(run: EvalRun) -> FinetuneTransform:
+    cfg = run.cfg
+    return FinetuneTransform(
+        run.backbone.image_side,
+        *run.colours,
         flip=cfg.dataset.flip,
         min_crop=cfg.min_crop,
         auto_augment=cfg.auto_augment,
         erase=cfg.erase,
         seed=cfg.seed,
     )
-    return train_loader(cfg, ranks, labelled_images(cfg, "train", "finetune"), transform)
 
 
 def build_optimizer(cfg: DictConfig, model: Classifier) -> torch.optim.AdamW:
@@ -250,16 +215,17 @@ def build_mixup(cfg: DictConfig, classes: int) -> Mixup | None:
 def freeze_what_is_not_used(model: Classifier) -> None:
     """Parameters that the loss does not reach, such as the norm of an unused class token: they get
     no gradient, and processes would wait for it."""
-    side = model.backbone.image_side
-    device = model.head.weight.device
     model.eval()
-    F.cross_entropy(
-        model(torch.zeros(1, 3, side, side, device=device)),
-        torch.zeros(1, dtype=int, device=device),
-    ).backward()
+    blank_pass(model, model)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
         parameter.grad = None
+
+
+def blank_pass(network: nn.Module, model: Classifier) -> None:
+    """Gradients of the model from one blank image, through whatever is around the model."""
+    side = model.backbone.image_side
+    network(torch.zeros(1, 3, side, side, device=model.head.weight.device)).sum().backward()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.features import POOLINGS, pool
-from eval.networks import Tokens
+from eval.backbone import Tokens
+from eval.features import pool, pooled_width
 from util.distributed import all_reduce
 
 ATTENTIVE = "attentive"
-PROBE_POOLINGS = (*POOLINGS, ATTENTIVE)
 CHANNELS_PER_QUERY = 64
 
 
@@ -98,7 +97,7 @@ class ProbeHead(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.pooling = pooling
         self.pool = AttentivePool(dim, generator) if pooling == ATTENTIVE else nn.Identity()
-        width = 2 * dim if pooling == "cls+mean" else dim
+        width = pooled_width(dim, pooling)
         self.norm = GlobalBatchNorm(width, world_size)
         self.linear = nn.Linear(width, classes)
         nn.init.normal_(self.linear.weight, std=0.01, generator=generator)

@@ -5,7 +5,7 @@ backbone. They share nothing else: each ends with the weights that it would have
 """
 
 from collections.abc import Iterator
-from pathlib import Path
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -13,31 +13,18 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from data.base import DataError
-from data.loader import TrainBatch, TrainLoader, epoch_order
+from data.loader import EvalBatch, StepOrder, TrainBatch, share_of
 from data.transforms import TrainTransform
-from eval.common import (
-    EvalRun,
-    check_same_backbone,
-    count_classes,
-    count_hits,
-    eval_batches,
-    labelled_images,
-    normalised,
-    run_evaluation,
-    share_of,
-    train_loader,
-)
-from eval.features import Features, autocast, extract
+from eval.backbone import Backbone
+from eval.common import Classification, EvalRun, count_classes, labelled_images, run_evaluation
+from eval.features import extract_labelled
 from eval.heads import ATTENTIVE, ProbeHead, probe_features
-from eval.networks import Backbone
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce
 from util.lars import LARS
-from util.loop import Line, Loop, Task, sum_over_processes, train
-from util.precision import choose_precision
-from util.preemption import stoppable
+from util.loaders import train_loader
+from util.loop import Line, sum_over_processes
 from util.schedules import peak_learning_rate, warmup_cosine
 
 
@@ -52,35 +39,37 @@ def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "linear_probe", evaluate)
 
 
-def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
-    task = Probe(cfg, ranks, backbone, run)
-    with stoppable(ranks) as stop_flag:
-        train(task, cfg, ranks, run.job, stop_flag)
+def evaluate(run: EvalRun) -> None:
+    task = Probe(run)
+    task.train_to_the_end()
+    report(run, task)
 
 
-class Probe(Task):
-    def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun):
-        self.cfg, self.ranks, self.backbone, self.run = cfg, ranks, backbone, run
+class Probe(Classification):
+    def __init__(self, run: EvalRun):
+        super().__init__(run, scales_loss=False)  # heads are float32
+        cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
         backbone.requires_grad_(False)
-        choices = CachedFeatures if cfg.cached else LiveFeatures
-        self.data = choices(cfg, ranks, backbone, run)
-        self.loader = self.data.loader
+        self.data = CachedFeatures(run) if cfg.cached else LiveFeatures(run)
+        self.loader, self.evaluation = self.data.loader, self.data.evaluation
         self.model = build_heads(cfg, ranks, backbone, self.data.classes)
         self.optimizer = build_optimizer(cfg, ranks, self.model)
-        self.names = [head_name(pooling, blr) for pooling in cfg.poolings for blr in cfg.blrs]
-        self.losses = torch.zeros(len(self.model), dtype=torch.float64, device=ranks.device)
-        self.accuracies: Tensor | None = None  # the last ones, [heads, 2]: first, first five
+        self.names = [head_name(pooling, blr) for pooling, blr in head_choices(cfg)]
+        self.losses = torch.zeros(len(self.names), dtype=torch.float64, device=ranks.device)
 
     def introduction(self) -> str:
         source = "features without augmentation" if self.cfg.cached else "augmented images"
-        return f"linear_probe: {len(self.model)} heads, {self.data.classes} classes, {source}"
-
-    def batches(self, first: int, last: int) -> Iterator:
-        return self.data.batches(first, last)
+        return f"linear_probe: {len(self.names)} heads, {self.data.classes} classes, {source}"
 
     def step(self, step: int, batches: Iterator) -> None:
+        """The micro-steps of a step together: batch norm sees all its images."""
         set_learning_rates(self.cfg, self.optimizer, step / self.loader.steps_per_epoch)
-        data = self.data.of_step(batches)
+        parts = [self.data.encoded(next(batches)) for _ in range(self.cfg.accum_iter)]
+        features = {
+            pooling: torch.cat([part.features[pooling] for part in parts])
+            for pooling in self.cfg.poolings
+        }
+        data = StepData(features, torch.cat([part.labels for part in parts]))
         self.losses += train_step(self.model, self.optimizer, data, self.ranks)
 
     def log_line(self, done: int, steps: int) -> Line:
@@ -90,34 +79,23 @@ class Probe(Task):
         values = {f"loss/{name}": mean for name, mean in zip(self.names, means, strict=True)}
         return values, f"loss {min(means):.4f} to {max(means):.4f}"
 
-    @torch.no_grad()
-    def evaluate(self, epoch: int) -> Line:
-        """Percent of the evaluation images, of all processes."""
-        self.model.eval()
-        hits = torch.zeros(len(self.model), 2, dtype=torch.int64, device=self.ranks.device)
+    def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         for part in self.data.evaluation_parts():
-            for position, head in enumerate(self.model.values()):
-                hits[position] += count_hits(head(part.features), part.labels)
-        self.model.train()
-        self.accuracies = 100 * all_reduce(hits).double() / self.data.eval_images
+            yield [head(part.features) for head in self.model.values()], part.labels
+
+    def evaluate(self, epoch: int) -> Line:
+        self.measure()
         first = dict(zip(self.names, self.accuracies[:, 0].tolist(), strict=True))
         summary = "  ".join(f"{name} {value:.2f} %" for name, value in first.items())
         return {f"top1/{name}": value for name, value in first.items()}, summary
 
-    def finish(self, loop: Loop) -> None:
-        if self.accuracies is None:  # the run that is resumed had come to its end
-            self.evaluate(self.cfg.epochs)
-        report(self.cfg, self.run, self)
-
-    def state(self) -> dict:
-        return super().state() | {"backbone": self.backbone.describe()}
-
-    def restore(self, contents: dict, source: Path) -> None:
-        check_same_backbone(contents, self.backbone)
-        super().restore(contents, source)
-
 
 # --- heads --------------------------------------------------------------------------------------
+
+
+def head_choices(cfg: DictConfig) -> Iterator[tuple[str, float]]:
+    """The pooling and base learning rate of each head."""
+    return product(cfg.poolings, cfg.blrs)
 
 
 def head_name(pooling: str, blr: float) -> str:
@@ -126,26 +104,18 @@ def head_name(pooling: str, blr: float) -> str:
 
 def build_heads(cfg: DictConfig, ranks: Ranks, backbone: Backbone, classes: int) -> nn.ModuleDict:
     heads = nn.ModuleDict()
-    for pooling in cfg.poolings:
-        for blr in cfg.blrs:
-            head = ProbeHead(pooling, backbone.embed_dim, classes, ranks.world_size, cfg.seed)
-            heads[module_name(pooling, blr)] = head
+    for pooling, blr in head_choices(cfg):
+        name = head_name(pooling, blr).replace(".", "_")  # names of modules hold no dot
+        heads[name] = ProbeHead(pooling, backbone.embed_dim, classes, ranks.world_size, cfg.seed)
     return heads.to(ranks.device)
-
-
-def module_name(pooling: str, blr: float) -> str:
-    """Names of modules hold no dot."""
-    return head_name(pooling, blr).replace(".", "_")
 
 
 def build_optimizer(cfg: DictConfig, ranks: Ranks, heads: nn.ModuleDict) -> LARS:
     """One group for each head, with its own peak learning rate."""
     groups = []
-    for pooling in cfg.poolings:
-        for blr in cfg.blrs:
-            peak = peak_learning_rate(blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
-            parameters = list(heads[module_name(pooling, blr)].parameters())
-            groups.append({"params": parameters, "peak_lr": peak})
+    for (_, blr), head in zip(head_choices(cfg), heads.values(), strict=True):
+        peak = peak_learning_rate(blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
+        groups.append({"params": list(head.parameters()), "peak_lr": peak})
     return LARS(groups, weight_decay=cfg.weight_decay)
 
 
@@ -177,108 +147,69 @@ def train_step(heads: nn.ModuleDict, optimizer: LARS, data: StepData, ranks: Ran
 class LiveFeatures:
     """Augmented training images, through the backbone in each epoch."""
 
-    def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun):
-        self.cfg, self.ranks, self.backbone, self.run = cfg, ranks, backbone, run
-        self.precision = choose_precision(cfg.precision, ranks.device)
-        train = labelled_images(cfg, "train", "linear_probe")
-        self.evaluation = labelled_images(cfg, "eval", "linear_probe")
-        self.eval_images = len(self.evaluation)
+    def __init__(self, run: EvalRun):
+        self.run, cfg = run, run.cfg
+        train, self.evaluation = labelled_images(cfg, "linear_probe", "train", "eval").values()
         self.classes = count_classes(train.labels, self.evaluation.labels)
-        transform = TrainTransform(backbone.image_side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
-        self.loader: TrainLoader = train_loader(cfg, ranks, train, transform)
+        side = run.backbone.image_side
+        transform = TrainTransform(side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
+        self.loader = train_loader(run.cfg, run.ranks, train, transform)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        with autocast(self.ranks.device, self.precision):
-            tokens = self.backbone(normalised(self.cfg, self.backbone, images))
-        return {pooling: probe_features(tokens, pooling) for pooling in self.cfg.poolings}
-
-    def batches(self, first: int, last: int) -> Iterator[TrainBatch]:
-        return self.loader.stream(first, last)
-
-    def of_step(self, batches: Iterator[TrainBatch]) -> StepData:
-        """The micro-steps of a step together: batch norm sees all its images."""
-        parts = [next(batches) for _ in range(self.cfg.accum_iter)]
-        features = [self.features(batch.images) for batch in parts]
-        together = {
-            pooling: torch.cat([part[pooling] for part in features])
-            for pooling in self.cfg.poolings
-        }
-        return StepData(together, torch.cat([batch.labels for batch in parts]))
+    def encoded(self, batch: TrainBatch | EvalBatch) -> StepData:
+        tokens = self.run.tokens(batch.images)
+        poolings = self.run.cfg.poolings
+        features = {pooling: probe_features(tokens, pooling) for pooling in poolings}
+        return StepData(features, batch.labels)
 
     def evaluation_parts(self) -> Iterator[StepData]:
-        loader = eval_batches(self.cfg, self.ranks, self.evaluation, self.backbone.image_side)
-        for number, batch in enumerate(loader):
-            self.run.progress(number, len(loader), "evaluation batches:")
-            yield StepData(self.features(batch.images), batch.labels)
+        loader = self.run.loader(self.evaluation)
+        return map(self.encoded, self.run.tracked(loader, "evaluation batches:"))
 
 
-class CachedFeatures:
+class CachedFeatures(StepOrder):
     """Features of the images without augmentation, computed once; also the loader of them."""
 
-    def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun):
+    def __init__(self, run: EvalRun):
+        cfg, self.ranks, self.loader = run.cfg, run.ranks, self
         if ATTENTIVE in cfg.poolings:
             raise ConfigError(
                 "cached=True: expected poolings: cls, mean and cls+mean, because attentive needs "
                 "all tokens"
             )
-        self.cfg, self.ranks, self.loader = cfg, ranks, self
-        for split in ("train", "eval"):
-            labelled_images(cfg, split, "linear_probe")  # complain before the work, not after it
-        self.train, self.evaluation = (
-            {
-                pooling: extract(cfg, ranks, backbone, split, pooling, False, run).labelled()
-                for pooling in cfg.poolings
-            }
-            for split in ("train", "eval")
-        )
-        train, evaluation = (any_of(part).labels for part in (self.train, self.evaluation))
-        self.classes = count_classes(train, evaluation)
-        self.eval_images = len(evaluation)
-        self.train_images = len(train)
-        self.batch_size, self.accum_iter = cfg.batch_size, cfg.accum_iter
-        self.bad_images: set[str] = set()  # an evaluation leaves no image out
-        images_per_step = cfg.batch_size * cfg.accum_iter * ranks.world_size
-        self.steps_per_epoch = self.train_images // images_per_step
-        if self.steps_per_epoch == 0:
-            raise DataError(
-                f"the dataset has {self.train_images} images, but one step needs "
-                f"{images_per_step}: batch_size={cfg.batch_size} x accum_iter={cfg.accum_iter} x "
-                f"{ranks.world_size} processes"
-            )
+        images = labelled_images(cfg, "linear_probe", "train", "eval")
+        train, self.evaluation = images.values()
+        self.classes = count_classes(train.labels, self.evaluation.labels)
+        sizes = (cfg.batch_size, cfg.accum_iter)
+        super().__init__(len(train), cfg.seed, *sizes, self.ranks.rank, self.ranks.world_size)
+        self.features = {
+            pooling: extract_labelled(run, images, pooling, normalised=False)
+            for pooling in cfg.poolings
+        }
 
-    def rows(self, source: dict[str, Features], indices: Tensor) -> StepData:
+    def rows(self, split: str, indices: list[int] | Tensor) -> StepData:
         device = self.ranks.device
-        features = {name: part.features[indices].to(device) for name, part in source.items()}
-        return StepData(features, any_of(source).labels[indices].to(device))
+        parts = {pooling: splits[split] for pooling, splits in self.features.items()}
+        features = {pooling: part.features[indices].to(device) for pooling, part in parts.items()}
+        labels = next(iter(parts.values())).labels  # of any pooling: they are the same
+        return StepData(features, labels[indices].to(device))
 
-    def of_step(self, batches: Iterator[StepData]) -> StepData:
-        return next(batches)
+    def stream(self, first_step: int, last_step: int) -> Iterator[list[int]]:
+        """As a TrainLoader's, of the indices alone."""
+        return (indices for _, indices in self.micro_steps(first_step, last_step))
 
-    def batches(self, first: int, last: int) -> Iterator[StepData]:
-        """In the order in which TrainLoader would give the images."""
-        share = self.batch_size * self.ranks.world_size
-        own = slice(self.ranks.rank * self.batch_size, (self.ranks.rank + 1) * self.batch_size)
-        for step in range(first, last):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            order = epoch_order(self.train_images, self.cfg.seed, epoch)
-            size = share * self.accum_iter
-            indices = order[place * size : (place + 1) * size]
-            yield self.rows(self.train, indices.view(-1, share)[:, own].flatten())
+    def encoded(self, indices: list[int]) -> StepData:
+        return self.rows("train", indices)
 
     def evaluation_parts(self) -> Iterator[StepData]:
-        first, last = share_of(self.eval_images, self.ranks)
-        for indices in torch.arange(first, last).split(self.batch_size):
-            yield self.rows(self.evaluation, indices)
+        count = len(self.evaluation)
+        own = torch.arange(count)[share_of(count, self.rank, self.world_size)]
+        for indices in own.split(self.batch_size):
+            yield self.rows("eval", indices)
 
 
-def any_of(features: dict[str, Features]) -> Features:
-    """Of one pooling or the other: the labels are the same."""
-    return next(iter(features.values()))
-
-
-def report(cfg: DictConfig, run: EvalRun, task: Probe) -> None:
-    names, final = task.names, task.accuracies
+def report(run: EvalRun, task: Probe) -> None:
+    cfg, names, final = run.cfg, task.names, task.accuracies
     best = int(final[:, 0].argmax())
     results = {"top1": final[best, 0].item(), "top5": final[best, 1].item()}
     for name, (first, _) in zip(names, final.tolist(), strict=True):
@@ -288,7 +219,7 @@ def report(cfg: DictConfig, run: EvalRun, task: Probe) -> None:
         results,
         protocol=f"linear probe, {cfg.epochs} epochs of {source}, LARS; top1 is the best of "
         f"{len(names)} heads (pooling/learning rate), chosen on the evaluation images",
-        images=task.data.eval_images,
+        images=len(task.evaluation),
         extra={
             "best_head": names[best],
             "top5_by_head": dict(zip(names, final[:, 1].tolist(), strict=True)),

@@ -7,21 +7,20 @@ protocol=knn: the bank is the training split; the k nearest vote with exp(cosine
 python launcher.py --config-name=nn pretrained=checkpoints/lmim-vit_base data_path=/path/to/imagenet
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from data.loader import EvalLoader
-from eval.backbone import Backbone
-from eval.common import EvalRun, build_eval_data, require_labels, run_evaluation, share_of
-from eval.features import Features, extract, pooled_features
+from data.loader import EvalLoader, share_of
+from eval.common import EvalRun, labelled_images, run_evaluation
+from eval.features import Features, encode, extract_labelled, labels_of, unit_length
 from eval.search import Neighbours, nearest
 from models.vit import Encoder
 from util.command import run_worker
 from util.config import ConfigError
-from util.distributed import Ranks, all_reduce, gather_objects, gather_rows
+from util.distributed import Ranks, all_reduce
 
 QUERIES = 1024  # at a time, the same pieces however many processes share them
 
@@ -30,29 +29,22 @@ def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "nn", evaluate)
 
 
-def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
+def evaluate(run: EvalRun) -> None:
+    cfg = run.cfg
     splits = ("eval", "train") if cfg.protocol == "knn" else ("eval",)
-    sets = {split: build_eval_data(cfg, split) for split in splits}
-    for dataset in sets.values():
-        require_labels(cfg, dataset, "nearest neighbours")
-
-    def labelled(split: str) -> Features:
-        pooling = cfg.pooling
-        found = extract(cfg, ranks, backbone, split, pooling, run=run, dataset=sets[split])
-        return found.labelled()
-
-    queries = labelled("eval")
+    images = labelled_images(cfg, "nearest neighbours", *splits)
+    found = extract_labelled(run, images, cfg.pooling)
+    queries = found["eval"]
     if cfg.protocol == "paper":
         check_bank(1, len(queries.labels) - 1, "evaluation images besides each query")
-        results = leave_one_out(queries, ranks, run)
+        results = {"top1": leave_one_out(queries, run.ranks, run)}
         protocol = "nearest neighbour, leave-one-out inside the evaluation images"
         run.finish(results, protocol=f"{protocol}, {describe(cfg)}", images=len(queries.labels))
         return
-    bank = labelled("train")
+    bank = found["train"]
     check_bank(max(cfg.neighbours), len(bank.labels), "labelled training images")
-    results = knn(bank, queries, list(cfg.neighbours), cfg.temperature, ranks, run)
     run.finish(
-        results,
+        knn(bank, queries, list(cfg.neighbours), cfg.temperature, run.ranks, run),
         protocol=f"k-NN, bank of {len(bank.labels)} training images, votes of "
         f"exp(cosine / {cfg.temperature}), {describe(cfg)}",
         images=len(queries.labels),
@@ -72,11 +64,13 @@ def check_bank(wanted: int, present: int, what: str) -> None:
         )
 
 
-def leave_one_out(images: Features, ranks: Ranks, run: EvalRun | None = None) -> dict[str, float]:
+def leave_one_out(images: Features, ranks: Ranks, run: EvalRun | None = None) -> float:
+    """Percent of the images whose nearest other image has their label. Of equally near images the
+    first one counts."""
     hits = torch.zeros((), dtype=torch.int64, device=ranks.device)
-    for rows, found in search_shared(images.features, images.features, 1, ranks, run, True):
+    for rows, found in search_shared(images.features, images.features, 1, ranks, run, own=True):
         hits += int((images.labels[found.indices[:, 0]] == images.labels[rows]).sum())
-    return {"top1": 100 * all_reduce(hits).item() / len(images.labels)}
+    return 100 * all_reduce(hits).item() / len(images.labels)
 
 
 def knn(
@@ -97,12 +91,11 @@ def knn(
             hits[row, 0] += int(is_hit[:, 0].sum())
             hits[row, 1] += int(is_hit.sum())
     shares = 100 * all_reduce(hits.to(ranks.device)).cpu().double() / len(queries.labels)
-    names = [
-        (f"k{k}_top{top}", row, column)
+    return {
+        f"k{k}_top{top}": shares[row, column].item()
         for row, k in enumerate(neighbours)
         for column, top in enumerate((1, 5))
-    ]
-    return {name: shares[row, column].item() for name, row, column in names}
+    }
 
 
 def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes: int) -> Tensor:
@@ -118,49 +111,32 @@ def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes:
     return ranking.where(votes >= 0, -1)
 
 
-def search_shared(bank: Tensor, queries: Tensor, k: int, ranks: Ranks, run=None, own=False):
-    """This process's part of the queries: yields (rows, Neighbours)."""
-    pieces = range(0, len(queries), QUERIES)
-    first, last = share_of(len(pieces), ranks)
-    for done, start in enumerate(pieces[first:last]):
-        rows = torch.arange(start, min(start + QUERIES, len(queries)))
+def search_shared(
+    bank: Tensor, queries: Tensor, k: int, ranks: Ranks, run: EvalRun | None, own: bool = False
+) -> Iterator[tuple[Tensor, Neighbours]]:
+    """This process's part of the queries: yields their rows, and what is nearest to them. own: the
+    queries are the bank, and none is a neighbour of itself."""
+    pieces = torch.arange(len(queries)).split(QUERIES)
+    pieces = pieces[share_of(len(pieces), ranks.rank, ranks.world_size)]
+    for rows in pieces if run is None else run.tracked(pieces, "pieces of the queries:"):
         yield rows, nearest(bank, queries[rows], k, ranks.device, leave_out=rows if own else None)
-        if run is not None:
-            run.progress((done + 1) * QUERIES, (last - first) * QUERIES, "queries:")
-
-
-# --- while pre-training -------------------------------------------------------------------------
 
 
 def leave_one_out_accuracy(
     encoder: Encoder, images: EvalLoader, normalise: Callable[[Tensor], Tensor], ranks: Ranks
 ) -> tuple[float, int]:
-    """Percent of the images whose nearest other image has their label, and how many there are.
+    """While pre-training: of the mean of the patch tokens before the final norm, and how many
+    images there are."""
 
-    Each process encodes its part of the images, and looks for the neighbours of that part.
-    """
-    features, labels = pooled_features(encoder, images, normalise)
-    parts = gather_objects(len(features), ranks)
-    first = sum(parts[: ranks.rank])
-    last = first + parts[ranks.rank]
-    features, labels = gather_rows(features, ranks), gather_rows(labels, ranks)
-    hits = torch.tensor(leave_one_out_hits(features, labels, first, last), device=ranks.device)
-    return 100 * all_reduce(hits).item() / len(labels), len(labels)
+    def vectors(batch: Tensor) -> Tensor:
+        return encoder.encode_images(normalise(batch))[:, 1:].mean(dim=1)
 
-
-def leave_one_out_hits(features: Tensor, labels: Tensor, first: int, last: int) -> int:
-    """How many of the images first .. last - 1 have the label of their nearest other image.
-
-    features [N, D], L2-normalised. Of equally near images the first one counts.
-    """
-    hits = 0
-    labels = labels.cpu()
-    for start in range(first, last, QUERIES):
-        rows = torch.arange(start, min(start + QUERIES, last))
-        queries = features[rows.to(features.device)]
-        found = nearest(features, queries, 1, features.device, leave_out=rows)
-        hits += int((labels[found.indices[:, 0]] == labels[rows]).sum())
-    return hits
+    was_training = encoder.training
+    encoder.eval()
+    features = encode(images, vectors, encoder.embed_dim, ranks)
+    encoder.train(was_training)
+    found = Features(unit_length(features), labels_of(images.dataset))
+    return leave_one_out(found, ranks), len(found.labels)
 
 
 if __name__ == "__main__":

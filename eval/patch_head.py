@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from data.base import DataError
 from data.loader import epoch_order
 from data.masks import IGNORE
+from eval.backbone import Tokens
 from eval.common import EvalRun
-from eval.networks import Tokens
 from util.distributed import Ranks, broadcast_object, gather_objects
 
 
@@ -37,10 +37,9 @@ class PatchHead(nn.Module):
         return self.linear((vectors - self.mean) / self.std)
 
 
-def train_patch_head(
-    cfg: DictConfig, ranks: Ranks, run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]
-) -> PatchHead:
+def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> PatchHead:
     """parts: the training tokens and masks of this process. -> the same head on all processes"""
+    cfg, ranks = run.cfg, run.ranks
     grids = gather_objects([tokens.grid for tokens, _ in parts[:1]], ranks)
     grid = next(own[0] for own in grids if own)  # a process may have no images
     # What waits for its turn waits in the memory of the host.
@@ -49,17 +48,15 @@ def train_patch_head(
     parts.clear()
     head = None
     if ranks.is_main:
-        head, optimizer = start(cfg, ranks, tokens, int(labelled_maximum(masks)) + 1)
-    for epoch in range(cfg.patch_head.epochs):
+        labelled = masks[masks != IGNORE]
+        if len(labelled) == 0:
+            raise DataError("no pixel of the training masks has a class")
+        head, optimizer = start(cfg, ranks, tokens, classes=int(labelled.max()) + 1)
+    for epoch in run.tracked(range(cfg.patch_head.epochs), "epochs of the head:"):
         if ranks.is_main:
             train_epoch(cfg, ranks, head, optimizer, tokens, masks, grid, epoch)
-        run.progress(epoch + 1, cfg.patch_head.epochs, "epochs of the head:")
         broadcast_object(epoch, ranks)  # a sign of life, before the others give up waiting
-    state = {key: value.cpu() for key, value in head.state_dict().items()} if head else None
-    state = broadcast_object(state, ranks)
-    head = PatchHead(state["mean"], state["std"], len(state["linear.bias"]))
-    head.load_state_dict(state)
-    return head.to(ranks.device)
+    return broadcast_object(head.cpu() if ranks.is_main else None, ranks).to(ranks.device)
 
 
 def start(
@@ -115,14 +112,6 @@ def class_counts(masks: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     labelled = cells != IGNORE
     counts = torch.zeros(batch, rows * columns, classes, device=masks.device)
     return counts.scatter_add_(2, cells * labelled, labelled.float())
-
-
-def labelled_maximum(masks: Tensor) -> Tensor:
-    """The largest class number."""
-    labelled = masks[masks != IGNORE]
-    if len(labelled) == 0:
-        raise DataError("no pixel of the training masks has a class")
-    return labelled.max()
 
 
 def gather_to_first(parts: list[Tensor], ranks: Ranks) -> Tensor | None:

@@ -4,7 +4,8 @@ Candidates come from ordinary matrix products. Their similarities are then compu
 float64 sum over one pair of vectors: it depends on nothing but these two vectors, so that equal
 ones tie exactly, and of equal similarities the lower index comes first. Where rounding in the
 matrix product could have hidden a neighbour among those that were left out, the query is searched
-again with more digits. The answer is therefore the same for all chunk sizes, processes and devices.
+again: with more digits, then with more candidates, in the end with every row. The answer is
+therefore the same for all chunk sizes, processes and devices.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 BANK_ROWS = 65536  # bank rows at a time
 SPARE = 32  # candidates beyond k
+MORE = 8  # times as many candidates where more digits leave a doubt
 PAIR_VALUES = 2**24  # float64 values at a time when pairs are computed again
 
 
@@ -26,11 +28,7 @@ class Neighbours(NamedTuple):
 
 @torch.inference_mode()
 def nearest(
-    bank: Tensor,
-    queries: Tensor,
-    k: int,
-    device: torch.device,
-    leave_out: Tensor | None = None,
+    bank: Tensor, queries: Tensor, k: int, device: torch.device, leave_out: Tensor | None = None
 ) -> Neighbours:
     """The k rows of bank [N, D] of largest inner product with each query [Q, D].
 
@@ -39,44 +37,35 @@ def nearest(
     """
     similarities = torch.empty(len(queries), k, dtype=torch.float64)
     indices = torch.empty(len(queries), k, dtype=torch.int64)
+    available = len(bank) - (leave_out is not None)
     waiting = torch.arange(len(queries))
-    for dtype in (torch.float32, torch.float64):
-        if len(waiting) == 0:
-            break
-        hidden = None if leave_out is None else leave_out[waiting]
-        found, is_certain = search_once(bank, queries[waiting], k, device, hidden, dtype)
-        similarities[waiting], indices[waiting] = found
-        waiting = waiting[~is_certain]
-    # More exact ties than there are spare candidates: compare with every row.
-    for query in waiting.tolist():
-        hidden = None if leave_out is None else int(leave_out[query])
-        similarities[query], indices[query] = search_all_pairs(bank, queries[query], k, hidden)
+    kept, dtype = min(k + SPARE, available), torch.float32
+    while len(waiting):
+        in_doubt = []
+        for own in waiting.split(max(1, PAIR_VALUES // kept)):
+            hidden = None if leave_out is None else leave_out[own]
+            approximate, candidates = top_candidates(
+                bank, queries[own], kept, device, hidden, dtype
+            )
+            found = sort_exactly(bank, queries[own], candidates)
+            similarities[own], indices[own] = (part[:, :k] for part in found)
+            # A product of D pairs of numbers errs by at most D times the precision; so does what
+            # was left out, which was at most the least of the approximate ones.
+            error = 2 * bank.shape[1] * torch.finfo(dtype).eps
+            is_certain = found.similarities[:, k - 1] > approximate[:, -1].double() + error
+            in_doubt.append(own[~is_certain & (kept < available)])
+        waiting = torch.cat(in_doubt)
+        more = MORE if dtype == torch.float64 else 1
+        kept, dtype = min(more * kept, available), torch.float64
     return Neighbours(similarities, indices)
 
 
-def search_once(
-    bank: Tensor,
-    queries: Tensor,
-    k: int,
-    device: torch.device,
-    leave_out: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Neighbours, Tensor]:
-    """-> neighbours, and for which queries they are certain."""
-    available = len(bank) - (leave_out is not None)
-    kept = min(k + SPARE, available)
-    approximate, candidates = top_candidates(bank, queries, kept, device, leave_out, dtype)
+def sort_exactly(bank: Tensor, queries: Tensor, candidates: Tensor) -> Neighbours:
+    """By index first, then a stable sort by similarity: of equals the lower index comes first."""
+    candidates = candidates.sort(dim=1).values
     exact = pair_similarities(queries, bank, candidates)
-    # By index first, then a stable sort by similarity: of equals the lower index comes first.
-    candidates, order = candidates.sort(dim=1)
-    exact, order = exact.gather(1, order).sort(dim=1, descending=True, stable=True)
-    found = Neighbours(exact[:, :k], candidates.gather(1, order)[:, :k])
-    if kept == available:
-        return found, torch.ones(len(queries), dtype=torch.bool)
-    # A product of D pairs of numbers errs by at most D times the precision; so does what was left
-    # out, which was at most the least of the approximate ones.
-    error = 2 * bank.shape[1] * torch.finfo(dtype).eps
-    return found, exact[:, k - 1] > approximate[:, -1].double() + error
+    exact, order = exact.sort(dim=1, descending=True, stable=True)
+    return Neighbours(exact, candidates.gather(1, order))
 
 
 def top_candidates(
@@ -109,23 +98,9 @@ def pair_similarities(queries: Tensor, bank: Tensor, candidates: Tensor) -> Tens
     """float64 [Q, kept]: one sum per pair, on the CPU."""
     queries = queries.cpu().double()
     result = torch.empty(candidates.shape, dtype=torch.float64)
-    step = max(1, PAIR_VALUES // (candidates.shape[1] * bank.shape[1]))
-    for start in range(0, len(queries), step):
-        rows = candidates[start : start + step]
-        vectors = bank[rows.to(bank.device)].cpu().double()
-        result[start : start + step] = (queries[start : start + step, None] * vectors).sum(dim=2)
+    pairs = max(1, PAIR_VALUES // bank.shape[1])  # at a time
+    for columns in torch.arange(candidates.shape[1]).split(pairs):
+        for rows in torch.arange(len(queries)).split(max(1, pairs // len(columns))):
+            vectors = bank[candidates[rows][:, columns].to(bank.device)].cpu().double()
+            result[rows[:, None], columns] = (queries[rows, None] * vectors).sum(dim=2)
     return result
-
-
-def search_all_pairs(bank: Tensor, query: Tensor, k: int, leave_out: int | None) -> Neighbours:
-    """One query against every row."""
-    step = max(1, PAIR_VALUES // bank.shape[1])
-    parts = []
-    for start in range(0, len(bank), step):
-        rows = torch.arange(start, min(start + step, len(bank)))
-        parts.append(pair_similarities(query[None], bank, rows[None])[0])
-    similarities = torch.cat(parts)
-    if leave_out is not None:
-        similarities[leave_out] = -torch.inf
-    values, order = similarities.sort(descending=True, stable=True)
-    return Neighbours(values[:k], order[:k])

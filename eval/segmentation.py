@@ -18,37 +18,36 @@ from torch import Tensor
 
 from data.base import DataError, ImageDataset
 from data.masks import IGNORE, MaskTransform, WithMasks
-from eval.backbone import Backbone, Tokens
-from eval.common import EvalRun, build_eval_data, eval_batches, normalised, run_evaluation
-from eval.features import autocast
-from eval.metrics_segmentation import (
+from eval.backbone import Tokens
+from eval.common import EvalRun, run_evaluation
+from eval.metrics import (
     CLASSES,
     adjusted_rand_index,
     class_ious,
     confusion_matrix,
     contingency,
     matched_miou,
+    mean,
 )
-from eval.metrics_video import mean
-from eval.networks import cut_patches
 from eval.patch_head import PatchHead, train_patch_head
+from models.views import extract_patches
 from util.command import run_worker
 from util.config import ConfigError
-from util.distributed import Ranks, all_reduce, gather_objects
-from util.precision import choose_precision
+from util.distributed import all_reduce, gather_objects
+from util.loaders import open_split
 
 
 def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "segmentation", evaluate)
 
 
-def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
-    method = {"unsupervised": cluster_images, "linear": linear_head}[cfg.method]
-    method(cfg, ranks, backbone, run, masked_data(cfg, "eval"))
+def evaluate(run: EvalRun) -> None:
+    method = {"unsupervised": cluster_images, "linear": linear_head}[run.cfg.method]
+    method(run, masked_data(run.cfg, "eval"))
 
 
 def masked_data(cfg: DictConfig, split: str) -> ImageDataset:
-    dataset = build_eval_data(cfg, split)
+    dataset = open_split(cfg, split)
     if not hasattr(dataset, "mask"):
         raise DataError(
             f"dataset={cfg.dataset.name} has no masks, and segmentation needs them; expected one "
@@ -59,22 +58,19 @@ def masked_data(cfg: DictConfig, split: str) -> ImageDataset:
 
 @torch.inference_mode()
 def token_batches(
-    cfg: DictConfig, ranks: Ranks, backbone: Backbone, dataset: ImageDataset
+    run: EvalRun, dataset: ImageDataset, what: str
 ) -> Iterator[tuple[Tokens, np.ndarray]]:
     """This process's part, in order: tokens on the device, and masks uint8 [B, H, W]."""
-    side = backbone.image_side
-    precision = choose_precision(cfg.precision, ranks.device)
-    transform = MaskTransform(side, cfg.dataset.crop_ratio)
-    for batch in eval_batches(cfg, ranks, WithMasks(dataset), side, transform=transform):
+    backbone = run.backbone
+    transform = MaskTransform(backbone.image_side, run.cfg.dataset.crop_ratio)
+    for batch in run.tracked(run.loader(WithMasks(dataset), transform=transform), what):
         images, masks = batch.images[:, :3], batch.images[:, 3].cpu().numpy()
-        images = normalised(cfg, backbone, images)
-        if cfg.features == "pixels":
-            patches = cut_patches(images, backbone.patch_size)
-            yield Tokens(None, patches, backbone.grid_of(images)), masks
+        if run.cfg.features == "pixels":
+            patches = extract_patches(run.normalised(images), backbone.patch_size)
+            tokens = Tokens(None, patches, backbone.grid_of(images))
         else:
-            with autocast(ranks.device, precision):
-                tokens = backbone(images)
-            yield tokens._replace(patches=tokens.patches.float()), masks
+            tokens = run.tokens(images)
+        yield tokens._replace(patches=tokens.patches.float()), masks
 
 
 def what_is_seen(cfg: DictConfig) -> str:
@@ -84,16 +80,14 @@ def what_is_seen(cfg: DictConfig) -> str:
 # --- unsupervised: the patches of one image at a time -------------------------------------------
 
 
-def cluster_images(
-    cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun, dataset: ImageDataset
-) -> None:
+def cluster_images(run: EvalRun, dataset: ImageDataset) -> None:
+    cfg = run.cfg
     scores = []  # of each image: [number of labels in its mask, mIoU, ARI, mIoU, ARI, ...]
-    for tokens, masks in token_batches(cfg, ranks, backbone, dataset):
+    for tokens, masks in token_batches(run, dataset, "batches clustered:"):
         patches = F.normalize(tokens.patches, dim=-1).cpu().numpy()
         for vectors, mask in zip(patches, masks, strict=True):
             scores.append(score_image(cfg, vectors, tokens.grid, mask))
-            run.progress(len(scores), len(dataset) // ranks.world_size, "images clustered:")
-    scores = [score for part in gather_objects(scores, ranks) for score in part]
+    scores = [score for part in gather_objects(scores, run.ranks) for score in part]
     scored = [score for score in scores if score[0] > 0]
     if not any(score[0] > 1 for score in scored):
         raise DataError(
@@ -164,27 +158,21 @@ def describe_clustering(cfg: DictConfig) -> str:
 # --- linear: a head for single patches ----------------------------------------------------------
 
 
-def linear_head(
-    cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun, dataset: ImageDataset
-) -> None:
+def linear_head(run: EvalRun, dataset: ImageDataset) -> None:
+    cfg = run.cfg
     train_set = masked_data(cfg, "train")
     if train_set.describe(0) == dataset.describe(0):
         raise DataError(
             f"dataset={cfg.dataset.name}: both splits are the same images, and method=linear "
             f"trains on one of them; expected images/train/ and images/val/"
         )
-    parts = list(token_batches(cfg, ranks, backbone, train_set))
-    run.say(f"segmentation: the patches of {len(train_set)} training images are encoded")
-    head = train_patch_head(cfg, ranks, run, parts)
+    head = train_patch_head(run, list(token_batches(run, train_set, "training batches encoded:")))
     confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
-    done = 0
-    for tokens, masks in token_batches(cfg, ranks, backbone, dataset):
+    for tokens, masks in token_batches(run, dataset, "batches classified:"):
         for vectors, mask in zip(tokens.patches, masks, strict=True):
             predicted = predict_pixels(head, vectors, tokens.grid, mask.shape)
             confusion += torch.from_numpy(confusion_matrix(mask, predicted))
-        done += len(masks)
-        run.progress(done, len(dataset) // ranks.world_size, "images classified:")
-    confusion = all_reduce(confusion.to(ranks.device)).cpu().numpy()
+    confusion = all_reduce(confusion.to(run.ranks.device)).cpu().numpy()
     if not confusion.any():
         raise DataError(f"dataset={cfg.dataset.name}: no pixel of the evaluation masks has a class")
     ious = class_ious(confusion)

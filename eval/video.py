@@ -19,13 +19,10 @@ from torch import Tensor
 
 from data.davis import VOID, Video, read_videos
 from data.picture import to_tensor
-from eval.backbone import Backbone
-from eval.common import EvalRun, normalised, run_evaluation
-from eval.features import autocast
-from eval.metrics_video import mean, score_sequence, summarise
+from eval.common import EvalRun, run_evaluation
+from eval.metrics import mean, score_sequence, summarise
 from util.command import run_worker
-from util.distributed import Ranks, gather_objects
-from util.precision import choose_precision
+from util.distributed import gather_objects
 
 Grid = tuple[int, int]  # rows, columns
 
@@ -34,20 +31,20 @@ def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "video", evaluate)
 
 
-def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) -> None:
+def evaluate(run: EvalRun) -> None:
+    cfg, ranks = run.cfg, run.ranks
     videos = read_videos(cfg.data_path, cfg.video_split)
-    mine = videos[ranks.rank :: ranks.world_size]
-    scores = {}
-    for index, video in enumerate(mine):
-        run.progress(index, len(mine), "videos:")
-        scores[video.name] = evaluate_video(cfg, ranks, backbone, run, video)
-    gathered = {
-        name: score for part in gather_objects(scores, ranks) for name, score in part.items()
+    own = {
+        video.name: evaluate_video(run, video)
+        for video in run.tracked(videos[ranks.rank :: ranks.world_size], "videos:")
     }
+    gathered = {name: score for part in gather_objects(own, ranks) for name, score in part.items()}
     scores = {video.name: gathered[video.name] for video in videos}
     run.finish(
         {name: 100 * value for name, value in summarise(scores).items()},
-        protocol=describe(cfg),
+        protocol=f"label propagation, shorter side {cfg.frame_side}, first and "
+        f"{cfg.previous_frames} previous frames, neighbourhood {cfg.neighbourhood}, top "
+        f"{cfg.top_k}, temperature {cfg.temperature}; means over objects, percent",
         images=sum(len(video.frames) for video in videos),
         extra={
             "dataset": f"DAVIS-2017 {cfg.video_split}",
@@ -57,30 +54,17 @@ def evaluate(cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun) ->
     )
 
 
-def describe(cfg: DictConfig) -> str:
-    return (
-        f"label propagation, shorter side {cfg.frame_side}, first and {cfg.previous_frames} "
-        f"previous frames, neighbourhood {cfg.neighbourhood}, top {cfg.top_k}, temperature "
-        f"{cfg.temperature}; means over objects, percent"
-    )
-
-
 def sequence_means(score: dict[int, dict]) -> dict[str, float]:
     means = {name: mean([values[name] for values in score.values()]) for name in ("J", "F")}
     return {"J&F": (means["J"] + means["F"]) / 2} | means
 
 
-def evaluate_video(
-    cfg: DictConfig, ranks: Ranks, backbone: Backbone, run: EvalRun, video: Video
-) -> dict[int, dict]:
+def evaluate_video(run: EvalRun, video: Video) -> dict[int, dict]:
     """-> scores of each object"""
     # All annotations first: what is wrong with them is said before the long work.
     truth = video.objects()
-    predicted = [truth[0]]
-    for index, objects in enumerate(propagate(cfg, ranks, backbone, video, truth[0]), start=1):
-        predicted.append(objects)
-        run.progress(index, len(video.frames), f"{video.name}:")
-    if cfg.save_masks:
+    predicted = [truth[0], *propagate(run, video, truth[0])]
+    if run.cfg.save_masks:
         save_masks(run.job / "results" / "masks" / video.name, video, predicted)
     return score_sequence(truth, np.stack(predicted), VOID)
 
@@ -97,14 +81,13 @@ def save_masks(folder: Path, video: Video, predicted: list[np.ndarray]) -> None:
 
 
 @torch.inference_mode()
-def propagate(
-    cfg: DictConfig, ranks: Ranks, backbone: Backbone, video: Video, given: np.ndarray
-) -> Iterator[np.ndarray]:
+def propagate(run: EvalRun, video: Video, given: np.ndarray) -> Iterator[np.ndarray]:
     """The objects of the first frame, uint8 [H, W] -> those of each later frame."""
+    cfg, device = run.cfg, run.ranks.device
     numbers = [0, *sorted(set(np.unique(given).tolist()) - {0, VOID})]
-    frames = frame_tokens(cfg, ranks, backbone, video)
+    frames = frame_tokens(run, video)
     first_tokens = next(frames)
-    first = (first_tokens, labels_of_patches(given, numbers, first_tokens.shape[:2], ranks.device))
+    first = (first_tokens, labels_of_patches(given, numbers, first_tokens.shape[:2], device))
     previous = deque(maxlen=cfg.previous_frames)
     for tokens in frames:
         context_tokens, context_labels = map(torch.stack, zip(first, *previous, strict=True))
@@ -117,22 +100,18 @@ def propagate(
             temperature=cfg.temperature,
         )
         previous.append((tokens, labels))
-        yield pixel_objects(labels, numbers, backbone.patch_size, given.shape)
+        yield pixel_objects(labels, numbers, run.backbone.patch_size, given.shape)
 
 
-def frame_tokens(
-    cfg: DictConfig, ranks: Ranks, backbone: Backbone, video: Video
-) -> Iterator[Tensor]:
+def frame_tokens(run: EvalRun, video: Video) -> Iterator[Tensor]:
     """Of one frame after the other: [rows, columns, D], of length 1 each, on the device."""
-    precision = choose_precision(cfg.precision, ranks.device)
-    for start in range(0, len(video.frames), cfg.batch_size):
-        indices = range(start, min(start + cfg.batch_size, len(video.frames)))
-        images = [video.frame(index) for index in indices]
-        size = frame_size(images[0].size, cfg.frame_side, backbone.patch_size)
+    cfg, frames = run.cfg, range(len(video.frames))
+    batches = [frames[start : start + cfg.batch_size] for start in frames[:: cfg.batch_size]]
+    for batch in run.tracked(batches, f"{video.name}, batches of frames:"):
+        images = [video.frame(index) for index in batch]
+        size = frame_size(images[0].size, cfg.frame_side, run.backbone.patch_size)
         images = [to_tensor(image.resize(size, Image.Resampling.BICUBIC)) for image in images]
-        batch = torch.stack(images).to(ranks.device)
-        with autocast(ranks.device, precision):
-            tokens = backbone(normalised(cfg, backbone, batch))
+        tokens = run.tokens(torch.stack(images).to(run.ranks.device))
         yield from F.normalize(tokens.patches.float(), dim=-1).unflatten(1, tokens.grid)
 
 

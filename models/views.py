@@ -73,25 +73,27 @@ def extract_patches(
     """images [N, C, H, W] -> patches [N, L, patch_size * patch_size * C].
 
     Patches run row by row over the grid; inside a patch the order is row, column, channel (channel
-    fastest).
+    fastest). With a gap images are square.
     """
     batch_size, channels, height, width = images.shape
     cell = patch_size + patch_gap
-    if height != width or height % cell:
+    if height % cell or width % cell:
         raise ValueError(f"images of {height} x {width} pixels do not divide into cells of {cell}")
-    grid = height // cell
+    if patch_gap and height != width:
+        raise ValueError(f"images of {height} x {width} pixels are not square")
+    grid_rows, grid_columns = height // cell, width // cell
     if patch_gap == 0:
-        patches = images.reshape(batch_size, channels, grid, cell, grid, cell)
+        patches = images.reshape(batch_size, channels, grid_rows, cell, grid_columns, cell)
         patches = patches.permute(0, 2, 4, 3, 5, 1)
     else:
-        cell_start = torch.arange(grid, device=images.device) * cell
+        cell_start = torch.arange(grid_rows, device=images.device) * cell
         within = torch.arange(patch_size, device=images.device)
         rows = (cell_start[:, None] + row_offsets)[..., None] + within  # [N, grid, grid, patch]
         columns = (cell_start + column_offsets)[..., None] + within
         sample = torch.arange(batch_size, device=images.device)[:, None, None, None, None]
         channels_last = images.permute(0, 2, 3, 1)
         patches = channels_last[sample, rows[..., :, None], columns[..., None, :]]
-    return patches.reshape(batch_size, grid * grid, -1)
+    return patches.reshape(batch_size, grid_rows * grid_columns, -1)
 
 
 def take_tokens(tokens: Tensor, ids: Tensor) -> Tensor:

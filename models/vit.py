@@ -5,11 +5,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.views import take_tokens
+from models.views import extract_patches, take_tokens
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -36,6 +37,7 @@ class PositionTable(nn.Module):
 
     def __init__(self, dim: int, grid_size: int, freeze: bool):
         super().__init__()
+        self.grid_size = grid_size
         table = sine_cosine_positions(dim, grid_size)
         if freeze:
             self.register_buffer("pos_embeds", table)
@@ -49,6 +51,13 @@ class PositionTable(nn.Module):
     def patch_rows(self, ids: Tensor) -> Tensor:
         """ids [N, K] -> [N, K, D]"""
         return take_tokens(self.pos_embeds[None, 1:], ids)
+
+    def grid_rows(self, grid: tuple[int, int]) -> Tensor:
+        """Of all patches of rows x columns, [1, L, D]: interpolated unless that is the own grid."""
+        own, table = (self.grid_size, self.grid_size), self.pos_embeds[None, 1:]
+        if grid == own:
+            return table
+        return resample_abs_pos_embed(table, list(grid), list(own), num_prefix_tokens=0)
 
 
 class PatchEmbedding(nn.Module):
@@ -142,18 +151,27 @@ class Encoder(nn.Module):
         self.apply(initialise_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed_tokens(self, patches: Tensor, ids: Tensor) -> Tensor:
-        """patches [N, K, patch_dim] at the positions ids [N, K] -> [N, 1 + K, D], class token
-        first.
+    def embed_tokens(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """patches [N, K, patch_dim] and their rows of the position table, [N, K, D] or [1, K, D]
+        -> [N, 1 + K, D], class token first.
         """
-        tokens = self.embed(patches) + self.pos_embed.patch_rows(ids)
+        tokens = self.embed(patches) + positions
         cls_token = self.cls_token + self.pos_embed.class_row()
         return torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def forward_features(self, patches: Tensor, ids: Tensor, depth: int | None = None) -> Tensor:
         """The first `depth` blocks (None: all), before the final norm. -> [N, 1 + K, D]"""
-        tokens = self.embed_tokens(patches, ids)
+        tokens = self.embed_tokens(patches, self.pos_embed.patch_rows(ids))
         return run_blocks(self.blocks[:depth], tokens, recompute=self.recompute)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Whole images [N, 3, H, W], of any number of patches: all of them, without a gap, before
+        the final norm. -> [N, 1 + L, D]"""
+        height, width = images.shape[-2:]
+        grid = (height // self.patch_size, width // self.patch_size)
+        patches = extract_patches(images, self.patch_size)
+        tokens = self.embed_tokens(patches, self.pos_embed.grid_rows(grid))
+        return run_blocks(self.blocks, tokens, recompute=self.recompute)
 
     def forward(self, patches: Tensor, ids: Tensor, depth: int | None = None) -> Tensor:
         """patches [N, K, patch_dim], ids [N, K] -> latents [N, 1 + K, D]"""

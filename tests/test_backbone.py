@@ -3,6 +3,7 @@
 The files of other methods are made here, with the official key names.
 """
 
+import hashlib
 import math
 import pickle
 import re
@@ -13,14 +14,19 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from eval.backbone import BackboneError, load_backbone
-from eval.features import patch_tokens, pool
+from eval.backbone import load_backbone
+from eval.common import load_for_all
+from eval.families import BackboneError
+from eval.features import pool
 from main_lmim import build_model
 from models.vit import sine_cosine_positions
 from tests.backbones import digits_checkpoint
 from tests.published import published_model
 from tests.test_checkpoint import places_of_numbers
 from util.checkpoint import CheckpointError, load_file
+from util.config import compose_config
+from util.distributed import Ranks
+from util.job import checkpoint_name
 
 WIDTH, HEADS, PATCH, GRID, DEPTH = 192, 3, 4, 3, 2
 
@@ -161,7 +167,7 @@ def test_a_file_with_a_key_too_few_or_too_many_is_refused(tmp_path):
     weights = official("mae")
     del weights["norm.bias"]
     torch.save({"model": weights | {"blocks.0.ls1.gamma_": EXTRA}}, tmp_path / "a.pth")
-    with pytest.raises(BackboneError, match="norm.bias is missing; blocks.0.ls1.gamma_ is unexp"):
+    with pytest.raises(CheckpointError, match="norm.bias is missing; blocks.0.ls1.gamma_ is unexp"):
         load_backbone(f"mae:{tmp_path / 'a.pth'}")
 
 
@@ -236,9 +242,10 @@ def test_own_tokens_are_those_of_the_model_that_was_saved(tmp_path, which):
     assert backbone.mean == tuple(colours["mean"]) and backbone.std == tuple(colours["std"])
     pixels = images(24)
     with torch.no_grad():
-        assert torch.equal(backbone(pixels).patches, patch_tokens(encoder, pixels))
+        whole = encoder.encode_images(pixels)[:, 1:]
+        assert torch.equal(backbone(pixels).patches, whole)
         full = load_backbone(str(path), which=which)(pixels)
-        torch.testing.assert_close(full.patches, encoder.norm(patch_tokens(encoder, pixels)))
+        torch.testing.assert_close(full.patches, encoder.norm(whole))
         first = load_backbone(str(path), which=which, layer=0, final_norm=False)(pixels)
     ids = torch.arange(36).expand(2, -1)
     patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(2, 36, 48)
@@ -250,6 +257,19 @@ def test_own_tokens_are_those_of_the_model_that_was_saved(tmp_path, which):
         "cls_token",
         "embed",
     }
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_checkpoint_is_read_once(tmp_path, monkeypatch, is_folder):
+    path = digits_checkpoint(tmp_path).rename(tmp_path / checkpoint_name(10))
+    cfg = compose_config("nn", [f"pretrained={tmp_path if is_folder else path}"])
+    reads, read = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda *file, **how: reads.append(file) or read(*file, **how)
+    )
+    backbone = load_for_all(cfg, Ranks(0, 1, torch.device("cpu")))
+    assert reads == [(path,)] and cfg.pretrained == str(path)
+    assert backbone.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def published(path, **changes):
@@ -270,7 +290,7 @@ def test_the_published_layout_loads(tmp_path):
     assert (backbone.image_side, backbone.depth, backbone.patch_size) == (32, 2, 8)
     with torch.no_grad():
         found = backbone(images(32))
-        assert torch.equal(found.patches, patch_tokens(model.encoder, images(32)))
+        assert torch.equal(found.patches, model.encoder.encode_images(images(32))[:, 1:])
 
 
 def test_other_sizes_resample_the_positions(tmp_path):
@@ -282,7 +302,7 @@ def test_other_sizes_resample_the_positions(tmp_path):
     table = backbone.encoder.pos_embed.pos_embeds
     assert torch.equal(table, sine_cosine_positions(24, 6))
     table[1:] = torch.arange(6.0).repeat_interleave(6)[:, None]
-    rows = backbone.positions((12, 6))[0, 1:].view(12, 6, 24)
+    rows = backbone.encoder.pos_embed.grid_rows((12, 6)).view(12, 6, 24)
     torch.testing.assert_close(rows[3:9, 2, 0], (torch.arange(3.0, 9) + 0.5) / 2 - 0.5)
     with pytest.raises(BackboneError, match="images of 25 x 24 pixels: expected multiples of .* 4"):
         backbone(images(25, 24))
@@ -332,7 +352,7 @@ def test_a_pickle_with_code_is_refused_by_name(tmp_path, capsys):
         load_backbone(str(tmp_path / "harm.pth"))
     with open(tmp_path / "plain.pth", "wb") as file:
         pickle.dump(Harmful(), file)
-    with pytest.raises(BackboneError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_backbone(f"mae:{tmp_path / 'plain.pth'}")
     assert "this ran" not in capsys.readouterr().out
 
@@ -345,7 +365,7 @@ def test_a_flipped_bit_is_named(tmp_path):
         damaged = bytearray(path.read_bytes())
         damaged[places_of_numbers(path)[3][5]] ^= 16
         path.write_bytes(damaged)
-        with pytest.raises(BackboneError, match=rf"{path} is damaged: tensor \S+ has changed"):
+        with pytest.raises(CheckpointError, match=rf"{path} is damaged: tensor \S+ has changed"):
             load_backbone(f"{prefix}{path}")
 
 

@@ -15,7 +15,7 @@ from util.distributed import (
     broadcast_object,
     default_workers,
     gather_objects,
-    gather_rows,
+    share_rows,
 )
 
 pytestmark = pytest.mark.slow
@@ -85,9 +85,13 @@ def test_gradients_travel_only_at_the_last_micro_step(tmp_path):
 
 
 def exchange(ranks: Ranks, folder) -> None:
-    rows = torch.arange(ranks.rank * 10, ranks.rank * 10 + 2 + ranks.rank)[:, None]
+    # Nine rows are five pieces of two, of which the processes have 1, 2 and 2.
+    rows = torch.full((9, 1), -1)
+    own = (slice(0, 2), slice(2, 6), slice(6, 9))[ranks.rank]
+    rows[own, 0] = torch.arange(own.start, own.stop) + 10 * ranks.rank
+    share_rows(rows, 2, ranks)
     result = {
-        "rows": gather_rows(rows, ranks).flatten().tolist(),
+        "rows": rows.flatten().tolist(),
         "objects": gather_objects({"rank": ranks.rank}, ranks),
         "broadcast": broadcast_object(f"from {ranks.rank}", ranks),
         "sum": all_reduce(torch.tensor(ranks.rank + 1.0)).item(),
@@ -100,7 +104,7 @@ def test_exchange_between_three_processes(tmp_path):
     spawn(exchange, 3, tmp_path, tmp_path)
     for rank in range(3):
         assert torch.load(tmp_path / f"result{rank}") == {
-            "rows": [0, 1, 10, 11, 12, 20, 21, 22, 23],
+            "rows": [0, 1, 12, 13, 14, 15, 26, 27, 28],
             "objects": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
             "broadcast": "from 0",
             "sum": 6.0,

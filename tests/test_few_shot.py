@@ -5,11 +5,13 @@ import torch
 from sklearn.linear_model import Ridge as SklearnRidge
 
 from data.base import DataError
+from eval.common import run_joined
 from eval.features import Features
 from eval.few_shot import (
     Ridge,
     check_shots,
     choose_shots,
+    evaluate,
     main,
     mean_and_spread,
     ridge_accuracies,
@@ -114,7 +116,7 @@ def test_the_results_file(checkpoint, tmp_path, capsys):
 
 
 def run_main(ranks, checkpoint, folder) -> None:
-    main(config("few_shot", checkpoint, folder, *SMALL))
+    run_joined(config("few_shot", checkpoint, folder, *SMALL), ranks, "few_shot", evaluate)
 
 
 @pytest.mark.slow

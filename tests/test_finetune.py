@@ -15,7 +15,14 @@ from data.augmentation import FinetuneTransform, posterize
 from data.base import DataError
 from data.datasets import build_digits
 from eval.backbone import load_backbone
-from eval.finetune import Classifier, build_mixup, freeze_what_is_not_used, main
+from eval.common import run_joined
+from eval.finetune import (
+    Classifier,
+    build_mixup,
+    evaluate,
+    freeze_what_is_not_used,
+    main,
+)
 from tests.backbones import digits_checkpoint
 from tests.evaluations import (
     arguments,
@@ -204,7 +211,8 @@ def finetune(checkpoint, folder, *overrides: str) -> dict:
 
 
 def run_main(ranks, checkpoint, folder, overrides) -> None:
-    main(config("finetune", checkpoint, folder, *SHORT, *overrides))
+    cfg = config("finetune", checkpoint, folder, *SHORT, *overrides)
+    run_joined(cfg, ranks, "finetune", evaluate)
 
 
 @pytest.mark.slow

@@ -10,18 +10,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.base import DataError
-from eval.backbone import load_backbone
-from eval.common import LabelledImages, check_same_backbone, count_classes, count_hits
+from eval.backbone import Tokens, load_backbone
+from eval.common import (
+    LabelledImages,
+    check_same_backbone,
+    count_classes,
+    count_hits,
+    run_joined,
+)
 from eval.heads import AttentivePool, GlobalBatchNorm, ProbeHead, probe_features
 from eval.linear_probe import (
     StepData,
     build_heads,
     build_optimizer,
+    evaluate,
     main,
     set_learning_rates,
     train_step,
 )
-from eval.networks import Tokens
 from tests.backbones import digits_checkpoint
 from tests.evaluations import (
     arguments,
@@ -259,7 +265,8 @@ def test_the_results_file(checkpoint, tmp_path):
 
 
 def run_main(ranks, checkpoint, folder, overrides) -> None:
-    main(config("linear_probe", checkpoint, folder, *overrides))
+    cfg = config("linear_probe", checkpoint, folder, *overrides)
+    run_joined(cfg, ranks, "linear_probe", evaluate)
 
 
 @pytest.mark.slow

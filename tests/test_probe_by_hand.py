@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from data.datasets import build_digits
+from eval.backbone import OwnBackbone
 from eval.linear_probe import main
-from eval.networks import OwnBackbone
 from models.vit import Encoder
 from tests.backbones import digits_checkpoint
 from tests.evaluations import config, results

@@ -17,12 +17,12 @@ from torch import nn, tensor
 from data import datasets, davis, imagenet, masks, transforms
 from engine_pretrain import Training
 from eval import collapse, evaluate, families, finetune, linear_probe, patch_head
-from eval.common import count_hits
+from eval.backbone import OwnBackbone
+from eval.common import EvalRun, count_hits
 from eval.features import Features
 from eval.few_shot import Ridge, ridge_accuracies
 from eval.heads import ProbeHead
-from eval.metrics_video import boundary_accuracy, score_object
-from eval.networks import OwnBackbone
+from eval.metrics import boundary_accuracy, score_object
 from eval.nn import knn
 from main_lmim import build_model, build_training
 from models.lmim import LatentMIM
@@ -309,7 +309,7 @@ def test_finetuning():
     model = finetune.Classifier(backbone(), config.pooling, 1000, 0)
     assert model.head.weight.std().item() == approx(2e-5, rel=0.02)
     assert not model.head.bias.any() and model.norm.eps == 1e-6
-    task = finetune.Finetuning(config, ALONE, backbone(), run=None)
+    task = finetune.Finetuning(EvalRun(config, ALONE, "finetune", backbone()))
     groups = task.optimizer.param_groups
     assert type(task.optimizer) is torch.optim.AdamW
     assert {(group["betas"], group["eps"]) for group in groups} == {((0.9, 0.999), 1e-8)}
@@ -328,7 +328,8 @@ def test_finetuning():
 def test_augmentation_of_finetuning(operations):
     config = composed("finetune", "dataset=shapes").copy()
     config.auto_augment = config.auto_augment if operations else None
-    augment = finetune.build_loader(config, ALONE, backbone()).samples.transform.augment
+    run = EvalRun(config, ALONE, "finetune", backbone())
+    augment = finetune.build_transform(run).augment
     steps = [" ".join(repr(step).split()) for step in augment.transforms]
     if operations:
         assert steps.pop(2).count("p=0.5, m=9, mstd=0.5") == operations  # RandAugment

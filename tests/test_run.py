@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.nn import leave_one_out_hits
+from eval import nn
+from eval.features import Features
 from tests.runs import LAUNCHER, final_state, records, run, succeed, succeed_together
 from util.checkpoint import list_checkpoints
+from util.distributed import Ranks
 from util.metrics import readable_time
 from util.record import RunLog, keep_until_step
 
@@ -94,7 +96,7 @@ def test_evaluation_on_two_processes_gives_the_same_number(tmp_path):
     assert before[0] == before[1] > 10
 
 
-def test_leave_one_out_equals_scikit_learn():
+def test_leave_one_out_equals_scikit_learn(monkeypatch):
     from sklearn.neighbors import KNeighborsClassifier
 
     generator = torch.Generator().manual_seed(0)
@@ -103,11 +105,11 @@ def test_leave_one_out_equals_scikit_learn():
     neighbours = KNeighborsClassifier(n_neighbors=2, metric="cosine").fit(features, labels)
     nearest = neighbours.kneighbors(features, return_distance=False)[:, 1]  # [:, 0] is itself
     expected = int((labels[nearest] == labels).sum())
-    assert leave_one_out_hits(features, labels, 0, 500) == expected
-    parts = leave_one_out_hits(features, labels, 0, 123) + leave_one_out_hits(
-        features, labels, 123, 500
-    )
-    assert parts == expected
+    images, cpu = Features(features, labels), torch.device("cpu")
+    monkeypatch.setattr(nn, "QUERIES", 123)
+    for processes in (1, 3):
+        parts = [nn.leave_one_out(images, Ranks(r, processes, cpu)) for r in range(processes)]
+        assert sum(parts) == pytest.approx(100 * expected / 500, abs=1e-12)
 
 
 def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):

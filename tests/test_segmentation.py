@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from data.base import DataError
 from data.masks import IGNORE
 from eval import segmentation
-from eval.metrics_segmentation import (
+from eval.metrics import (
     adjusted_rand_index,
     class_ious,
     confusion_matrix,

@@ -14,16 +14,17 @@ from PIL import Image
 from data.base import DataError
 from data.davis import VOID, voc_palette
 from eval import video
+from eval.backbone import Backbone, Tokens
 from eval.common import EvalRun
-from eval.metrics_video import (
+from eval.metrics import (
     boundary_accuracy,
     region_similarity,
     score_object,
     score_sequence,
     summarise,
 )
-from eval.networks import Backbone, Tokens, cut_patches
 from eval.video import frame_size, pixel_objects, propagate_labels
+from models.views import extract_patches
 from tests.backbones import digits_checkpoint
 from tests.runs import run_together
 from util.config import compose_config
@@ -240,7 +241,7 @@ class PixelBackbone(Backbone):
         self.image_side, self.final_norm, self.mean, self.std = 24, False, (0.5,) * 3, (0.3,) * 3
 
     def forward(self, images: torch.Tensor) -> Tokens:
-        return Tokens(None, cut_patches(images, self.patch_size), self.grid_of(images))
+        return Tokens(None, extract_patches(images, self.patch_size), self.grid_of(images))
 
 
 def settings_for(root: Path, output: Path, *overrides: str) -> list[str]:
@@ -250,9 +251,9 @@ def settings_for(root: Path, output: Path, *overrides: str) -> list[str]:
 
 def evaluate_pixels(root: Path, output: Path, *overrides: str) -> dict:
     cfg = compose_config("video", settings_for(root, output, *overrides))
-    run = EvalRun(cfg, ALONE, "video")
-    run.backbone = PixelBackbone(CELL)
-    video.evaluate(cfg, ALONE, run.backbone, run)
+    run = EvalRun(cfg, ALONE, "video", PixelBackbone(CELL))
+    run.prepare()
+    video.evaluate(run)
     return json.loads((output / "v" / "results" / "video.json").read_text())
 
 

@@ -39,10 +39,19 @@ def test_patch_vectors_run_by_row_then_column_then_channel():
     assert patches[0, 2, 0] == 8  # the third patch starts the second row of the grid
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 10, 10), (1, 3, 8, 12), (1, 3, 12, 8)])
-def test_images_that_do_not_divide_into_cells_are_refused(shape):
+@pytest.mark.parametrize("shape", [(1, 3, 10, 10), (1, 3, 8, 10), (1, 3, 10, 8)])
+@pytest.mark.parametrize("gap", [0, 2])
+def test_images_that_do_not_divide_into_cells_are_refused(shape, gap):
     with pytest.raises(ValueError, match="do not divide into cells of 4"):
-        extract_patches(torch.zeros(shape), patch_size=4)
+        extract_patches(torch.zeros(shape), 4 - gap, gap)
+
+
+def test_patches_of_a_rectangle_run_row_by_row_too():
+    images = coordinate_images(2, 12)[:, :, :8]
+    patches = extract_patches(images, patch_size=4).unflatten(2, (4, 4, 3))
+    assert torch.equal(patches[:, 5], images[:, :, 4:8, 8:12].permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="8 x 12 pixels are not square"):
+        extract_patches(images, patch_size=2, patch_gap=2)
 
 
 @pytest.mark.parametrize("gap", [0, 1, 2, 4])

@@ -14,8 +14,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.loader import share_of
+
 # A rank gives up waiting after this long, so that a lost rank ends the job.
 TIMEOUT = timedelta(minutes=10)
+ROWS = 65536  # that are sent at a time: bounds the memory
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 # Newer versions of torch have renamed it.
@@ -162,17 +165,17 @@ def gather_objects(value, ranks: Ranks) -> list:
     return boxes
 
 
-def gather_rows(rows: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Concatenate over ranks, in the order of ranks; ranks may hold different numbers of rows."""
-    if not dist.is_initialized():
-        return rows
-    counts = [
-        torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(ranks.world_size)
-    ]
-    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
-    counts = [int(count) for count in counts]
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+def share_rows(rows: torch.Tensor, piece: int, ranks: Ranks) -> None:
+    """In place: each process has filled its share_of the pieces of so many rows; then all have all
+    rows."""
+    if ranks.world_size == 1:
+        return
+    pieces = len(range(0, len(rows), piece))
+    for source in range(ranks.world_size):
+        own = share_of(pieces, source, ranks.world_size)
+        last = min(own.stop * piece, len(rows))
+        for start in range(own.start * piece, last, ROWS):
+            part = rows[start : min(start + ROWS, last)]
+            buffer = part.to(ranks.device)
+            dist.broadcast(buffer, source)
+            part.copy_(buffer)

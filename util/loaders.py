@@ -1,0 +1,51 @@
+"""From the config to the images of a split, and to the loaders of this process."""
+
+from collections.abc import Callable, Sequence
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from data.base import DataError, ImageDataset
+from data.datasets import build_dataset
+from data.loader import EvalLoader, TrainLoader
+from data.picture import Picture
+from util.distributed import Ranks, default_workers
+
+
+def open_split(cfg: DictConfig, split: str) -> ImageDataset:
+    """train or eval; an empty one is an error."""
+    options = OmegaConf.to_container(cfg.dataset.options)
+    dataset = build_dataset(cfg.dataset.name, split, cfg.data_path, options)
+    if len(dataset) == 0:
+        raise DataError(f"dataset={cfg.dataset.name}: its {split} split holds no image")
+    return dataset
+
+
+def train_loader(
+    cfg: DictConfig,
+    ranks: Ranks,
+    dataset: ImageDataset,
+    transform: Callable[[Picture, int, int], Tensor],
+) -> TrainLoader:
+    own = {key: cfg[key] for key in ("seed", "accum_iter", "max_bad_images")}
+    return TrainLoader(dataset, transform, **own, **for_both(cfg, ranks))
+
+
+def eval_loader(
+    cfg: DictConfig,
+    ranks: Ranks,
+    dataset: ImageDataset,
+    transform: Callable[[Picture], Tensor],
+    indices: Sequence[int] | None = None,
+) -> EvalLoader:
+    return EvalLoader(dataset, transform, indices=indices, **for_both(cfg, ranks))
+
+
+def for_both(cfg: DictConfig, ranks: Ranks) -> dict:
+    return {
+        "batch_size": cfg.batch_size,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "num_workers": default_workers() if cfg.num_workers is None else cfg.num_workers,
+        "device": ranks.device,
+    }
