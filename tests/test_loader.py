@@ -254,8 +254,6 @@ def test_too_many_unreadable_images_stop_the_training(damaged_folder):
     tolerant.check_bad_images()
     with pytest.raises(DataError, match=r"3 of 12 .* max_bad_images=0.24 .*04.jpg, .*05.jpg, .*11"):
         strict.check_bad_images()
-    with pytest.raises(DataError, match="4 of 12 images could not be read"):
-        tolerant.check_bad_images(world_total=4)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
