@@ -128,9 +128,10 @@ class TrainLoader(StepOrder):
         """Stop the training if too many different images could not be read."""
         total = len(self.bad_images)
         if total > self.max_bad_images * len(self.dataset):
+            names = first_few(sorted(self.bad_images), 20)
             raise DataError(
                 f"{total} of {len(self.dataset)} images could not be read, more than "
-                f"max_bad_images={self.max_bad_images} allows: {first_few(sorted(self.bad_images), 20)}"
+                f"max_bad_images={self.max_bad_images} allows: {names}"
             )
 
     def _note_bad_images(self, descriptions: list[str]) -> None:

@@ -37,8 +37,6 @@ from util.record import TensorBoardFile
 
 PROGRESS_SECONDS = 5
 TOP = 5  # the second number of a classification
-# What the config says of a backbone besides its name.
-CHOICES = "which layer final_norm image_side pretrained_weights random_init seed".split()
 
 
 class EvalRun:
@@ -188,8 +186,17 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
 
     if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
         cfg.pretrained = on_main(choose, ranks)
-    choices = {name: cfg[name] for name in CHOICES}
-    return load_backbone(cfg.pretrained, contents=contents, **choices)
+    return load_backbone(
+        cfg.pretrained,
+        contents=contents,
+        which=cfg.which,
+        layer=cfg.layer,
+        final_norm=cfg.final_norm,
+        image_side=cfg.image_side,
+        pretrained_weights=cfg.pretrained_weights,
+        random_init=cfg.random_init,
+        seed=cfg.seed,
+    )
 
 
 # --- data ---------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def attribute_chains(source: str) -> set[str]:
     the longest chains only, without the method that is called on them."""
     tree = ast.parse(source)
     nodes = list(ast.walk(tree))
-    prefixes = {"cfg": "", "self.cfg": ""}
+    prefixes = dict.fromkeys(("cfg", "self.cfg", "run.cfg", "self.run.cfg"), "")
     inner = set()
     for node in nodes:
         if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("cfg."):
@@ -144,7 +144,7 @@ def keys_read_by_configs() -> set[str]:
 
 
 def test_attribute_chains_are_found():
-    source = "cfg.a.b + self.cfg.c; f(cfg.d.e); other.cfg.f; cfg; run(self.cfg).g; config.h"
+    source = "cfg.a.b + self.run.cfg.c; f(run.cfg.d.e); other.cfg.f; cfg; run(self.cfg).g; config.h"
     assert attribute_chains(source) == {"a.b", "c", "d.e"}
     source = "env = cfg.env; f(env.g, cfg.h.i.items()); cfg.get('j'); environment.k"
     assert attribute_chains(source) == {"env.g", "h.i"}
