@@ -80,7 +80,7 @@ def add_photo_options(parser: argparse.ArgumentParser, photos: int) -> None:
 
 @contextmanager
 def photo_folder(data: Path | None, photos: int) -> Iterator[Path]:
-    """data or, without it, a folder of so many files that is there until the context ends."""
+    """data or, if it is None, a temporary folder of generated files."""
     with tempfile.TemporaryDirectory() as made:
         if data is None:
             write_photos(Path(made), photos)

@@ -50,7 +50,7 @@ EPOCH = 10.0  # any, for the schedules
 
 
 def read_config(name: str) -> dict:
-    """As it stands in its file: what OmegaConf would compose or fill in is left as it is."""
+    """The file as it is, without what OmegaConf would compose or fill in."""
     return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 

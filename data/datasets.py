@@ -102,6 +102,7 @@ def build_dataset(
     unknown = [option for option in options if option not in valid]
     if unknown:
         raise DataError(
-            f"dataset {name} has no option {unknown[0]!r}; valid: {', '.join(valid) or 'none'}"
+            f"dataset.options.{unknown[0]}: {name} has no such option; expected one of "
+            f"{', '.join(valid) or 'none'}"
         )
     return builder(split, data_path, **options)

@@ -22,7 +22,7 @@ from util.streams import Stream, generator
 
 logger = logging.getLogger("lmim.data")
 
-# So many unreadable images in a row are no accident: the file server is gone, or the code is wrong.
+# More unreadable images in a row mean that the file server is gone, or that the code is wrong.
 MOST_NEIGHBOURS = 20
 NO_LABEL = -1
 
@@ -47,7 +47,7 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
 
 
 def share_of(count: int, rank: int, world_size: int) -> slice:
-    """The contiguous part of so many pieces of work that is this process's."""
+    """This process's contiguous part of `count` pieces of work."""
     return slice(count * rank // world_size, count * (rank + 1) // world_size)
 
 

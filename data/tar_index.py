@@ -31,7 +31,7 @@ CACHE_FOLDER = "~/.cache/latent-mim"
 INDEX_FORMAT = 2
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
-# Headers lie a whole image apart. The default buffer is what the file system likes best to send:
+# Headers lie a whole image apart. The default buffer is the file system's preferred size:
 # on a cluster often a megabyte, and the scan would read everything.
 SCAN_BUFFER = 4096
 # Behind its end mark, a tar is filled up with zeros; some kilobytes are usual.
@@ -153,7 +153,7 @@ def read_index(path: Path) -> TarIndex | None:
         tars = [TarFile(*tar) for tar in contents["tars"]]
         index = TarIndex(tars, contents["classes"], PathList(names), places)
         return index if contents["format"] == INDEX_FORMAT else None
-    except Exception as error:  # damage shows in many ways, and a new index mends them all
+    except Exception as error:  # damage shows in many ways; a new index replaces it
         logger.info("the index %s cannot be read (%s): it is made again", path, error)
         return None
 

@@ -80,7 +80,7 @@ class EvalTransform:
         return image[:, top : top + self.side, left : left + self.side]
 
     def mask(self, mask: Image.Image) -> Tensor:
-        """The same part of a mask, whose classes are no numbers to take means of.
+        """The same part of a mask, without interpolation between its classes.
         -> uint8 [1, side, side]"""
         mask = mask.resize(self.resized(*mask.size), Image.Resampling.NEAREST)
         left, top = self.corner(*mask.size)

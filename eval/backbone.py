@@ -130,7 +130,7 @@ class OwnBackbone(Backbone):
     def __init__(self, encoder: Encoder, *, name: str, layer: int, final_norm: bool):
         super().__init__()
         self.layer = block_index(layer, len(encoder.blocks))
-        # What is not run is not there either: it would be trained in vain, or counted.
+        # Drop what is not run, which would be counted and trained.
         encoder.blocks = encoder.blocks[: self.layer + 1]
         encoder.head = nn.Identity()
         if not final_norm:
@@ -171,7 +171,7 @@ class TimmBackbone(Backbone):
             self.layer = self.depth = len(model.feature_info)
         has_norm = not isinstance(getattr(model, "norm", None), nn.Identity)
         if self.is_vit and not has_norm and hasattr(model, "fc_norm"):
-            model.norm = model.fc_norm  # its only norm stands behind timm's own pooling
+            model.norm = model.fc_norm  # its only norm follows timm's own pooling
         if not final_norm and hasattr(model, "norm"):
             model.norm = nn.Identity()
         # Norm and head behind timm's own pooling are not run.
@@ -254,7 +254,7 @@ def load_backbone(
             backbone = load_other(family, rest, file, which, random_init, layer, final_norm)
         elif colon and not Path(pretrained).exists():
             raise BackboneError(
-                f"pretrained={pretrained}: no such family; valid: timm, {', '.join(FAMILIES)}"
+                f"pretrained={pretrained}: expected a path or a family: timm, {', '.join(FAMILIES)}"
             )
         else:
             file = Path(pretrained)
@@ -292,8 +292,8 @@ def check_forward(backbone: TimmBackbone) -> None:
     rows, columns = tokens.grid
     if tokens.patches.shape[1] != rows * columns:
         raise BackboneError(
-            f"{place}: {tokens.patches.shape[1]} tokens are no grid of {rows} x {columns}; valid "
-            f"are ViTs and feature maps"
+            f"{place}: {tokens.patches.shape[1]} tokens are not a grid of {rows} x {columns}; "
+            f"expected a ViT or a model with feature maps"
         )
 
 
@@ -343,7 +343,7 @@ def load_own(
 
 
 def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
-    """The architecture, read off the shapes. What shapes do not tell stands in the config."""
+    """The architecture, read from the shapes and, for the number of heads, from the config."""
     require_keys(weights, ("cls_token", "embed.proj.weight", "pos_embed.pos_embeds"), path)
     embed_dim, patch_values = weights["embed.proj.weight"].shape
     blocks = {int(key.split(".")[1]) for key in weights if key.startswith("blocks.")}

@@ -42,8 +42,8 @@ def evaluate(run: EvalRun) -> None:
     dataset = open_split(cfg, cfg.split)
     if len(dataset) < 4:
         raise DataError(
-            f"dataset={cfg.dataset.name}: its {cfg.split} split has {len(dataset)} images; valid "
-            f"are at least 4, two to fit the position probe and two to test it"
+            f"dataset={cfg.dataset.name}: expected at least 4 images in its {cfg.split} split, two "
+            f"to fit the position probe and two to test it"
         )
     found = extract(run, dataset, cfg.split, cfg.pooling, normalised=False)
     probe = TokenProbe(run, dataset)

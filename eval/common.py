@@ -241,7 +241,7 @@ def labelled_images(cfg: DictConfig, purpose: str, *splits: str) -> dict[str, La
 
 
 def count_classes(train: Tensor | np.ndarray, evaluation: Tensor | np.ndarray) -> int:
-    """From the labels of both splits. One that is never trained could not be told."""
+    """From the labels of both splits. An evaluation class without training images is an error."""
     train, evaluation = set(train.tolist()), set(evaluation.tolist())
     if unknown := sorted(evaluation - train):
         raise DataError(

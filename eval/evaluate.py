@@ -144,8 +144,8 @@ def markdown(found: dict[str, dict[str, dict]], with_references: bool) -> str:
 
 
 def reference_table(names: list[str]) -> str:
-    """The field's numbers. A nearest neighbour found inside the evaluation images stands in a
-    column of its own: it is not comparable to a k-NN with a bank of training images."""
+    """Published numbers. Leave-one-out nearest neighbours have their own column: they are not
+    comparable to a k-NN with a bank of training images."""
     columns = [n for n in ("nn", "knn", "linear_probe", "finetune") if n in names]
     if not columns:
         return ""

@@ -36,7 +36,7 @@ class BackboneError(ConfigError):
 def read_file(path: Path) -> dict:
     """Plain types and tensors only: a file that wants more is refused by name, never run."""
     if not path.is_file():
-        raise BackboneError(f"pretrained weights: there is no file {path}")
+        raise BackboneError(f"pretrained: expected a file, but there is no {path}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -155,7 +155,7 @@ SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 14
 class Family(NamedTuple):
     """sections: where the file keeps the encoder for which=encoder and which=target, the first that
     is there; a file of the encoder alone has no section. prefix: what its keys start with there.
-    other: keys that are no part of the encoder. renamed: a pattern and what replaces it."""
+    other: keys outside the encoder. renamed: a pattern and what replaces it."""
 
     sections: dict[str, tuple[str, ...]]
     prefix: str = ""
@@ -201,7 +201,7 @@ def build_from_file(name: str, path: Path, which: str, random_init: bool) -> tup
     if not random_init:
         load_weights(model, weights, path)
     patch_size = model.patch_embed.patch_size[0]
-    # Without a side of its own a family has a table of positions, which tells.
+    # Where the family has no fixed side, the size of the position table gives it.
     side = family.image_side or patch_size * model.patch_embed.grid_size[0]
     model.pretrained_cfg = {
         "input_size": (3, side, side),
@@ -237,8 +237,8 @@ def vit_like(weights: StateDict, path: Path) -> VisionTransformer:
     require_keys(weights, ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"), path)
     width, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
     if width not in HEADS:
-        valid = ", ".join(map(str, HEADS))
-        raise BackboneError(f"{path}: a width of {width} channels is not known; valid: {valid}")
+        widths = ", ".join(map(str, HEADS))
+        raise BackboneError(f"{path}: has {width} channels; expected one of {widths}")
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     has_class = "cls_token" in weights
     places = weights["pos_embed"].shape[1] - int(has_class and not registers)

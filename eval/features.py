@@ -132,7 +132,7 @@ def encode(
 
 def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) -> Path | None:
     """Named after everything that the features depend on. The files of a data set are not read for
-    this: whoever changes images in place, keeping their number and labels, empties the cache."""
+    this: after changing images in place, with the same number and labels, empty the cache."""
     cfg, backbone = run.cfg, run.backbone
     if cfg.cache_dir is None:
         return None

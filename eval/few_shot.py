@@ -58,7 +58,7 @@ def check_shots(labels: np.ndarray, shots: int) -> None:
 
 
 def choose_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
-    """Positions of so many images of each class. Those of fewer shots are among those of more."""
+    """Positions of `shots` images of each class. More shots contain the fewer."""
     order = generator(Stream.SHOTS, seed, draw).permutation(len(labels))
     shuffled = labels.numpy()[order]
     by_class = np.argsort(shuffled, kind="stable")
@@ -82,7 +82,7 @@ class Ridge:
         self.features = features.double() - self.centre
         self.targets = targets.double() - self.offset
         self.unit = self.features.square().sum() / len(features)
-        # Of the two products the smaller one; both have the same eigenvalues besides zeros.
+        # The smaller of the two products: both have the same nonzero eigenvalues.
         is_wide = len(features) < features.shape[1]
         rows = self.features if is_wide else self.features.T
         values, vectors = torch.linalg.eigh(rows @ rows.T)

@@ -165,8 +165,8 @@ class Finetuning(Classification):
         return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"
 
     def settle_gradient_buckets(self) -> None:
-        """One pass before the first step, of a new run and of a resumed one alike: processes sum
-        gradients in another order after their first backward pass (as in main_lmim)."""
+        """As in main_lmim: one pass before the first step, because processes sum gradients in
+        another order after their first backward pass."""
         if isinstance(self.network, DistributedDataParallel):
             blank_pass(self.network, self.model)
             self.optimizer.zero_grad(set_to_none=True)

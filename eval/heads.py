@@ -93,7 +93,7 @@ class ProbeHead(nn.Module):
 
     def __init__(self, pooling: str, dim: int, classes: int, world_size: int, seed: int):
         super().__init__()
-        # Heads start alike whatever their learning rate, and whichever others are there.
+        # The start of a head does not depend on its learning rate or on other heads.
         generator = torch.Generator().manual_seed(seed)
         self.pooling = pooling
         self.pool = AttentivePool(dim, generator) if pooling == ATTENTIVE else nn.Identity()

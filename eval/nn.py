@@ -36,7 +36,7 @@ def evaluate(run: EvalRun) -> None:
     found = extract_labelled(run, images, cfg.pooling)
     queries = found["eval"]
     if cfg.protocol == "paper":
-        check_bank(1, len(queries.labels) - 1, "evaluation images besides each query")
+        check_bank(1, len(queries.labels) - 1, "evaluation images other than the query")
         results = {"top1": leave_one_out(queries, run.ranks, run)}
         protocol = "nearest neighbour, leave-one-out inside the evaluation images"
         run.finish(results, protocol=f"{protocol}, {describe(cfg)}", images=len(queries.labels))

@@ -211,7 +211,7 @@ def test_the_only_norm_of_a_vit_may_stand_behind_its_pooling():
     [("vit_tiny_r_s16_p8_224", None), ("xcit_nano_12_p16_224", None), ("mixer_s32_224", 64)],
 )
 def test_models_that_give_no_grid_are_refused(name, side):
-    with pytest.raises(BackboneError, match=f"timm:{name}.*(no grid|no image|expected ViTs)"):
+    with pytest.raises(BackboneError, match=f"timm:{name}.*(not a grid|no image|expected ViTs)"):
         load_backbone(f"timm:{name}", random_init=True, image_side=side)
 
 
@@ -378,7 +378,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     for pretrained, options, expected in [
         (None, {}, "pretrained=null: expected a checkpoint or job folder, timm:NAME"),
-        (tmp_path / "none.pth", {}, "there is no file"),
+        (tmp_path / "none.pth", {}, "expected a file, but there is no"),
         (truncated, {}, "cannot be read"),
         (tmp_path / "empty", {}, "holds no checkpoint"),
         (f"mae:{path}", {}, "digits.pth holds no weights where they are expected; it"),
@@ -387,7 +387,7 @@ def test_mistakes_are_one_sentence(tmp_path):
         (path, {"layer": 3}, "layer=3: expected -1 .the last. or 0 to 2"),
         (path, {"image_side": 30}, "image_side=30: expected a multiple of the patch size 4"),
         (path, {"pretrained_weights": "x"}, "pretrained_weights=x: expected with pretrained=timm"),
-        ("moco:x.pth", {}, "no such family; valid: timm, mae, ijepa"),
+        ("moco:x.pth", {}, "expected a path or a family: timm, mae, ijepa"),
         ("timm:vit_tinny_patch16_224", {}, "timm has no such model; did you mean vit_tiny_patch16"),
     ]:
         with pytest.raises((BackboneError, CheckpointError), match=expected) as caught:

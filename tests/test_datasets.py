@@ -268,8 +268,11 @@ def test_imagenet100_names_missing_classes(imagenet):
 BAD_SETTINGS = [
     (("mnist", "train", None, {}), "'mnist'; choose one of digits, .*imagenet100.*stl10"),
     (("digits", "val", None, {}), "'val'; choose one of train, eval"),
-    (("digits", "train", None, {"seed": 3}), "digits has no option 'seed'; valid: none"),
-    (("shapes", "train", None, {"size": 3}), "no option 'size'; valid: image_size, train_images"),
+    (("digits", "train", None, {"seed": 3}), "digits has no such option; expected one of none"),
+    (
+        ("shapes", "train", None, {"size": 3}),
+        "no such option; expected one of image_size, train_images",
+    ),
     (("shapes", "train", None, {"image_size": 4}), "image_size=4 must be at least 8"),
     (("shapes", "eval", None, {"eval_images": 0}), "eval_images=0 must be at least 1"),
 ]
