@@ -85,6 +85,10 @@ class StepOrder:
                 start = (micro_step * self.world_size + self.rank) * self.batch_size
                 yield epoch, order[start : start + self.batch_size].tolist()
 
+    def stream(self, first_step: int, last_step: int) -> Iterator:
+        """For each micro-step what is trained on: here the indices alone."""
+        return (indices for _, indices in self.micro_steps(first_step, last_step))
+
 
 class TrainLoader(StepOrder):
     """An endless shuffled stream of batches for one process."""
@@ -130,7 +134,8 @@ class TrainLoader(StepOrder):
         if total > self.max_bad_images * len(self.dataset):
             raise DataError(
                 f"{total} of {len(self.dataset)} images could not be read, more than "
-                f"max_bad_images={self.max_bad_images} allows: {first_few(sorted(self.bad_images), 20)}"
+                f"max_bad_images={self.max_bad_images} allows: "
+                f"{first_few(sorted(self.bad_images), 20)}"
             )
 
     def _note_bad_images(self, descriptions: list[str]) -> None:
@@ -151,7 +156,7 @@ class EvalLoader:
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Picture], Tensor],
+        transform: Callable[..., Tensor],  # of what the data set loads
         batch_size: int,
         rank: int,
         world_size: int,
@@ -258,7 +263,7 @@ def _start_worker(worker_id: int) -> None:
 
 
 def _load(
-    samples: Dataset, batches: Iterable[Iterable], num_workers: int, device: torch.device
+    samples: Dataset, batches: Iterable, num_workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, tuple]]:
     """Decode `batches` (each a list of keys of `samples`) and bring them to the device."""
     loader = DataLoader(
