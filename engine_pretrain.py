@@ -96,7 +96,7 @@ def end_step(training: Training, step: int) -> None:
     if not training.scaler.is_enabled():
         # After the all-reduce the gradient is the same everywhere, so all ranks leave out the same
         # steps.
-        training.optimizer.found_inf = gradient_is_bad.float()
+        training.optimizer.found_inf = gradient_is_bad.float()  # type: ignore[attr-defined]
         training.meters.add_gradient(step, gradient_is_bad)
     else:
         # The scaler leaves such steps out itself, routinely while it looks for its scale.

@@ -54,6 +54,8 @@ def pretrain(cfg: DictConfig, ranks: Ranks, stop_flag: StopFlag) -> None:
 
 
 class Pretraining(Task):
+    loader: TrainLoader
+    model: LatentMIM
     evaluates_at_end = False
 
     def __init__(self, cfg: DictConfig, ranks: Ranks):

@@ -1,7 +1,7 @@
 """Data sets made of image files, and `folder`, the one without labels."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,9 @@ class PathList:
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index > 0 else 0
         return os.fsdecode(self.characters[start : self.ends[index]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
 
 class FileDataset(ImageDataset):
@@ -77,7 +80,7 @@ def existing_folder(name: str, data_path: str | os.PathLike | None, expected: st
     return folder
 
 
-def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
+def list_folder(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
     """Sorted names of the (subfolders, image files) in a folder; hidden ones are left out."""
     subfolders, images = [], []
     try:
@@ -95,7 +98,7 @@ def list_folder(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     return sorted(subfolders), sorted(images)
 
 
-def find_images(folder: str | os.PathLike) -> list[str]:
+def find_images(folder: str | os.PathLike[str]) -> list[str]:
     """Paths of all images below a folder, always in the same order."""
     subfolders, images = list_folder(folder)
     paths = [os.path.join(folder, image) for image in images]

@@ -85,6 +85,10 @@ class StepOrder:
                 start = (micro_step * self.world_size + self.rank) * self.batch_size
                 yield epoch, order[start : start + self.batch_size].tolist()
 
+    def stream(self, first_step: int, last_step: int) -> Iterator:
+        """For each micro-step what is trained on: here the indices alone."""
+        return (indices for _, indices in self.micro_steps(first_step, last_step))
+
 
 class TrainLoader(StepOrder):
     """An endless shuffled stream of batches for one process."""
@@ -152,7 +156,7 @@ class EvalLoader:
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Picture], Tensor],
+        transform: Callable[..., Tensor],  # of what the data set loads
         batch_size: int,
         rank: int,
         world_size: int,
@@ -259,7 +263,7 @@ def _start_worker(worker_id: int) -> None:
 
 
 def _load(
-    samples: Dataset, batches: Iterable[Iterable], num_workers: int, device: torch.device
+    samples: Dataset, batches: Iterable, num_workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, tuple]]:
     """Decode `batches` (each a list of keys of `samples`) and bring them to the device."""
     loader = DataLoader(

@@ -25,6 +25,7 @@ from data.files import (
     require_files,
     split_folder,
 )
+from data.picture import Picture, size_of
 from data.transforms import EvalTransform
 
 IGNORE = 255
@@ -33,7 +34,15 @@ SPLIT_FILES = {"train": "train", "eval": "val"}  # of VOC
 VOC_LAYOUT = "a folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
 
 
-class MaskedFiles(FileDataset):
+class MaskedImages(ImageDataset):
+    """Images, and for each a mask."""
+
+    def mask(self, index: int) -> np.ndarray:
+        """uint8 [H, W]: classes, or IGNORE."""
+        raise NotImplementedError
+
+
+class MaskedFiles(FileDataset, MaskedImages):
     """Image files, and for each the file of its mask."""
 
     def __init__(self, paths: Sequence[str | Path], mask_paths: Sequence[Path]) -> None:
@@ -42,7 +51,6 @@ class MaskedFiles(FileDataset):
         self.mask_paths = PathList(mask_paths)
 
     def mask(self, index: int) -> np.ndarray:
-        """uint8 [H, W]: classes, or IGNORE."""
         return read_mask(self.mask_paths[index])
 
 
@@ -108,9 +116,9 @@ def read_names(path: Path) -> list[str]:
 
 
 class WithMasks(ImageDataset):
-    """Loads (image, mask), both as Pillow images of one size."""
+    """Loads (image, mask), both of one size: what MaskTransform takes."""
 
-    def __init__(self, dataset: ImageDataset) -> None:
+    def __init__(self, dataset: MaskedImages) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -119,15 +127,15 @@ class WithMasks(ImageDataset):
     def describe(self, index: int) -> str:
         return self.dataset.describe(index)
 
-    def load(self, index: int) -> tuple[Image.Image, Image.Image]:
+    def load(self, index: int) -> tuple[Picture, Image.Image]:  # type: ignore[override]
         image, mask = self.dataset.load(index), Image.fromarray(self.dataset.mask(index))
         require_same_size(self.describe(index), image, mask)
         return image, mask
 
 
-def require_same_size(name: object, image: Image.Image, mask: Image.Image) -> None:
-    if image.size != mask.size:
-        (width, height), (mask_width, mask_height) = image.size, mask.size
+def require_same_size(name: object, image: Picture, mask: Image.Image) -> None:
+    if size_of(image) != mask.size:
+        (width, height), (mask_width, mask_height) = size_of(image), mask.size
         raise DataError(
             f"the mask of {name} has {mask_width} x {mask_height} pixels: expected the size of the "
             f"image, {width} x {height}"
@@ -140,7 +148,7 @@ class MaskTransform:
     def __init__(self, side: int, crop_ratio: float) -> None:
         self.crop = EvalTransform(side, crop_ratio)
 
-    def __call__(self, pair: tuple[Image.Image, Image.Image]) -> Tensor:
+    def __call__(self, pair: tuple[Picture, Image.Image]) -> Tensor:
         """-> uint8 [4, side, side]"""
         image, mask = pair
         return torch.cat([self.crop(image), self.crop.mask(mask)])

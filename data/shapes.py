@@ -10,7 +10,8 @@ import math
 import numpy as np
 from PIL import Image
 
-from data.base import DataError, ImageDataset
+from data.base import DataError
+from data.masks import MaskedImages
 
 SMALLEST_SIDE = 8
 # Each pixel is the mean of this many samples squared: soft edges.
@@ -125,7 +126,7 @@ TEXTURES = (stripes, checks, spots, ramp, clouds, grain)
 # ---- The data set. -------------------------------------------------------------------------------
 
 
-class Shapes(ImageDataset):
+class Shapes(MaskedImages):
     """`images` drawings of side `image_size`; classes take turns, so they are balanced."""
 
     classes = [outline.__name__ for outline in OUTLINES]
@@ -134,7 +135,7 @@ class Shapes(ImageDataset):
         self.split = split
         self.image_size = image_size
         self.seed = seed
-        self.labels = np.arange(images, dtype=np.int64) % len(OUTLINES)
+        self.labels: np.ndarray = np.arange(images, dtype=np.int64) % len(OUTLINES)
         self.pixels = grid(image_size)
         self.samples = grid(image_size * SAMPLES_PER_PIXEL)
 

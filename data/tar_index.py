@@ -161,7 +161,7 @@ def read_index(path: Path) -> TarIndex | None:
 def write_index(index: TarIndex, path: Path) -> None:
     contents = {"format": INDEX_FORMAT, "tars": index.tars, "classes": index.classes}
     names = np.frombuffer(os.fsencode("\0".join(index.names)), dtype=np.uint8)
-    arrays = {"contents": json.dumps(contents), "names": names, "places": index.places}
+    arrays: dict = {"contents": json.dumps(contents), "names": names, "places": index.places}
     try:
         write_whole(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
@@ -258,7 +258,7 @@ def members_of(folder: Path, piece: Piece, path: str) -> Iterator[tarfile.TarInf
             file.seek(piece.start)
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (it holds nothing of its own: `file` is closed)
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 if member.isreg() and member.offset_data + member.size > piece.end:
                     raise tarfile.ReadError(f"it ends in the middle of {member.name}")
                 yield member

@@ -4,7 +4,7 @@ checkpoints, the published one, any model of timm, and official files of other m
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath
@@ -153,9 +153,9 @@ class OwnBackbone(Backbone):
 
 class TimmBackbone(Backbone):
     """Any model of timm. Its last feature map gives the patch tokens; layers, stochastic depth and
-    layer decay are for those with a list of transformer blocks."""
+    layer decay are for those with a list of transformer blocks. Attributes differ, hence Any."""
 
-    def __init__(self, model: nn.Module, *, family: str, name: str, layer: int, final_norm: bool):
+    def __init__(self, model: Any, *, family: str, name: str, layer: int, final_norm: bool):
         super().__init__()
         self.is_vit = hasattr(model, "num_prefix_tokens") and isinstance(
             getattr(model, "blocks", None), nn.Sequential | nn.ModuleList
@@ -204,11 +204,12 @@ class TimmBackbone(Backbone):
         return super().layer_of(parameter_name)
 
     def forward(self, images: Tensor) -> Tokens:
-        grid = self.grid_of(images) if self.is_vit else None
-        features = self.model.forward_features(images)
         if self.is_vit:
+            grid = self.grid_of(images)
+            features = self.model.forward_features(images)
             patches = features[:, self.model.num_prefix_tokens :]
             return Tokens(features[:, 0] if self.has_cls else None, patches, grid)
+        features = self.model.forward_features(images)
         if features.ndim != 4:
             raise BackboneError(f"{self.family}:{self.name}: expected ViTs and feature maps")
         if getattr(self.model, "output_fmt", "NCHW") == "NCHW":
@@ -262,8 +263,9 @@ def load_backbone(
                 file, contents = newest_checkpoint(file)
             contents = read_file(file) if contents is None else contents
             backbone = load_own(file, contents, which, random_init, layer, final_norm)
-    from_file = file is not None and not random_init
-    backbone.fingerprint = file_fingerprint(file) if from_file else state_fingerprint(backbone)
+    backbone.fingerprint = (
+        state_fingerprint(backbone) if file is None or random_init else file_fingerprint(file)
+    )
     if image_side is not None:
         backbone.image_side = image_side
     if backbone.is_vit and backbone.image_side % backbone.patch_size:
@@ -378,7 +380,7 @@ def load_other(
     if family == "timm":
         model = build_timm(name, file, random_init)
     else:
-        model, name = build_from_file(family, file, which, random_init)
+        model, name = build_from_file(family, Path(name), which, random_init)
     try:
         return TimmBackbone(model, family=family, name=name, layer=layer, final_norm=final_norm)
     except (AttributeError, TypeError) as error:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class EvalRun:
         self,
         dataset: ImageDataset,
         indices: Sequence[int] | None = None,
-        transform: Callable[[Picture], Tensor] | None = None,
+        transform: Callable[..., Tensor] | None = None,
     ) -> EvalLoader:
         """This process's part of all images, or of those with these indices."""
         side, crop_ratio = self.backbone.image_side, self.cfg.dataset.crop_ratio
@@ -85,7 +85,7 @@ class EvalRun:
     def colours(self) -> tuple[Colour, Colour]:
         """The mean and deviation that the backbone was trained with; the data set's where it does
         not say."""
-        if self.backbone.mean is None:
+        if self.backbone.mean is None or self.backbone.std is None:
             return tuple(self.cfg.dataset.mean), tuple(self.cfg.dataset.std)
         return self.backbone.mean, self.backbone.std
 
@@ -103,7 +103,7 @@ class EvalRun:
         if self.ranks.is_main:
             print(text, flush=True)
 
-    def tracked(self, pieces: Collection, what: str) -> Iterator:
+    def tracked(self, pieces: Sequence | EvalLoader, what: str) -> Iterator:
         """The pieces of long work, and a line every few seconds."""
         for done, piece in enumerate(pieces):
             now = time.monotonic()
@@ -209,7 +209,7 @@ class LabelledImages(ImageDataset):
         labels = np.asarray(dataset.labels, dtype=np.int64)
         self.dataset, self.classes = dataset, dataset.classes
         self.positions = np.flatnonzero(labels >= 0)
-        self.labels = labels[self.positions]
+        self.labels: np.ndarray = labels[self.positions]
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -255,8 +255,10 @@ def count_classes(train: Tensor | np.ndarray, evaluation: Tensor | np.ndarray) -
 
 
 class Classification(Task):
-    """Trains `model`, all of it or parts of it, to name the classes of images. `names`: of what
-    predicts in it, each for itself."""
+    """Trains `model`, all of it or parts of it, to name the classes of images."""
+
+    names: Sequence[str]  # of what predicts in the model, each for itself
+    evaluation: LabelledImages
 
     def __init__(self, run: EvalRun, scales_loss: bool):
         self.run, self.cfg, self.ranks = run, run.cfg, run.ranks

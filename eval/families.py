@@ -7,6 +7,7 @@ are resampled as timm does it, which for DINOv2 is close to the official way and
 
 import hashlib
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -119,10 +120,11 @@ def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Mo
     with suppress(TypeError), torch.device("meta"):  # where there is no such option
         timm.create_model(name, **options, dynamic_img_size=True)
         options["dynamic_img_size"] = True  # other image sizes are resampled
-    if random_init or weights_file is not None:
+    if random_init:
+        return timm.create_model(name, **options)
+    if weights_file is not None:
         model = timm.create_model(name, **options)
-        if not random_init:
-            fit_timm(model, weights_file)
+        fit_timm(model, weights_file)
         return model
     try:
         return timm.create_model(name, pretrained=True, **options)
@@ -157,7 +159,7 @@ class Family(NamedTuple):
     is there; a file of the encoder alone has no section. prefix: what its keys start with there.
     other: keys outside the encoder. renamed: a pattern and what replaces it."""
 
-    sections: dict[str, tuple[str, ...]]
+    sections: Mapping[str, tuple[str, ...]]
     prefix: str = ""
     other: str = ""
     renamed: tuple[tuple[str, str], ...] = ()

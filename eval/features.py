@@ -37,7 +37,7 @@ def pool(tokens: Tokens, pooling: str) -> Tensor:
     """-> [B, D], or [B, 2 D] for cls+mean"""
     if pooling != "mean" and tokens.cls is None:
         raise BackboneError(f"pooling={pooling}: this backbone has no class token; expected mean")
-    parts = {"cls": [tokens.cls], "mean": [None], "cls+mean": [tokens.cls, None]}[pooling]
+    parts = {"cls": (tokens.cls,), "mean": (None,), "cls+mean": (tokens.cls, None)}[pooling]
     return torch.cat([tokens.patches.mean(dim=1) if p is None else p for p in parts], dim=1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.augmentation import FinetuneTransform
-from data.loader import TrainBatch
+from data.loader import TrainBatch, TrainLoader
 from eval.backbone import Backbone
 from eval.common import Classification, EvalRun, count_classes, labelled_images, run_evaluation
 from eval.features import pool, pooled_width
@@ -62,6 +62,8 @@ def evaluate(run: EvalRun) -> None:
 
 
 class Finetuning(Classification):
+    loader: TrainLoader
+    model: Classifier
     names = ("top1",)
 
     def __init__(self, run: EvalRun):
@@ -125,7 +127,7 @@ class Finetuning(Classification):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         bad = ~nn.utils.get_total_norm(gradients, foreach=True).isfinite()
         if not self.scaler.is_enabled():
-            self.optimizer.found_inf = bad.float()
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.bad_steps.add(step, bad)
         self.scaler.step(self.optimizer)
         self.scaler.update()

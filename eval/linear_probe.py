@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from data.loader import EvalBatch, StepOrder, TrainBatch, share_of
+from data.loader import StepOrder, TrainBatch, share_of
 from data.transforms import TrainTransform
 from eval.backbone import Backbone
 from eval.common import Classification, EvalRun, count_classes, labelled_images, run_evaluation
@@ -46,6 +46,9 @@ def evaluate(run: EvalRun) -> None:
 
 
 class Probe(Classification):
+    model: nn.ModuleDict
+    optimizer: LARS
+
     def __init__(self, run: EvalRun):
         super().__init__(run, scales_loss=False)  # heads are float32
         cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
@@ -156,7 +159,7 @@ class LiveFeatures:
         self.loader = train_loader(run.cfg, run.ranks, train, transform)
 
     @torch.no_grad()
-    def encoded(self, batch: TrainBatch | EvalBatch) -> StepData:
+    def encoded(self, batch: TrainBatch) -> StepData:  # an EvalBatch has labels here, too
         tokens = self.run.tokens(batch.images)
         poolings = self.run.cfg.poolings
         features = {pooling: probe_features(tokens, pooling) for pooling in poolings}
@@ -193,10 +196,6 @@ class CachedFeatures(StepOrder):
         features = {pooling: part.features[indices].to(device) for pooling, part in parts.items()}
         labels = next(iter(parts.values())).labels  # of any pooling: they are the same
         return StepData(features, labels[indices].to(device))
-
-    def stream(self, first_step: int, last_step: int) -> Iterator[list[int]]:
-        """As a TrainLoader's, of the indices alone."""
-        return (indices for _, indices in self.micro_steps(first_step, last_step))
 
     def encoded(self, indices: list[int]) -> StepData:
         return self.rows("train", indices)

@@ -53,10 +53,10 @@ def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> Pa
             raise DataError("no pixel of the training masks has a class")
         head, optimizer = start(cfg, ranks, tokens, classes=int(labelled.max()) + 1)
     for epoch in run.tracked(range(cfg.patch_head.epochs), "epochs of the head:"):
-        if ranks.is_main:
+        if head is not None:
             train_epoch(cfg, ranks, head, optimizer, tokens, masks, grid, epoch)
         broadcast_object(epoch, ranks)  # a sign of life, before the others give up waiting
-    return broadcast_object(head.cpu() if ranks.is_main else None, ranks).to(ranks.device)
+    return broadcast_object(None if head is None else head.cpu(), ranks).to(ranks.device)
 
 
 def start(
@@ -114,13 +114,13 @@ def class_counts(masks: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     return counts.scatter_add_(2, cells * labelled, labelled.float())
 
 
-def gather_to_first(parts: list[Tensor], ranks: Ranks) -> Tensor | None:
-    """The rows of all processes in the order of ranks, on the first one; None on the others."""
+def gather_to_first(parts: list[Tensor], ranks: Ranks) -> Tensor:
+    """The rows of all processes in the order of ranks, on the first one; none on the others."""
     shapes = gather_objects([(part.shape, part.dtype) for part in parts], ranks)
     if not ranks.is_main:
         for part in parts:
             dist.send(part.contiguous().to(ranks.device), 0)
-        return None
+        return torch.empty(0)
     for source in range(1, ranks.world_size):
         for shape, dtype in shapes[source]:
             part = torch.empty(shape, dtype=dtype, device=ranks.device)

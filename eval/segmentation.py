@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
-from data.base import DataError, ImageDataset
-from data.masks import IGNORE, MaskTransform, WithMasks
+from data.base import DataError
+from data.masks import IGNORE, MaskedImages, MaskTransform, WithMasks
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation
 from eval.metrics import (
@@ -46,9 +46,9 @@ def evaluate(run: EvalRun) -> None:
     method(run, masked_data(run.cfg, "eval"))
 
 
-def masked_data(cfg: DictConfig, split: str) -> ImageDataset:
+def masked_data(cfg: DictConfig, split: str) -> MaskedImages:
     dataset = open_split(cfg, split)
-    if not hasattr(dataset, "mask"):
+    if not isinstance(dataset, MaskedImages):
         raise DataError(
             f"dataset={cfg.dataset.name} has no masks, and segmentation needs them; expected one "
             f"of shapes, masks, voc"
@@ -58,7 +58,7 @@ def masked_data(cfg: DictConfig, split: str) -> ImageDataset:
 
 @torch.inference_mode()
 def token_batches(
-    run: EvalRun, dataset: ImageDataset, what: str
+    run: EvalRun, dataset: MaskedImages, what: str
 ) -> Iterator[tuple[Tokens, np.ndarray]]:
     """This process's part, in order: tokens on the device, and masks uint8 [B, H, W]."""
     backbone = run.backbone
@@ -80,7 +80,7 @@ def what_is_seen(cfg: DictConfig) -> str:
 # --- unsupervised: the patches of one image at a time -------------------------------------------
 
 
-def cluster_images(run: EvalRun, dataset: ImageDataset) -> None:
+def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     cfg = run.cfg
     scores = []  # of each image: [number of labels in its mask, mIoU, ARI, mIoU, ARI, ...]
     for tokens, masks in token_batches(run, dataset, "batches clustered:"):
@@ -158,7 +158,7 @@ def describe_clustering(cfg: DictConfig) -> str:
 # --- linear: a head for single patches ----------------------------------------------------------
 
 
-def linear_head(run: EvalRun, dataset: ImageDataset) -> None:
+def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     cfg = run.cfg
     train_set = masked_data(cfg, "train")
     if train_set.describe(0) == dataset.describe(0):

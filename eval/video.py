@@ -87,7 +87,8 @@ def propagate(run: EvalRun, video: Video, given: np.ndarray) -> Iterator[np.ndar
     numbers = [0, *sorted(set(np.unique(given).tolist()) - {0, VOID})]
     frames = frame_tokens(run, video)
     first_tokens = next(frames)
-    first = (first_tokens, labels_of_patches(given, numbers, first_tokens.shape[:2], device))
+    rows, columns, _ = first_tokens.shape
+    first = (first_tokens, labels_of_patches(given, numbers, (rows, columns), device))
     previous = deque(maxlen=cfg.previous_frames)
     for tokens in frames:
         context_tokens, context_labels = map(torch.stack, zip(first, *previous, strict=True))
@@ -118,7 +119,8 @@ def frame_tokens(run: EvalRun, video: Video) -> Iterator[Tensor]:
 def frame_size(size: tuple[int, int], shorter: int, patch_size: int) -> tuple[int, int]:
     """The shorter side becomes `shorter`; then each the nearest multiple of the patch size."""
     scale = shorter / min(size)
-    return tuple(max(1, round(side * scale / patch_size)) * patch_size for side in size)
+    width, height = (max(1, round(side * scale / patch_size)) * patch_size for side in size)
+    return width, height
 
 
 def labels_of_patches(

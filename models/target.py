@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.vit import Encoder
 
@@ -31,11 +31,9 @@ class MovingAverage:
     """
 
     def __init__(self, target: nn.Module, online: nn.Module):
-        online_parameters = dict(online.named_parameters())
-        self.targets, self.online = [], []
-        for name, parameter in target.named_parameters():
-            self.targets.append(parameter)
-            self.online.append(online_parameters[name])
+        own, others = dict(target.named_parameters()), dict(online.named_parameters())
+        self.targets: list[Tensor] = list(own.values())
+        self.online: list[Tensor] = [others[name] for name in own]
 
     @torch.no_grad()
     def step(self, momentum: float) -> None:

@@ -146,8 +146,8 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = PositionTable(embed_dim, grid_size, freeze_pe)
         self.blocks = nn.ModuleList(transformer_block(embed_dim, num_heads) for _ in range(depth))
-        self.norm = LayerNorm(embed_dim)
-        self.head = ProjectionHead(embed_dim, mlp_dim, mlp_depth)
+        self.norm: nn.Module = LayerNorm(embed_dim)
+        self.head: nn.Module = ProjectionHead(embed_dim, mlp_dim, mlp_depth)
         self.apply(initialise_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 

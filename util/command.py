@@ -93,7 +93,7 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
         say_error(error)
         return UserError.exit_code
     except SystemExit as stopped:  # by a signal. Caught, so that its frames let go of the workers
-        return stopped.code
+        return int(stopped.code or 0)
     except Exception:
         say_crash(cfg)
         return 1

@@ -172,7 +172,7 @@ def parse_override(text: str) -> Override:
 
 def explain(error: Exception, config_dirs: list[Path]) -> str:
     """Hydra's and OmegaConf's errors in one sentence."""
-    causes = [error]
+    causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
     for message in map(str, causes):

@@ -106,12 +106,9 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
     """DistributedDataParallel around the model; the model itself in a single process."""
     if ranks.world_size == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{BUFFER_OPTION: False},  # they are constants
-    )
+    options: dict = {BUFFER_OPTION: False, "gradient_as_bucket_view": True}  # buffers are constant
+    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **options)
 
 
 def leave_processes() -> None:

@@ -31,7 +31,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # it takes no closure
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -41,7 +41,7 @@ def eval_loader(
     cfg: DictConfig,
     ranks: Ranks,
     dataset: ImageDataset,
-    transform: Callable[[Picture], Tensor],
+    transform: Callable[..., Tensor],
     indices: Sequence[int] | None = None,
 ) -> EvalLoader:
     return EvalLoader(dataset, transform, indices=indices, **for_both(cfg, ranks))

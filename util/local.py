@@ -82,7 +82,7 @@ def run_and_exit(config: dict, variables: dict[str, str]) -> None:
 
 def tell(processes: list[SpawnProcess], number: int) -> None:
     for process in processes:
-        if process.is_alive():
+        if process.pid is not None and process.is_alive():
             with suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
@@ -108,9 +108,9 @@ def wait_for_all(processes: list[SpawnProcess], received: list[int]) -> int:
     told_at = said_at = None
     while running := [process for process in processes if process.is_alive()]:
         wait([process.sentinel for process in running], timeout=0.5)
-        saved = {None, 0, *(128 + number for number in received)}
-        codes = {rank: process.exitcode for rank, process in enumerate(processes)}
-        if failed := {rank: code for rank, code in codes.items() if code not in saved}:
+        saved = {128 + number for number in received}
+        codes = enumerate(process.exitcode for process in processes)
+        if failed := {rank: code for rank, code in codes if code and code not in saved}:
             end(running)
             # A process that does not handle signals yet is ended by the one that was passed on.
             unasked = {rank: code for rank, code in failed.items() if -code not in received}

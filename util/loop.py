@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from data.loader import StepOrder
 from util import checkpoint
 from util.config import TrainingStopped
 from util.distributed import Ranks, all_reduce, barrier, gather_objects, on_main
@@ -29,7 +30,7 @@ Line = tuple[dict[str, float], str]  # numbers for the log, and how the console 
 class Task:
     """What is trained. All processes call each of these together."""
 
-    loader = None  # a TrainLoader, or what has its steps_per_epoch, batch_size, ...
+    loader: StepOrder
     evaluates_at_end = True  # also where eval_freq is 0
     model: nn.Module
     optimizer: torch.optim.Optimizer

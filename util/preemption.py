@@ -36,7 +36,7 @@ class Interrupted(Exception):
 class Signals:
     """Records signals in order. The same one sent again ends the process at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: list[int] = []
         self.received_at = 0.0
         self.previous = {number: signal.signal(number, self.handle) for number in SIGNALS}

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeGuard
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -37,7 +38,7 @@ def is_switch(value) -> bool:
     return isinstance(value, bool)
 
 
-def is_text(value) -> bool:
+def is_text(value) -> TypeGuard[str]:
     return isinstance(value, str) and value.strip() != ""
 
 
@@ -123,7 +124,7 @@ SEVERAL_RATES: Rule = (
 )
 RAND_AUGMENT: Rule = (
     "a RandAugment of timm, such as rand-m9-mstd0.5-inc1",
-    lambda v: is_text(v) and re.fullmatch(r"rand(-(m|mstd|mmax|n|p|inc|t|w)\d+(\.\d+)?)*", v),
+    lambda v: is_text(v) and bool(re.fullmatch(r"rand(-(m|mstd|mmax|n|p|inc|t|w)\d+(\.\d+)?)*", v)),
 )
 
 # Keys that are True or False in the shipped configs need none.
