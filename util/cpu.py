@@ -1,10 +1,13 @@
 """What makes training faster on CPUs (docs/results.md has the figures): in fp32, large matrix
-products by convolution; in bf16, attention written out.
+products by convolution; in bf16, attention written out and memory that is kept.
 
 A linear layer is a convolution with one pixel, tokens in place of pixels. torch hands convolutions
 to oneDNN, and float32 matrix products to a library that is slower on some processors. The gradient
 of the weights stays a matrix product: there that is the faster.
 """
+
+import ctypes
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from models.decoder import CrossAttention
 SMALLEST = 2**18
 # oneDNN reorders the weights in each call, which pays off from this many tokens on.
 FEWEST_TOKENS = 512
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 ONE_PIXEL = {
     "stride": [1, 1],
     "padding": [0, 0],
@@ -81,6 +85,7 @@ def tune_for_cpu(model: nn.Module, precision: str, compiled: bool) -> None:
     """Parameters and their names stay as they are."""
     if precision == "bf16":
         write_out_attention(model)  # the fused one takes up to twice as long
+        keep_freed_memory()
     elif not compiled:  # the compiler chooses its own products
         multiply_by_convolution(model)
 
@@ -97,3 +102,13 @@ def write_out_attention(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Attention | CrossAttention):
             module.fused_attn = False
+
+
+def keep_freed_memory() -> None:
+    """Each step frees what the next one needs again. The C library hands large pieces back to the
+    system, which then clears and maps every page again (glibc only)."""
+    with suppress(AttributeError, OSError):
+        malloc_option = ctypes.CDLL(None).mallopt
+        # Not a high M_MMAP_THRESHOLD: where that is refused, the other option alone makes it worse.
+        malloc_option(M_MMAP_MAX, 0)  # no pieces of their own
+        malloc_option(M_TRIM_THRESHOLD, -1)  # never give back

@@ -20,7 +20,6 @@ from data.loader import share_of
 TIMEOUT = timedelta(minutes=10)
 ROWS = 65536  # that are sent at a time: bounds the memory
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 # Newer versions of torch have renamed it.
 BUFFER_OPTION = (
     "forward_sync_buffers"
@@ -52,7 +51,6 @@ def join_processes(device_type: str | None = None) -> Ranks:
     else:
         device = torch.device("cpu")
         share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        keep_freed_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None:
         end_with_parent()
     if world_size > 1:
@@ -76,17 +74,6 @@ def share_cores(processes: int) -> None:
     # A user's setting counts; with several processes it is torchrun's, which is 1.
     if processes > 1 or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, own_cores(processes)))
-
-
-def keep_freed_memory() -> None:
-    """On a CPU each step frees what the next one needs again. The C library hands large pieces back
-    to the system, which then clears and maps every page again (glibc only; docs/results.md).
-    """
-    with suppress(AttributeError, OSError):
-        malloc_option = ctypes.CDLL(None).mallopt
-        # Not a high M_MMAP_THRESHOLD: where that is refused, the other option alone makes it worse.
-        malloc_option(M_MMAP_MAX, 0)  # no pieces of their own
-        malloc_option(M_TRIM_THRESHOLD, -1)  # never give back
 
 
 def own_cores(processes: int) -> int:
