@@ -4,6 +4,8 @@ import ast
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 FILES = subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()
 LONGEST = 400
@@ -41,6 +43,11 @@ def test_no_import_runs_upward():
         if name.split(".")[0] not in MAY_IMPORT[package] and not name.startswith(BELOW_ALL)
     }
     assert upward == set()
+
+
+@pytest.mark.parametrize("name", BELOW_ALL)
+def test_what_all_may_import_imports_nothing_of_the_project(name):
+    assert imported(f"{name.replace('.', '/')}.py") == set()
 
 
 def test_no_file_is_too_long():
