@@ -80,8 +80,7 @@ def share_cores(processes: int) -> None:
 
 def keep_freed_memory() -> None:
     """On a CPU each step frees what the next one needs again. The C library hands large pieces back
-    to the system, which then clears and maps every page again (glibc only; docs/results.md).
-    """
+    to the system, which then clears and maps every page again (glibc only; docs/results.md)."""
     with suppress(AttributeError, OSError):
         malloc_option = ctypes.CDLL(None).mallopt
         # Not a high M_MMAP_THRESHOLD: where that is refused, the other option alone makes it worse.
