@@ -94,8 +94,7 @@ def end_step(training: Training, step: int) -> None:
         nn.utils.clip_grads_with_norm_(parameters, training.clip_grad, grad_norm, foreach=True)
     gradient_is_bad = ~grad_norm.isfinite()
     if not training.scaler.is_enabled():
-        # After the all-reduce the gradient is the same everywhere, so all ranks leave out the same
-        # steps.
+        # The gradient is the same on all ranks by now, so they leave out the same steps.
         training.optimizer.found_inf = gradient_is_bad.float()  # type: ignore[attr-defined]
         training.meters.add_gradient(step, gradient_is_bad)
     else:
@@ -117,10 +116,7 @@ def train_step(
     epoch: float,
 ) -> None:
     """One step of the optimiser, numbered from the start of training, at a fractional epoch.
-
-    batches yields normalised images [N, 3, side, side]; draw_views(step, micro_step, N) gives their
-    views.
-    """
+    batches: normalised images [N, 3, side, side]; their views: draw_views(step, micro_step, N)."""
     begin_step(training, epoch)
     for micro in range(training.accum_iter):
         images = next(batches)

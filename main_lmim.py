@@ -22,13 +22,7 @@ from models.views import Geometry, Views, sample_views
 from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
-from util.distributed import (
-    Ranks,
-    gather_objects,
-    join_processes,
-    leave_processes,
-    synchronised,
-)
+from util.distributed import Ranks, gather_objects, join_processes, leave_processes, synchronised
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, sum_over_processes, train
@@ -69,9 +63,8 @@ class Pretraining(Task):
         self.draw_views = view_source(cfg, ranks, self.geometry)
 
     def introduction(self) -> str:
-        parameters = list(self.model.parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        everything = sum(p.numel() for p in parameters)
+        everything = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return (
             f"{self.cfg.job_name}: {self.cfg.encoder.name} on {self.cfg.dataset.name}, "
             f"{len(self.loader.dataset)} images, {trained / 1e6:.1f} M trainable parameters "
@@ -141,10 +134,8 @@ class Pretraining(Task):
             accuracy, images = leave_one_out_accuracy(
                 self.model.encoder, self.evaluation, self.normalised, self.ranks
             )
-        return {"nn_accuracy": accuracy}, (
-            f"nearest neighbour {accuracy:.2f} % (leave-one-out inside the {images} evaluation "
-            f"images)"
-        )
+        protocol = f"leave-one-out inside the {images} evaluation images"
+        return {"nn_accuracy": accuracy}, f"nearest neighbour {accuracy:.2f} % ({protocol})"
 
     def settle_gradient_buckets(self) -> None:
         """DistributedDataParallel regroups gradients after the first backward pass, which changes
@@ -269,7 +260,7 @@ def summarise(cfg: DictConfig, loop: Loop) -> None:
     }
     path = loop.job / "results" / f"{cfg.job_name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    if result["before"] is not None and result["after"] is not None:
+    if accuracies.keys() >= {0, loop.total_steps}:
         change = f"{result['before']:.2f} % -> {result['after']:.2f} %"
         loop.log.say(f"\nnearest neighbour {change} in {seconds:.0f} s (seed {cfg.seed})")
     newest = list_checkpoints(loop.job / "checkpoints")

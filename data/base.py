@@ -33,8 +33,7 @@ class ImageDataset:
         raise NotImplementedError
 
     def load(self, index: int) -> Image.Image | Tensor:
-        """The picture in RGB (data/picture.py); raises one of UNREADABLE if it cannot be
-        decoded."""
+        """The picture in RGB (data/picture.py); raises one of UNREADABLE if that fails."""
         raise NotImplementedError
 
     def describe(self, index: int) -> str:
@@ -45,13 +44,9 @@ class ImageDataset:
 class ArrayDataset(ImageDataset):
     """Images that all fit in memory: uint8 [N, H, W, 3]."""
 
-    def __init__(
-        self, name: str, images: np.ndarray, labels: np.ndarray, classes: list[str]
-    ) -> None:
-        self.name = name
-        self.images = images
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, classes: list[str]):
+        self.name, self.images, self.classes = name, images, classes
         self.labels = np.asarray(labels, dtype=np.int64)
-        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.images)

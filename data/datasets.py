@@ -7,16 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.base import UNREADABLE, ArrayDataset, DataError, ImageDataset
+from data.base import ArrayDataset, DataError, ImageDataset
 from data.files import build_folder, existing_folder
 from data.imagenet import build_imagefolder, build_imagenet100
 from data.masks import build_masks, build_voc
 from data.shapes import build_shapes
 from data.tar import build_tar
 
-__all__ = ["DATASETS", "UNREADABLE", "DataError", "ImageDataset", "build_dataset"]
-
-SPLITS = ("train", "eval")
 DIGITS = Path(__file__).with_name("digits.npz")
 ARCHIVES = {  # what torchvision reads: the folder, and the archive that it comes from
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
@@ -30,8 +27,7 @@ def build_digits(split: str, data_path: str | None) -> ArrayDataset:
     evaluation; data_path is not used.
 
     digits.npz holds those of scikit-learn (load_digits, from the UCI repository's "Optical
-    Recognition of Handwritten Digits"): importing it takes longer than a short training.
-    """
+    Recognition of Handwritten Digits"): importing it takes longer than a short training."""
     # Their order keeps the writers apart: a random split would put the same hand on both sides.
     part = slice(None, 1400) if split == "train" else slice(1400, None)
     with np.load(DIGITS) as digits:
@@ -66,9 +62,8 @@ def open_archive(name: str, data_path: str | None, **arguments):
     try:
         return getattr(datasets, name.upper())(root, download=False, **arguments)
     except RuntimeError as error:
-        raise DataError(
-            f"{root / folder} is incomplete or damaged: unpack its archive again"
-        ) from error
+        problem = "is incomplete or damaged: unpack its archive again"
+        raise DataError(f"{root / folder} {problem}") from error
 
 
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
@@ -91,18 +86,11 @@ def build_dataset(
     name: str, split: str, data_path: str | None = None, options: dict | None = None
 ) -> ImageDataset:
     """The `train` or `eval` split of a data set; `options` are its own extra settings."""
-    if name not in DATASETS:
-        raise DataError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
-    if split not in SPLITS:
-        raise DataError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     builder = DATASETS[name]
     options = options or {}
     parameters = inspect.signature(builder).parameters.values()
     valid = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    unknown = [option for option in options if option not in valid]
-    if unknown:
-        raise DataError(
-            f"dataset.options.{unknown[0]}: {name} has no such option; expected one of "
-            f"{', '.join(valid) or 'none'}"
-        )
+    if unknown := [option for option in options if option not in valid]:
+        problem = f"{name} has no such option; expected one of {', '.join(valid) or 'none'}"
+        raise DataError(f"dataset.options.{unknown[0]}: {problem}")
     return builder(split, data_path, **options)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.base import DataError, ImageDataset, first_few
-from data.picture import Picture, check_decoder, decode
+from data.picture import Picture, decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 ENDINGS = f"expected files ending in {' '.join(EXTENSIONS)}"
@@ -20,8 +20,7 @@ class PathList:
     """A list of paths kept in two arrays.
 
     Reading a Python string writes its reference count, so a million strings would slowly be copied
-    into every forked worker. Arrays stay shared.
-    """
+    into every forked worker. Arrays stay shared."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         encoded = [os.fsencode(path) for path in paths]
@@ -45,11 +44,11 @@ class FileDataset(ImageDataset):
     def __init__(
         self,
         paths: Sequence[str | Path],
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int] | np.ndarray | None = None,
         classes: list[str] | None = None,
         decoder: str = "pil",
     ) -> None:
-        self.decoder = check_decoder(decoder)
+        self.decoder = decoder
         self.paths = PathList(paths)
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
@@ -125,11 +124,9 @@ def split_folder(root: Path, split: str) -> Path:
 
 def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]) -> None:
     """Evaluation classes that training never named would have no label."""
-    unknown = sorted(set(names) - set(classes))
-    if unknown:
-        raise DataError(
-            f"{folder} has classes that {folder.parent / 'train'} lacks: {first_few(unknown)}"
-        )
+    if unknown := sorted(set(names) - set(classes)):
+        train = folder.parent / "train"
+        raise DataError(f"{folder} has classes that {train} lacks: {first_few(unknown)}")
 
 
 def build_folder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:

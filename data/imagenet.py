@@ -9,6 +9,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from data.base import DataError, first_few
 from data.files import (
     ENDINGS,
@@ -44,28 +46,23 @@ def build_imagefolder(
 def build_imagenet100(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
     """The classes in imagenet100.txt, from a full ImageNet or from a copy of these classes alone.
 
-    Label = line number in that file, counted from 0.
-    """
+    Label = line number in that file, counted from 0."""
     root = existing_folder("imagenet100", data_path, EXPECTED)
     classes = SUBSET_FILE.read_text().split()
     folder = split_folder(root, split)
     images = images_by_class(folder, only=classes)
-    missing = sorted(set(classes) - set(images))
-    if missing:
-        raise DataError(
-            f"{folder} lacks {len(missing)} of the {len(classes)} classes of imagenet100: "
-            f"{first_few(missing)}"
-        )
+    if missing := sorted(set(classes) - set(images)):
+        problem = f"{len(missing)} of the {len(classes)} classes of imagenet100"
+        raise DataError(f"{folder} lacks {problem}: {first_few(missing)}")
     return labelled_dataset(images, classes, decoder)
 
 
 def class_folders(folder: Path) -> list[str]:
     """Names of the class folders in train/ or val/; there must be some."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; expected {folder}/CLASS/*.jpg")
-    subfolders, _ = list_folder(folder)
+    subfolders = list_folder(folder)[0] if folder.is_dir() else []
     if not subfolders:
-        raise DataError(f"{folder} contains no class folders; expected {folder}/CLASS/*.jpg")
+        problem = "contains no class folders" if folder.is_dir() else "does not exist"
+        raise DataError(f"{folder} {problem}; expected {folder}/CLASS/*.jpg")
     return subfolders
 
 
@@ -73,35 +70,26 @@ def images_by_class(folder: Path, only: list[str] | None = None) -> dict[str, li
     """Paths of the images of each class, from either layout; of class folders only those named."""
     subfolders, flat_images = list_folder(folder)
     if flat_images and not subfolders:
-        return flat_images_by_class(folder, flat_images)
+        wnids, flat = wnids_from_devkit(folder), {}
+        for name in flat_images:
+            flat.setdefault(wnid_of(folder, name, wnids), []).append(str(folder / name))
+        return flat
     names = [name for name in class_folders(folder) if only is None or name in only]
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         paths = pool.map(find_images, [os.path.join(folder, name) for name in names])
         images = dict(zip(names, paths, strict=True))
     empty = [name for name in names if not images[name]]  # was its archive unpacked?
     if empty:
-        raise DataError(
-            f"{folder} has class folders that contain no images: {first_few(empty)}; {ENDINGS}"
-        )
-    return images
-
-
-def flat_images_by_class(folder: Path, names: list[str]) -> dict[str, list[str]]:
-    wnids = wnids_from_devkit(folder)
-    images: dict[str, list[str]] = {}
-    for name in names:
-        images.setdefault(wnid_of(folder, name, wnids), []).append(str(folder / name))
+        problem = f"class folders that contain no images: {first_few(empty)}"
+        raise DataError(f"{folder} has {problem}; {ENDINGS}")
     return images
 
 
 def labelled_dataset(images: dict[str, list[str]], classes: list[str], decoder: str) -> FileDataset:
     """Label = position in `classes`; images of other classes are left out."""
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        of_this_class = images.get(name, [])
-        paths.extend(of_this_class)
-        labels.extend([label] * len(of_this_class))
+    by_label = [images.get(name, []) for name in classes]
+    paths = [path for of_class in by_label for path in of_class]
+    labels = np.repeat(np.arange(len(classes)), [len(of_class) for of_class in by_label])
     return FileDataset(paths, labels, classes, decoder)
 
 
@@ -109,10 +97,8 @@ def wnid_of(folder: Path, name: str, wnids: list[str]) -> str:
     match = FLAT_NAME.fullmatch(name)
     number = int(match[1]) if match else 0
     if not 1 <= number <= len(wnids):
-        raise DataError(
-            f"{folder} contains {name}; expected names from ILSVRC2012_val_00000001.JPEG "
-            f"to ILSVRC2012_val_{len(wnids):08d}.JPEG"
-        )
+        valid = f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(wnids):08d}.JPEG"
+        raise DataError(f"{folder} contains {name}; expected names from {valid}")
     return wnids[number - 1]
 
 

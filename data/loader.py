@@ -55,8 +55,7 @@ class StepOrder:
     """Which images one process (`rank`) of `world_size` sees in each step.
 
     A step is one update of the optimiser: accum_iter micro-steps of all processes. Steps are always
-    whole: the images that are left over at the end of an epoch are not run.
-    """
+    whole: the images that are left over at the end of an epoch are not run."""
 
     def __init__(
         self, images: int, seed: int, batch_size: int, accum_iter: int, rank: int, world_size: int
@@ -109,15 +108,11 @@ class TrainLoader(StepOrder):
         super().__init__(len(dataset), seed, batch_size, accum_iter, rank, world_size)
         self.dataset = dataset
         self.samples = _TrainSamples(dataset, transform)
-        self.num_workers = num_workers
-        self.device = torch.device(device)
+        self.num_workers, self.device = num_workers, torch.device(device)
         self.max_bad_images = max_bad_images
 
     def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
-        """One batch for each micro-step of the steps first_step .. last_step - 1.
-
-        Steps are counted from the start of training. The workers stay busy across epochs.
-        """
+        """One batch for each micro-step. The workers stay busy across epochs."""
         micro_steps = (
             [(epoch, index) for index in indices]
             for epoch, indices in self.micro_steps(first_step, last_step)
@@ -125,7 +120,9 @@ class TrainLoader(StepOrder):
         batches = _load(self.samples, micro_steps, self.num_workers, self.device)
         for images, labels, unreadable in batches:
             batch = TrainBatch(images, labels, list(chain.from_iterable(unreadable)))
-            self._note_bad_images(batch.unreadable)
+            for description in set(batch.unreadable) - self.bad_images:
+                self.bad_images.add(description)
+                logger.warning("unreadable image, replaced by its neighbour: %s", description)
             yield batch
 
     def check_bad_images(self) -> None:
@@ -138,20 +135,13 @@ class TrainLoader(StepOrder):
                 f"max_bad_images={self.max_bad_images} allows: {names}"
             )
 
-    def _note_bad_images(self, descriptions: list[str]) -> None:
-        for description in descriptions:
-            if description not in self.bad_images:
-                self.bad_images.add(description)
-                logger.warning("unreadable image, replaced by its neighbour: %s", description)
-
 
 class EvalLoader:
     """This process's part of all images, or of those with these indices, in order and each exactly
     once.
 
     It is a contiguous part, of whole batches: a batch holds the same images however many processes
-    there are, so that its arithmetic is the same to the last bit.
-    """
+    there are, so that its arithmetic is the same to the last bit."""
 
     def __init__(
         self,
@@ -170,8 +160,7 @@ class EvalLoader:
         starts = range(0, len(indices), batch_size)
         own = starts[share_of(len(starts), rank, world_size)]
         self.batches = [indices[start : start + batch_size] for start in own]
-        self.num_workers = num_workers
-        self.device = torch.device(device)
+        self.num_workers, self.device = num_workers, torch.device(device)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -188,12 +177,16 @@ class EvalLoader:
 # worker's traceback.
 
 
-class _TrainSamples(Dataset):
-    """Addressed by (epoch, index): the crop depends on both."""
-
+class _Samples(Dataset):
     def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
-        self.dataset = dataset
-        self.transform = transform
+        self.dataset, self.transform = dataset, transform
+
+    def label(self, index: int) -> int:
+        return NO_LABEL if self.dataset.labels is None else int(self.dataset.labels[index])
+
+
+class _TrainSamples(_Samples):
+    """Addressed by (epoch, index): the crop depends on both."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]] | DataError:
         """(image, label, unreadable); an unreadable image is replaced by the next one."""
@@ -205,7 +198,7 @@ class _TrainSamples(Dataset):
                 # Crop with the numbers of the image asked for: the neighbour itself may have its
                 # own turn in this epoch, with another crop.
                 image = self.transform(self.dataset.load(position), epoch, index)
-                return image, _label(self.dataset, position), unreadable
+                return image, self.label(position), unreadable
             except UNREADABLE as error:
                 unreadable.append(self.dataset.describe(position))
                 reason = error
@@ -215,12 +208,8 @@ class _TrainSamples(Dataset):
         )
 
 
-class _EvalSamples(Dataset):
-    """Addressed by index; the third part of each sample is that index."""
-
-    def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
-        self.dataset = dataset
-        self.transform = transform
+class _EvalSamples(_Samples):
+    """Addressed by index."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError:
         """(image, label, index)"""
@@ -229,15 +218,9 @@ class _EvalSamples(Dataset):
         except DataError as error:
             return error  # it says itself what is wrong
         except UNREADABLE as error:
-            return DataError(
-                f"cannot read {self.dataset.describe(index)}, and an evaluation leaves no image "
-                f"out: {type(error).__name__}: {error}"
-            )
-        return image, _label(self.dataset, index), index
-
-
-def _label(dataset: ImageDataset, index: int) -> int:
-    return NO_LABEL if dataset.labels is None else int(dataset.labels[index])
+            reason = f"an evaluation leaves no image out: {type(error).__name__}: {error}"
+            return DataError(f"cannot read {self.dataset.describe(index)}, and {reason}")
+        return image, self.label(index), index
 
 
 def _collate(samples: list) -> tuple | DataError:
@@ -252,9 +235,7 @@ def _collate(samples: list) -> tuple | DataError:
 
 def _start_worker(worker_id: int) -> None:
     """The main process alone decides when to stop: a signal to the whole job must not kill workers.
-
-    They cannot outlive it: torch's workers end when their parent is gone.
-    """
+    They cannot outlive it: torch's workers end when their parent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
@@ -278,15 +259,14 @@ def _load(
         # torch draws a seed for each set of workers: not from the generator that others use.
         generator=torch.Generator(),
     )
-    batches = _without_errors(loader)
+    batches = map(_raise_error, loader)
     yield from batches if device.type == "cpu" else _one_ahead(batches, device)
 
 
-def _without_errors(batches: Iterable) -> Iterator[tuple[Tensor, Tensor, tuple]]:
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+def _raise_error(batch: tuple | DataError) -> tuple[Tensor, Tensor, tuple]:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
 
 
 def _one_ahead(

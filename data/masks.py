@@ -58,10 +58,8 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     """uint8 [H, W]: the values as they are stored."""
     with opened(path) as image:
         if image.mode not in ("P", "L", "1"):
-            raise DataError(
-                f"the mask {path} is stored as {image.mode}: expected palette or 8-bit grey "
-                f"images whose values are class numbers"
-            )
+            valid = "palette or 8-bit grey images whose values are class numbers"
+            raise DataError(f"the mask {path} is stored as {image.mode}: expected {valid}")
         return np.array(image).astype(np.uint8)
 
 
@@ -135,11 +133,8 @@ class WithMasks(ImageDataset):
 
 def require_same_size(name: object, image: Picture, mask: Image.Image) -> None:
     if size_of(image) != mask.size:
-        (width, height), (mask_width, mask_height) = size_of(image), mask.size
-        raise DataError(
-            f"the mask of {name} has {mask_width} x {mask_height} pixels: expected the size of the "
-            f"image, {width} x {height}"
-        )
+        found, valid = ("{} x {}".format(*size) for size in (mask.size, size_of(image)))
+        raise DataError(f"the mask of {name} has {found} pixels: expected {valid}, as the image")
 
 
 class MaskTransform:

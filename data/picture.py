@@ -14,18 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from data.base import DataError
-
 Picture = Image.Image | Tensor
 Box = tuple[int, int, int, int]  # left, top, right, bottom: right and bottom are outside
-DECODERS = ("fast", "pil")
 JPEG = b"\xff\xd8\xff"
-
-
-def check_decoder(name: str) -> str:
-    if name not in DECODERS:
-        raise DataError(f"dataset.options.decoder={name}: expected one of {', '.join(DECODERS)}")
-    return name
 
 
 def decode(contents: bytearray, decoder: str) -> Picture:

@@ -10,10 +10,8 @@ import math
 import numpy as np
 from PIL import Image
 
-from data.base import DataError
 from data.masks import MaskedImages
 
-SMALLEST_SIDE = 8
 # Each pixel is the mean of this many samples squared: soft edges.
 SAMPLES_PER_PIXEL = 3
 # Mean colours of object and background are at least this far apart (RGB in 0..1).
@@ -132,9 +130,7 @@ class Shapes(MaskedImages):
     classes = [outline.__name__ for outline in OUTLINES]
 
     def __init__(self, split: str, image_size: int, images: int, seed: int) -> None:
-        self.split = split
-        self.image_size = image_size
-        self.seed = seed
+        self.split, self.image_size, self.seed = split, image_size, seed
         self.labels: np.ndarray = np.arange(images, dtype=np.int64) % len(OUTLINES)
         self.pixels = grid(image_size)
         self.samples = grid(image_size * SAMPLES_PER_PIXEL)
@@ -212,9 +208,4 @@ def build_shapes(
     seed: int = 0,
 ) -> Shapes:
     """Nothing is read from disk: data_path is not used."""
-    if image_size < SMALLEST_SIDE:
-        raise DataError(f"shapes: image_size={image_size} must be at least {SMALLEST_SIDE}")
-    images = train_images if split == "train" else eval_images
-    if images < 1:
-        raise DataError(f"shapes: {split}_images={images} must be at least 1")
-    return Shapes(split, image_size, images, seed)
+    return Shapes(split, image_size, train_images if split == "train" else eval_images, seed)

@@ -16,7 +16,7 @@ import numpy as np
 from data.base import ImageDataset
 from data.files import existing_folder, require_known_classes, split_folder
 from data.imagenet import FLAT_NAME, wnid_of, wnids_from_devkit
-from data.picture import Picture, check_decoder, decode
+from data.picture import Picture, decode
 from data.tar_index import TarIndex, index_of
 
 EXPECTED = "a folder with train/*.tar and val/*.tar"
@@ -29,7 +29,6 @@ def build_tar(
 ) -> "TarDataset":
     """train/*.tar and val/*.tar; the classes are those of train/."""
     root = existing_folder("tar", data_path, EXPECTED)
-    check_decoder(decoder)  # before minutes of scanning
     index = train = index_of(root / "train", index_folder)
     folder, labels = split_folder(root, split), train.places["label"]
     if split == "eval":
@@ -68,9 +67,7 @@ class TarDataset(ImageDataset):
     def __init__(
         self, folder: Path, index: TarIndex, labels: np.ndarray, classes: list[str], decoder: str
     ) -> None:
-        self.decoder = check_decoder(decoder)
-        self.folder = folder
-        self.index = index
+        self.folder, self.index, self.decoder = folder, index, decoder
         # Class by class, as in the index; only labels from the development kit change the order.
         self.rows = np.argsort(labels, kind="stable")
         self.labels = np.asarray(labels, dtype=np.int64)[self.rows]

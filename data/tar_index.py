@@ -129,10 +129,8 @@ def locked(place: Path) -> Iterator[None]:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = open(place.with_name(f".{place.name}.lock"), "a")  # noqa: SIM115 (closed below, by `with`)
     except OSError as error:
-        raise DataError(
-            f"dataset.options.index_folder: expected a folder that can be written, which "
-            f"{place.parent} is not"
-        ) from error
+        valid = f"a folder that can be written, which {place.parent} is not"
+        raise DataError(f"dataset.options.index_folder: expected {valid}") from error
     with lock:
         # On a file system without locks each process makes the same index and puts it there.
         with suppress(OSError):
@@ -214,11 +212,9 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
             results = list(pool.map(partial(scan, folder, progress), pieces))
             members.extend(member for images, _ in results for member in images)
             pieces = [inner for _, inner_tars in results for inner in inner_tars]
-    empty = sorted({tar.name for tar in tars} - {member.tar for member in members})
-    if empty:
-        raise DataError(
-            f"{folder} has tar files that contain no images: {first_few(empty)}; {ENDINGS}"
-        )
+    if empty := sorted({tar.name for tar in tars} - {member.tar for member in members}):
+        problem = f"tar files that contain no images: {first_few(empty)}"
+        raise DataError(f"{folder} has {problem}; {ENDINGS}")
     return make_index(tars, members)
 
 
@@ -271,10 +267,8 @@ def members_of(folder: Path, piece: Piece, path: str) -> Iterator[tarfile.TarInf
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         if is_compressed:
             raise compressed(path) from error
-        raise DataError(
-            f"{path} is damaged or incomplete: {str(error) or repr(error)}; "
-            f"copy or download it again"
-        ) from error
+        problem = f"is damaged or incomplete: {str(error) or repr(error)}"
+        raise DataError(f"{path} {problem}; copy or download it again") from error
 
 
 def check_end(file: BinaryIO, offset: int, end: int) -> None:
@@ -287,5 +281,5 @@ def check_end(file: BinaryIO, offset: int, end: int) -> None:
         raise tarfile.ReadError(f"no member begins at byte {offset}")
     if rest.strip(b"\0"):
         raise tarfile.ReadError(
-            "it goes on after its end mark (tars are joined by tar --concatenate, not by cat)"
+            "it goes on after its end mark (join by tar --concatenate, not cat)"
         )

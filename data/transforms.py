@@ -26,8 +26,7 @@ def random_resized_crop_box(
     """A crop of min_scale..1 of the area and of aspect ratio 3/4..4/3.
 
     Same distribution as torchvision's RandomResizedCrop: crops that do not fit are drawn again, and
-    after ten attempts the largest central crop of an allowed aspect ratio is taken.
-    """
+    after ten attempts the largest central crop of an allowed aspect ratio is taken."""
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(min_scale, 1)
         ratio = math.exp(rng.uniform(math.log(NARROWEST), math.log(WIDEST)))
@@ -52,10 +51,7 @@ class TrainTransform:
     """Random crop, resize to side x side, and a mirror image half of the time."""
 
     def __init__(self, side: int, min_crop: float, flip: bool, seed: int) -> None:
-        self.side = side
-        self.min_crop = min_crop
-        self.flip = flip
-        self.seed = seed
+        self.side, self.min_crop, self.flip, self.seed = side, min_crop, flip, seed
 
     def __call__(self, picture: Picture, epoch: int, index: int) -> Tensor:
         rng = generator(Stream.CROPS, self.seed, epoch, index)
@@ -109,8 +105,7 @@ def _scale_and_shift(
 ) -> tuple[Tensor, Tensor]:
     """The normalisation as pixel * scale + shift, each [3, 1, 1].
 
-    Kept for each device: building them means a copy to the device, for which the host waits.
-    """
+    Kept for each device: building them means a copy to the device, for which the host waits."""
     # An evaluation in inference mode may come first, and training could not use its tensors.
     with torch.inference_mode(False):
         mean_tensor = torch.tensor(mean, dtype=torch.float64).view(3, 1, 1)

@@ -11,13 +11,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from models.vit import (
-    LayerNorm,
-    PositionTable,
-    initialise_weights,
-    run_blocks,
-    transformer_block,
-)
+from models.vit import LayerNorm, PositionTable, initialise_weights, run_blocks, transformer_block
 
 
 class CrossAttention(nn.Module):
@@ -65,8 +59,7 @@ def visual_cue(
     """softmax(P_masked P_visible^T / sqrt(d)) X_visible: what is visible near a masked position.
 
     positions [L, d] (no class row), visible_tokens [N, V, d] (no class token, no positions added)
-    -> [N, M, d]. It has no parameters.
-    """
+    -> [N, M, d]. It has no parameters."""
     # The table is shared by all images: its L x L products are made once, and rows and columns are
     # picked from them. In full precision: a softmax amplifies rounding, and this one is small.
     with torch.autocast(positions.device.type, enabled=False):
@@ -76,9 +69,7 @@ def visual_cue(
 
 
 class Decoder(nn.Module):
-    """What both decoders share: embedding, positions, mask tokens with their visual cue, output
-    layers.
-    """
+    """What both share: embedding, positions, mask tokens with their visual cue, output layers."""
 
     def __init__(
         self,
@@ -123,9 +114,7 @@ class CrossDecoder(Decoder):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the decoder's class token
-        first.
-        """
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], its own class token first."""
         embedded, context = self.embed_visible(latents, visible_ids)
         cls_token = self.cls_token + self.pos_embed.class_row()
         queries = self.mask_tokens(embedded, visible_ids, masked_ids)
@@ -141,9 +130,7 @@ class SelfDecoder(Decoder):
         self.apply(initialise_weights)
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the encoder's class token
-        first.
-        """
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the encoder's token first."""
         embedded, visible = self.embed_visible(latents, visible_ids)
         tokens = torch.cat([visible, self.mask_tokens(embedded, visible_ids, masked_ids)], dim=1)
         tokens = run_blocks(self.blocks, tokens, recompute=self.recompute)

@@ -15,8 +15,7 @@ def infonce_patches(predictions: Tensor, targets: Tensor, tau: float) -> Tensor:
     """Each prediction picks its own patch among all masked patches of its image.
 
     The factor 2 * tau keeps the size of the gradient about the same for any tau. Chance level:
-    2 * tau * ln(M).
-    """
+    2 * tau * ln(M)."""
     mean = predictions.mean(dim=1, keepdim=True)
     std = predictions.std(dim=1, keepdim=True)  # unbiased, over the tokens of the image
     predictions = F.normalize((predictions - mean) / (std + 1e-4), dim=-1)
@@ -54,11 +53,8 @@ def prediction_loss(name: str, predictions: Tensor, targets: Tensor, tau: float)
 
 
 def average_similarity(tokens: Tensor) -> Tensor:
-    """Cosine averaged over all pairs of tokens of an image (each with itself included) and over the
-    batch.
-
-    The mean over all pairs is the squared norm of the mean unit vector: O(L D), no L x L matrix.
-    """
+    """Cosine averaged over the batch and all pairs of tokens of an image (each with itself too):
+    the squared norm of the mean unit vector, which takes no L x L matrix."""
     return F.normalize(tokens, dim=-1).mean(dim=1).square().sum(dim=-1).mean()
 
 

@@ -27,8 +27,7 @@ class MovingAverage:
     """target <- momentum * target + (1 - momentum) * online.
 
     Parameters are paired by name, so that a target of fewer blocks follows exactly the blocks that
-    it copied.
-    """
+    it copied."""
 
     def __init__(self, target: nn.Module, online: nn.Module):
         own, others = dict(target.named_parameters()), dict(online.named_parameters())

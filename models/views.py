@@ -55,8 +55,7 @@ def sample_views(
     permutation = noise[own].argsort(dim=1)
     offsets = (None, None)
     if patch_gap > 0:
-        # 0 .. gap-1: the value `gap` is never drawn, which keeps neighbours at least one pixel
-        # apart.
+        # 0 .. gap-1, never `gap`: neighbours are at least one pixel apart.
         shape = (2, images, grid_size, grid_size)
         offsets = torch.randint(patch_gap, shape, generator=generator, device=device)
         offsets = offsets[:, own].unbind(0)
@@ -73,8 +72,7 @@ def extract_patches(
     """images [N, C, H, W] -> patches [N, L, patch_size * patch_size * C].
 
     Patches run row by row over the grid; inside a patch the order is row, column, channel (channel
-    fastest). With a gap images are square.
-    """
+    fastest). With a gap images are square."""
     batch_size, channels, height, width = images.shape
     cell = patch_size + patch_gap
     if height % cell or width % cell:

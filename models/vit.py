@@ -1,5 +1,6 @@
 """The encoder: a ViT that accepts any subset of an image's patches. Online and target are two."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from functools import partial
 
@@ -20,8 +21,7 @@ def sine_cosine_positions(dim: int, grid_size: int) -> Tensor:
 
     A cell's row is [sin(x w), cos(x w), sin(y w), cos(y w)]; cells run row by row over the grid.
     Coordinates go from 0 to grid_size inclusive (and not to grid_size - 1): the published weights
-    were trained with these.
-    """
+    were trained with these."""
     coordinate = torch.linspace(0, 1, grid_size, dtype=torch.float64) * grid_size
     frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angle = coordinate[:, None] * frequency  # [grid, dim / 4]
@@ -60,15 +60,6 @@ class PositionTable(nn.Module):
         return resample_abs_pos_embed(table, list(grid), list(own), num_prefix_tokens=0)
 
 
-class PatchEmbedding(nn.Module):
-    def __init__(self, patch_dim: int, dim: int):
-        super().__init__()
-        self.proj = nn.Linear(patch_dim, dim)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return self.proj(patches)
-
-
 def initialise_weights(module: nn.Module) -> None:
     """For Module.apply: every linear layer xavier-uniform with zero bias, every LayerNorm 1 / 0."""
     if isinstance(module, nn.Linear):
@@ -98,18 +89,14 @@ def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor, *context: Tensor, re
 class ProjectionHead(nn.Module):
     """The MLP on top of the encoder while it is pre-trained; evaluations take it off.
 
-    mlp_depth linear layers without bias, each followed by LayerNorm (eps 1e-5), GELU after every
-    hidden one.
-
-    dim -> mlp_dim -> ... -> mlp_dim -> dim; mlp_depth 1 is dim -> dim; mlp_depth 0 is the identity.
-    """
+    mlp_depth linear layers without bias, dim -> mlp_dim -> ... -> mlp_dim -> dim, each followed by
+    LayerNorm (eps 1e-5), GELU after every hidden one. mlp_depth 0 is the identity."""
 
     def __init__(self, dim: int, mlp_dim: int, mlp_depth: int):
         super().__init__()
         self.depth = mlp_depth
         widths = [dim] + [mlp_dim] * (mlp_depth - 1) + [dim]
-        # Named linear0, norm0, ... and not held in a list: these are the key names of the published
-        # checkpoint.
+        # Named linear0, norm0, ...: the key names of the published checkpoint.
         for layer in range(mlp_depth):
             linear = nn.Linear(widths[layer], widths[layer + 1], bias=False)
             self.add_module(f"linear{layer}", linear)
@@ -142,7 +129,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.grid_size, self.patch_size, self.embed_dim = grid_size, patch_size, embed_dim
         self.recompute = recompute
-        self.embed = PatchEmbedding(3 * patch_size**2, embed_dim)
+        # Named `proj`: the key name of the published checkpoint.
+        self.embed = nn.Sequential(OrderedDict(proj=nn.Linear(3 * patch_size**2, embed_dim)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = PositionTable(embed_dim, grid_size, freeze_pe)
         self.blocks = nn.ModuleList(transformer_block(embed_dim, num_heads) for _ in range(depth))
@@ -153,8 +141,7 @@ class Encoder(nn.Module):
 
     def embed_tokens(self, patches: Tensor, positions: Tensor) -> Tensor:
         """patches [N, K, patch_dim] and their rows of the position table, [N, K, D] or [1, K, D]
-        -> [N, 1 + K, D], class token first.
-        """
+        -> [N, 1 + K, D], class token first."""
         tokens = self.embed(patches) + positions
         cls_token = self.cls_token + self.pos_embed.class_row()
         return torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)

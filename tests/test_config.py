@@ -171,8 +171,7 @@ def test_every_key_that_is_read_exists():
 def test_every_key_is_checked():
     values = shipped_keys().items()
     switches = {key for key, value in values if isinstance(value, bool)}
-    options = {key for key, _ in values if key.startswith("dataset.options.")}
-    assert set(RULES) == shipped_keys().keys() - switches - options
+    assert set(RULES) == shipped_keys().keys() - switches
 
 
 # ---- Mistakes. -----------------------------------------------------------------------------------

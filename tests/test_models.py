@@ -216,11 +216,6 @@ def test_joint_has_gradients_through_both_sides():
         assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
-def test_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="choose from ema, joint, stopgrad, frozen"):
-        LatentMIM(**SMALL | {"target": "other"})
-
-
 @pytest.mark.parametrize("path", ENCODERS, ids=[path.stem for path in ENCODERS])
 @pytest.mark.parametrize("target_depth", [None, 3, "equal"])
 def test_target_pairs_by_name_for_every_encoder(path, target_depth):

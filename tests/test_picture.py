@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from bench.loader import natural_noise
-from data.base import UNREADABLE, DataError
-from data.datasets import build_dataset
+from data.base import UNREADABLE
 from data.picture import decode, size_of, to_image
 from data.transforms import EvalTransform, TrainTransform
 
@@ -94,9 +93,3 @@ def test_what_pillow_cannot_read_is_unreadable_here_too(damage):
     for name in ("fast", "pil"):
         with pytest.raises(UNREADABLE):
             decode(contents, name)
-
-
-def test_an_unknown_decoder_is_refused(tmp_path):
-    photo().save(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match="decoder=gpu: expected one of fast, pil"):
-        build_dataset("folder", "train", str(tmp_path), {"decoder": "gpu"})

@@ -261,8 +261,6 @@ def test_what_is_missing_is_named(tmp_path, root):
     (root / "val").rename(root / "elsewhere")
     with pytest.raises(DataError, match="evaluation images in .*: val or validation or test$"):
         build(root, "eval")
-    with pytest.raises(DataError, match="decoder=gpu: expected one of fast, pil"):
-        build(root, decoder="gpu")
 
 
 def test_evaluation_classes_unknown_in_training_are_named(root):

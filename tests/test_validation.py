@@ -56,12 +56,15 @@ def error_of(run_here):
     ("override", "valid"),
     [
         ("num_vis=0", "a whole number of at least 1"),
-        ("num_vis=15", "1 to 14, because grid_size=4 makes 16 patches and at least two must be"),
+        (
+            "num_vis=15",
+            "1 to 14, because grid_size=4 makes 16 patches and 2 or more must be masked",
+        ),
         ("patch_gap=-1", "a whole number of at least 0"),
         ("patch_gap=1.5", "a whole number of at least 0"),
         ("grid_size=1", "a whole number of at least 2"),
         ("encoder.num_heads=5", "encoder.embed_dim=24: expected a multiple of encoder.num_heads=5"),
-        ("encoder.embed_dim=30", "a multiple of 4, because the position table holds sines and"),
+        ("encoder.embed_dim=30", "expected a multiple of 4 (position table)"),
         ("decoder_num_heads=7", "decoder_embed_dim=24: expected a multiple of decoder_num_heads=7"),
         ("decoder_embed_dim=18", "a multiple of 4"),
         ("target_depth=2", "1 to 1 (encoder.depth), or null for all of them"),
@@ -98,6 +101,9 @@ def error_of(run_here):
         ("dataset.mean=[1,2]", "a list of three numbers (red, green, blue)"),
         ("dataset.std=[1,1,0]", "a list of three numbers above 0 (red, green, blue)"),
         ("dataset.options=3", "a section of keys"),
+        ("+dataset.options.decoder=gpu", "one of fast, pil"),
+        ("+dataset.options.image_size=4", "a whole number of at least 8"),
+        ("+dataset.options.eval_images=0", "a whole number of at least 1"),
         ("env.ngpu=-1", "a whole number of at least 0"),
         ("env.signal_delay=259200", "fewer seconds than the env.timeout=4320 minutes have"),
         ("env.account=[1]", "a text or a whole number, or null"),
@@ -107,13 +113,13 @@ def error_of(run_here):
 )
 def test_a_bad_value_is_one_sentence(error_of, override, valid):
     message = error_of(override)
-    assert override in message.replace(", ", ",")
+    assert override.lstrip("+") in message.replace(", ", ",")
     assert valid in message and ": expected " in message
 
 
 def test_more_processes_than_env_distributed_allows(error_of):
     message = error_of("env.distributed=False", "env.ngpu=2")
-    assert message.startswith("env.distributed=False: valid with one process, but env.ngpu=2 and")
+    assert message.startswith("env.distributed=False: expected one process, but env.ngpu=2 and")
 
 
 @pytest.mark.parametrize(("wanted", "present"), [(1, 0), (8, 0), (1, 1), (3, 8), (8, 8)])
@@ -207,7 +213,7 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
     assert exit_code == 0 and str(checkpoint) in output
 
     message = error_of()
-    assert message.startswith(f"{tmp_path}/demo already holds {checkpoint.name}: choose resume=Tru")
+    assert message.startswith(f"{tmp_path}/demo already holds {checkpoint.name}: choose resume=T")
 
     assert not list((tmp_path / "demo" / "logs").glob("running-*")), "refused, and given back"
 
@@ -219,13 +225,15 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
     assert message.endswith(" more") and message.count("is missing") == 5
 
     exit_code, output, _ = run_here("overwrite=True")
-    assert exit_code == 0 and output.startswith("replacing 1 checkpoints of demo (epoch 1)\n")
+    assert exit_code == 0 and output.startswith(
+        f"replacing 1 checkpoints of demo, the newest is {checkpoint.name}\n"
+    )
 
     message = error_of("resume=True", "encoder.embed_dim=48")
     assert "encoder.cls_token is [1, 1, 24] there and [1, 1, 48] here" in message
 
     message = error_of("resume=True", "batch_size=140")
-    assert message.startswith("the checkpoint's epochs have 5 steps and this run's 10: use the sa")
+    assert message.startswith("the checkpoint's epochs have 5 steps and this run's 10: expected t")
 
     checkpoint.write_bytes(b"damaged")
     exit_code, _, errors = run_here("resume=True")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from util.config import UserError
-from util.files import write_whole
+from util.files import remove_unfinished, write_whole
 from util.job import checkpoint_name, list_checkpoints
 
 FORMAT = 2  # 1: views depended on the number of processes
@@ -40,9 +40,8 @@ def load_file(path: Path) -> dict:
         raise
     except Exception as error:  # an incomplete file fails in many ways, all of which mean the same
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {reason})"
-        ) from error
+        kind = type(error).__name__
+        raise CheckpointError(f"{path} cannot be read ({kind}: {reason})") from error
 
 
 def damaged_record(path: Path) -> str | None:
@@ -77,21 +76,9 @@ def named_tensors(value, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from named_tensors(item, f"{name}.{key}" if name else str(key))
 
 
-def describe_epoch(path: Path) -> str:
-    """How far that run had come. Reads no tensor."""
-    try:
-        contents = torch.load(path, map_location="meta", weights_only=True)
-        return f"epoch {contents['epoch']}"
-    except Exception:  # as in load_file; the file is about to be replaced
-        return "of an unknown epoch"
-
-
 def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint and what it holds; damaged ones are named through `report`. None
-    if there is none.
-
-    Files that are all damaged are an error: a run must never start over in silence.
-    """
+    """The newest whole checkpoint and what it holds, if there is one; damaged ones are reported.
+    Files that are all damaged are an error: a run must never start over in silence."""
     paths = list_checkpoints(folder)
     for path in paths:
         try:
@@ -99,10 +86,8 @@ def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
         except CheckpointError as error:
             report(f"{error}; using the one before")
     if paths:
-        raise CheckpointError(
-            f"none of the {len(paths)} checkpoints in {folder} can be read: remove them to start "
-            f"over"
-        )
+        problem = f"none of the {len(paths)} checkpoints in {folder} can be read"
+        raise CheckpointError(f"{problem}: remove them to start over")
     return None
 
 
@@ -117,9 +102,8 @@ def check_weights_fit(state_dict: dict[str, Tensor], expected: dict[str, Tensor]
     ]
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise CheckpointError(
-            f"{source} holds another architecture: {'; '.join(differences[:5])}{more}"
-        )
+        first = "; ".join(differences[:5])
+        raise CheckpointError(f"{source} holds another architecture: {first}{more}")
 
 
 def without_module_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,12 +118,9 @@ def load_weights(model: torch.nn.Module, state_dict: dict[str, Tensor], source) 
 
 
 class CheckpointWriter:
-    """Writes in the background, from a copy on the CPU, so that training does not wait for the
-    disk.
-
-    One write at a time; call `wait` before the process ends. A write that fails (a full disk)
-    leaves the older files as they are, is reported at once, and does not stop training.
-    """
+    """Writes in the background, one file at a time, from a copy on the CPU: training does not wait
+    for the disk. Call `wait` before the process ends. A write that fails (a full disk) leaves the
+    older files as they are, is reported at once, and does not stop training."""
 
     def __init__(self, folder: Path, report):
         self.folder, self.report = folder, report
@@ -148,8 +129,7 @@ class CheckpointWriter:
         self.seconds_waited = 0.0  # time that training spent on checkpoints
         self.failures = 0  # since the last one that was written
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.writing"):  # of a process that was killed
-            leftover.unlink()
+        remove_unfinished(folder)
 
     def save(self, contents: dict, step: int, epoch: int | None = None) -> None:
         start = time.perf_counter()

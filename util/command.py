@@ -12,12 +12,7 @@ from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from util.config import (
-    ConfigError,
-    UserError,
-    job_directory,
-    parse_command_line,
-)
+from util.config import ConfigError, UserError, job_directory, parse_command_line
 from util.sweep import compose_all
 from util.validate import check_config
 
@@ -44,7 +39,7 @@ def run_command_line(
     command = parse_command_line(sys.argv[1:], description, config_name)
     try:
         configs = compose_all(command)
-        if command.show_config:
+        if command.cfg:
             print("---\n".join(OmegaConf.to_yaml(cfg) for cfg in configs), end="")
             return 0
         for cfg in configs:
@@ -86,12 +81,9 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
 
     try:
         main(cfg)
-    except UserError as error:
+    except (UserError, DataError) as error:
         say_error(error)
-        return error.exit_code
-    except DataError as error:
-        say_error(error)
-        return UserError.exit_code
+        return getattr(error, "exit_code", UserError.exit_code)
     except SystemExit as stopped:  # by a signal. Caught, so that its frames let go of the workers
         return int(stopped.code or 0)
     except Exception:
@@ -111,20 +103,15 @@ def say_crash(cfg: DictConfig) -> None:
     print(text, file=sys.stderr, flush=True)
     folder = job_directory(cfg) / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    # The attempt is the same in all its processes.
-    first = folder / f"first-error-{os.environ.get('MASTER_PORT')}-{attempt()}.txt"
+    # One start of a job: the same in all its processes.
+    names = ("MASTER_PORT", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "SLURM_RESTART_COUNT")
+    first = folder / f"first-error-{'-'.join(os.environ.get(name, '') for name in names)}.txt"
     try:
         with open(first, "x") as file:
             file.write(text)
     except FileExistsError:
         time.sleep(0.2)  # for the other to finish writing
         print(f"the first error was\n{first.read_text()}", file=sys.stderr, flush=True)
-
-
-def attempt() -> str:
-    """Identifies one start of a job: Slurm's restart count, torchrun's run id."""
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return f"{os.environ.get('SLURM_JOB_ID') or os.environ.get('TORCHELASTIC_RUN_ID')}-{restarts}"
 
 
 def say_error(error: Exception) -> None:

@@ -3,7 +3,6 @@ that `--help`, `--cfg job` and submission answer at once."""
 
 import argparse
 import re
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -39,18 +38,10 @@ class TrainingStopped(UserError):
     exit_code = 3
 
 
-@dataclass
-class Command:
-    config_name: str
-    config_dir: Path
-    show_config: bool
-    multirun: bool
-    overrides: list[str]
-
-
 def parse_command_line(
     arguments: list[str], description: str, config_name: str = "lmim"
-) -> Command:
+) -> argparse.Namespace:
+    """-> config_name, config_dir, cfg, multirun, overrides"""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,21 +52,14 @@ def parse_command_line(
         "--config-dir",
         "-cd",
         default=CONFIG_DIR,
-        type=Path,
+        type=lambda folder: Path(folder).resolve(),
         metavar="DIR",
         help="a folder of your own, laid out like configs/ and searched as well",
     )
     parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
     parser.add_argument("--multirun", "-m", action="store_true", help="one run per value of a,b,c")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parsed = parser.parse_intermixed_args(arguments)
-    return Command(
-        config_name=parsed.config_name,
-        config_dir=parsed.config_dir.resolve(),
-        show_config=parsed.cfg is not None,
-        multirun=parsed.multirun,
-        overrides=parsed.overrides,
-    )
+    return parser.parse_intermixed_args(arguments)
 
 
 def describe_configs() -> str:
@@ -112,10 +96,8 @@ def compose_config(
     if not config_dir.is_dir():
         raise ConfigError(f"--config-dir={config_dir}: expected a folder of configs")
     if config_name not in yaml_names(config_dirs):
-        raise ConfigError(
-            f"--config-name={config_name}: expected a config of {config_dir}, one of "
-            f"{', '.join(yaml_names(config_dirs))}"
-        )
+        valid = f"a config of {config_dir}, one of {', '.join(yaml_names(config_dirs))}"
+        raise ConfigError(f"--config-name={config_name}: expected {valid}")
     for override in overrides:
         check_override(override, config_dirs)
     # Of two files with the same name, the one next to the named config counts.
@@ -138,15 +120,10 @@ def check_override(text: str, config_dirs: list[Path]) -> None:
     if override.package is not None or key.split(".")[0].split("/")[0] == "hydra":
         raise ConfigError(unknown_key(text.split("=")[0], config_dirs))
     if (override.is_add() or override.is_delete()) and not is_open(key):
-        raise ConfigError(
-            f"{text}: keys can be set (key=value) but neither added nor removed, because every key "
-            f"is read by something"
-        )
+        raise ConfigError(f"{text}: keys can be set (key=value) but neither added nor removed")
     if override.is_sweep_override():
-        raise ConfigError(
-            f"{text}: expected one value; a list is written {key}=[a,b], and a text that holds a "
-            f"comma \"{key}='a,b'\""
-        )
+        valid = f"one value; a list is written {key}=[a,b], a text with a comma \"{key}='a,b'\""
+        raise ConfigError(f"{text}: expected {valid}")
     if key in group_names(config_dirs):
         choices = group_choices(key, config_dirs)
         if override.value() not in choices:
@@ -164,10 +141,8 @@ def parse_override(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(
-            f"{text}: the value cannot be read; one that holds brackets, commas, colons or quotes "
-            f"is written \"{key}='...'\""
-        ) from error
+        valid = f"\"{key}='...'\" where it holds brackets, commas, colons or quotes"
+        raise ConfigError(f"{text}: the value cannot be read; expected {valid}") from error
 
 
 def explain(error: Exception, config_dirs: list[Path]) -> str:

@@ -28,6 +28,12 @@ def write_whole(path: Path, contents: bytes | Callable[[BinaryIO], object]) -> N
     sync_directory(path.parent)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Of processes that were killed."""
+    for path in folder.glob("*.writing"):
+        path.unlink()
+
+
 def sync_directory(folder: Path) -> None:
     """Make the new name itself durable, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)

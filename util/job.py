@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, job_directory
+from util.files import remove_unfinished
 from util.lock import lock, unlock
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "omegaconf", "submitit")
@@ -55,18 +56,16 @@ def refuse_to_start_over(cfg: DictConfig) -> None:
     existing = list_checkpoints(job_directory(cfg) / "checkpoints")
     if existing and not cfg.resume and not cfg.overwrite:
         raise ConfigError(
-            f"{job_directory(cfg)} already holds {existing[0].name}: choose resume=True to "
-            f"continue it, overwrite=True to replace it, or another job_name"
+            f"{job_directory(cfg)} already holds {existing[0].name}: choose resume=True, "
+            f"overwrite=True or another job_name"
         )
 
 
 def remove_checkpoints(job: Path) -> None:
     """As overwrite=True asks."""
-    from util.checkpoint import describe_epoch  # imports torch
-
     paths = list_checkpoints(job / "checkpoints")
     if paths:
-        print(f"replacing {len(paths)} checkpoints of {job.name} ({describe_epoch(paths[0])})")
+        print(f"replacing {len(paths)} checkpoints of {job.name}, the newest is {paths[0].name}")
     for path in paths:
         path.unlink()
 
@@ -80,8 +79,7 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
     try:
         refuse_to_start_over(cfg)
         for folder in (job, job / "logs", job / "results"):
-            for leftover in folder.glob("*.writing"):  # of a process that was killed
-                leftover.unlink()
+            remove_unfinished(folder)
         if not cfg.resume:
             remove_checkpoints(job)
         OmegaConf.save(cfg, job / "config.yaml")

@@ -11,24 +11,11 @@ class LARS(torch.optim.Optimizer):
 
     step = lr * v, where v = momentum * v + rate * (gradient + weight_decay * weight) and
     rate = trust_coefficient * |weight| / |gradient + weight_decay * weight|, or 1 where either norm
-    is 0.
-    """
+    is 0."""
 
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 0.0,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        trust_coefficient: float = 0.001,
-    ):
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "trust_coefficient": trust_coefficient,
-        }
-        super().__init__(params, defaults)
+    def __init__(self, params: Iterable, lr: float = 0.0, weight_decay: float = 0.0):
+        constants = {"momentum": 0.9, "trust_coefficient": 0.001}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **constants})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # it takes no closure

@@ -27,14 +27,8 @@ def train_loader(
     dataset: ImageDataset,
     transform: Callable[[Picture, int, int], Tensor],
 ) -> TrainLoader:
-    return TrainLoader(
-        dataset,
-        transform,
-        seed=cfg.seed,
-        accum_iter=cfg.accum_iter,
-        max_bad_images=cfg.max_bad_images,
-        **for_both(cfg, ranks),
-    )
+    own = {"seed": cfg.seed, "accum_iter": cfg.accum_iter, "max_bad_images": cfg.max_bad_images}
+    return TrainLoader(dataset, transform, **own, **for_both(cfg, ranks))
 
 
 def eval_loader(

@@ -31,10 +31,8 @@ END_SECONDS = 30
 def run_here(cfg: DictConfig) -> int:
     """-> exit code"""
     if cfg.env.world_size > 1:
-        raise ConfigError(
-            f"env.world_size={cfg.env.world_size}: expected 1 without Slurm (this machine); on "
-            f"more nodes start torchrun main_lmim.py by hand"
-        )
+        valid = "1 without Slurm (this machine); on more nodes start torchrun main_lmim.py by hand"
+        raise ConfigError(f"env.world_size={cfg.env.world_size}: expected {valid}")
     if cfg.env.ngpu == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update({name: str(value) for name, value in cfg.env.nccl.items()})

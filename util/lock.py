@@ -14,7 +14,6 @@ import random
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,17 +60,8 @@ def start_of(pid: int) -> str:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return start_without_proc(pid)
+        return ""
     return "" if state in "ZX" else f"{fields[18]} ticks after boot {boot}"
-
-
-def start_without_proc(pid: int) -> str:
-    """Where there is no /proc only the number can be checked."""
-    if not Path("/proc/self/stat").exists():
-        with suppress(OSError):
-            os.kill(pid, 0)
-            return "unknown"
-    return ""
 
 
 def lives(owner: Owner, me: Owner) -> bool:
@@ -132,17 +122,11 @@ def why_busy(folder: Path, me: Owner, kernel_lock: "KernelLock") -> str | None:
     others = {path: owner for path, owner in owners_in(folder) if owner != me}
     for path, owner in others.items():
         if lives(owner, me):
-            return (
-                f"{owner} is running in {folder.parent}: choose another job_name, or wait until it "
-                f"has ended; if it no longer exists, remove {path}"
-            )
+            return f"{owner} is running in {folder.parent}; if it no longer exists, remove {path}"
     # A network file system may still hold the lock of a machine that was lost.
     is_elsewhere = any(owner.host != me.host for owner in others.values())
     if kernel_lock.is_taken and not is_elsewhere:
-        return (
-            f"another process of {me.host} is running in {folder.parent} and holds "
-            f"{kernel_lock.path}: choose another job_name, or wait until it has ended"
-        )
+        return f"another process of {me.host} is running in {folder.parent} ({kernel_lock.path})"
     for path in others:
         path.unlink(missing_ok=True)
     return None
@@ -150,15 +134,13 @@ def why_busy(folder: Path, me: Owner, kernel_lock: "KernelLock") -> str | None:
 
 def owners_in(folder: Path) -> Iterator[tuple[Path, Owner]]:
     for path in folder.glob("running-*.json"):
-        with suppress(OSError):  # it has just ended
-            text = path.read_text()
-            try:
-                owner = Owner(**json.loads(text))
-            except (ValueError, TypeError) as error:
-                raise JobBusy(
-                    f"{path} does not say who is running in {folder.parent}: remove it if nobody is"
-                ) from error
-            yield path, owner
+        try:
+            owner = Owner(**json.loads(path.read_text()))
+        except OSError:  # it has just ended
+            continue
+        except (ValueError, TypeError) as error:
+            raise JobBusy(f"{path} does not say who is running: remove it if nobody is") from error
+        yield path, owner
 
 
 class KernelLock:

@@ -98,8 +98,10 @@ def job_folder(cfg: DictConfig, ranks: Ranks) -> Iterator[Path]:
 
 def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopFlag) -> None:
     """From the newest checkpoint, or from the beginning, to the end."""
-    loop = Loop(task, cfg, ranks, job, stop_flag, first_step=resume(task, cfg, ranks, job))
-    loop.log.say(f"{task.introduction()}, {loop.images_per_step} images per step, {loop.length()}")
+    loop = Loop(task, cfg, ranks, job, stop_flag, resume(task, cfg, ranks, job))
+    start = f"from step {loop.first_step}" if loop.first_step else "from the beginning"
+    steps = f"{loop.images_per_step} images per step, {loop.total_steps} steps, {start}"
+    loop.log.say(f"{task.introduction()}, {steps}")
     if loop.first_step < loop.total_steps:
         run_steps(task, cfg, loop)
     else:
@@ -138,8 +140,8 @@ def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
     there = contents.get("steps_per_epoch") or contents["windows_per_epoch"]  # its older name
     if there != here:
         raise checkpoint.CheckpointError(
-            f"the checkpoint's epochs have {there} steps and this run's {here}: use "
-            f"the same dataset and the same batch_size * accum_iter * processes"
+            f"the checkpoint's epochs have {there} steps and this run's {here}: expected the same "
+            f"dataset and the same batch_size * accum_iter * processes"
         )
     if contents.get("format", 1) < checkpoint.FORMAT and ranks.is_main:
         print_error("the checkpoint is of an earlier version, which drew other random numbers")
@@ -166,16 +168,10 @@ class Loop:
     """What a training leaves behind: its log, its checkpoints, its answer to signals."""
 
     def __init__(
-        self,
-        task: Task,
-        cfg: DictConfig,
-        ranks: Ranks,
-        job: Path,
-        stop_flag: StopFlag,
-        first_step: int,
+        self, task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop: StopFlag, first_step: int
     ):
         self.task, self.cfg, self.ranks, self.job = task, cfg, ranks, job
-        self.stop_flag, self.first_step = stop_flag, first_step
+        self.stop_flag, self.first_step = stop, first_step
         self.steps_per_epoch = task.loader.steps_per_epoch
         self.total_steps = cfg.epochs * self.steps_per_epoch
         self.images_per_step = task.loader.batch_size * task.loader.accum_iter * ranks.world_size
@@ -188,10 +184,6 @@ class Loop:
         if ranks.is_main:
             self.writer = checkpoint.CheckpointWriter(job / "checkpoints", report=self.log.say)
 
-    def length(self) -> str:
-        where = f"from step {self.first_step}" if self.first_step else "from the beginning"
-        return f"{self.total_steps} steps, {where}"
-
     def after_step(self, done: int) -> None:
         if done % self.cfg.print_freq == 0 or done == self.total_steps:
             self.write_log(done)
@@ -202,7 +194,10 @@ class Loop:
         try:
             numbers, summary = self.task.log_line(done, steps)
         except TrainingStopped as stopped:
-            raise TrainingStopped(f"{stopped}; {self.last_good_checkpoint()}") from stopped
+            if self.writer is not None:
+                self.writer.wait()
+            saved = [*list_checkpoints(self.job / "checkpoints"), "none was written yet"]
+            raise TrainingStopped(f"{stopped}; last good checkpoint: {saved[0]}") from stopped
         speed = self.speed.read(steps, self.images_per_step, self.total_steps - done)
         epoch = done / self.steps_per_epoch
         summary = (
@@ -238,12 +233,6 @@ class Loop:
         if (time.monotonic() - self.last_saved) / 60 > self.cfg.save_minutes:
             self.save(done)
 
-    def last_good_checkpoint(self) -> str:
-        if self.writer is not None:
-            self.writer.wait()
-        newest = next(iter(list_checkpoints(self.job / "checkpoints")), None)
-        return f"last good checkpoint: {newest or 'none was written yet'}"
-
     def save(self, done: int, epoch: int | None = None) -> None:
         """epoch: given at the end of one whose checkpoint is kept for good."""
         self.last_saved = time.monotonic()
@@ -273,7 +262,7 @@ class Loop:
         if self.ranks.is_main and not last.exists():
             raise TrainingStopped(
                 f"training has ended, but its last checkpoint {last} could not be written: make "
-                f"room, and the same command with resume=True trains again what is missing"
+                f"room, and start it again with resume=True"
             )
 
 

@@ -19,8 +19,7 @@ class DeviceMeters:
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.micro_steps = self.steps = 0
         self.step_loss = torch.zeros((), dtype=torch.float64, device=device)
-        # Since the start of the process. The loss is this rank's own; the gradient is common to
-        # all.
+        # Since the start of the process. The loss is this rank's own; the gradient is common.
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.bad_losses = FaultCounter(device)
         self.bad_gradients = FaultCounter(device)

@@ -26,8 +26,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """The learning rate is set before each step (engine_pretrain.begin_step).
 
-    Fused: one kernel for all parameters, which can leave a step out on the device (`found_inf`).
-    """
+    Fused: one kernel for all parameters, which can leave a step out on the device (`found_inf`)."""
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 

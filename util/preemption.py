@@ -62,8 +62,7 @@ class StopFlag(Signals):
     """Set by a signal; all processes agree on it once per step.
 
     The agreement is one step late: the answer of the last step's question is read when this
-    step's is asked, so that neither the host waits for the GPU nor the GPU for the host.
-    """
+    step's is asked, so that neither the host waits for the GPU nor the GPU for the host."""
 
     def __init__(self, ranks: Ranks):
         super().__init__()

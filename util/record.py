@@ -30,8 +30,7 @@ class RunLog:
     TensorBoard. Rank 0 writes; on the others this is silent.
 
     A resumed run first drops what the interrupted one had logged beyond its checkpoint, so that no
-    step is there twice.
-    """
+    step is there twice."""
 
     def __init__(self, job: Path, is_main: bool, total_steps: int, resumed_step: int = 0):
         self.job, self.is_main = job, is_main

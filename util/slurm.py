@@ -33,9 +33,7 @@ CODE = ("*.py", "Makefile", "requirements.txt", "configs", "data", "eval", "mode
 def submit(configs: list[DictConfig]) -> int:
     """One job, or an array of jobs (a sweep). -> exit code"""
     if shutil.which("sbatch") is None:
-        raise ConfigError(
-            "env.slurm=True: there is no sbatch on this machine; env.slurm=False runs here"
-        )
+        raise ConfigError("env.slurm=True: there is no sbatch on this machine; expected False")
     queue = read_queue()
     waiting = [cfg for cfg in configs if needs_to_run(cfg, queue, single=len(configs) == 1)]
     if not waiting:
@@ -44,17 +42,16 @@ def submit(configs: list[DictConfig]) -> int:
         make_paths_absolute(cfg)
         (job_directory(cfg) / "logs").mkdir(parents=True, exist_ok=True)
     folder = submission_folder(waiting)
-    executor = build_executor(waiting[0], folder)
     tasks = [SlurmTask(OmegaConf.to_container(cfg)) for cfg in waiting]
-    jobs = submit_tasks(executor, tasks)
+    jobs = submit_tasks(build_executor(waiting[0], folder), tasks)
+    notes = []
     for cfg, job in zip(waiting, jobs, strict=True):
-        note = {"job_id": job.job_id, "log": str(log_file(folder, job.job_id))}
-        (job_directory(cfg) / "logs" / "slurm.json").write_text(json.dumps(note) + "\n")
-        describe(cfg, note)
+        log = folder / f"{job.job_id}_0_log.out"  # of the first process
+        notes.append({"job_id": job.job_id, "log": str(log)})
+        note_file(cfg).write_text(json.dumps(notes[-1]) + "\n")
+        describe(cfg, job.job_id, log)
     cfg = waiting[0]
-    if cfg.env.wait:
-        return max(follow(json.loads(note_file(cfg).read_text())) for cfg in waiting)
-    return 0
+    return max(map(follow, notes)) if cfg.env.wait else 0
 
 
 def submit_tasks(executor: submitit.AutoExecutor, tasks: list["SlurmTask"]) -> list[submitit.Job]:
@@ -66,13 +63,14 @@ def submit_tasks(executor: submitit.AutoExecutor, tasks: list["SlurmTask"]) -> l
             with executor.batch():
                 return [executor.submit(task) for task in tasks]
     except FailedJobError as error:
-        raise ConfigError(f"Slurm refused the job: {slurms_own_words(str(error))}") from error
+        lines = str(error).splitlines()
+        said = "; ".join(line.removeprefix("sbatch: error:").strip() for line in lines)
+        raise ConfigError(f"Slurm refused the job: {said}") from error
 
 
 def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
     """False, after saying why, for a job that is finished or (in a sweep) queued. A single job that
     is queued is an error."""
-    trains = "resume" in cfg  # an evaluation that trains nothing may always run again
     if is_finished(cfg):
         return False
     if job_id := job_in_queue(cfg, queue):
@@ -81,7 +79,7 @@ def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
             raise ConfigError(f"{text}: choose another job_name, or scancel {job_id} first")
         print(f"{text}; nothing submitted")
         return False
-    if trains:
+    if "resume" in cfg:  # an evaluation that trains nothing may always run again
         refuse_to_start_over(cfg)
     return True
 
@@ -109,23 +107,21 @@ def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
     code = copy_code(folder) if cfg.env.snapshot else REPOSITORY
     # A long training runs into its time limit any number of times.
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=1_000_000)
-    options = {
-        "slurm_partition": cfg.env.partition,
-        "slurm_constraint": cfg.env.constraint,
-        "slurm_nodelist": cfg.env.nodelist,
-        "slurm_exclude": cfg.env.exclude,
-        "slurm_account": cfg.env.account,
-        "slurm_qos": cfg.env.qos,
-        "slurm_comment": cfg.env.comment,
-        "mem_gb": cfg.env.mem,
-        "gpus_per_node": cfg.env.ngpu or None,
-    }
-    executor.update_parameters(
+    executor.update_parameters(  # None: not set
         name=cfg.job_name,
         nodes=cfg.env.world_size,
         tasks_per_node=processes_per_node(cfg),
         cpus_per_task=cfg.env.workers,
+        gpus_per_node=cfg.env.ngpu or None,
+        mem_gb=cfg.env.mem,
         timeout_min=cfg.env.timeout,
+        slurm_partition=cfg.env.partition,
+        slurm_constraint=cfg.env.constraint,
+        slurm_nodelist=cfg.env.nodelist,
+        slurm_exclude=cfg.env.exclude,
+        slurm_account=cfg.env.account,
+        slurm_qos=cfg.env.qos,
+        slurm_comment=cfg.env.comment,
         slurm_signal_delay_s=cfg.env.signal_delay,
         slurm_array_parallelism=cfg.env.array_parallelism,
         slurm_additional_parameters={"requeue": True, **cfg.env.slurm_extra},
@@ -137,7 +133,6 @@ def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
         # One lost process ends all, which would otherwise wait for it until the time limit.
         slurm_srun_args=["--kill-on-bad-exit=1"],
         slurm_teardown=requeue_after_a_crash(folder, cfg.env.max_restarts),
-        **{name: value for name, value in options.items() if value is not None},
     )
     return executor
 
@@ -150,8 +145,9 @@ def copy_code(folder: Path) -> Path:
     for pattern in CODE:
         for path in REPOSITORY.glob(pattern):
             if path.is_dir():
-                leave_out = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(path, code / path.name, ignore=leave_out)
+                shutil.copytree(
+                    path, code / path.name, ignore=shutil.ignore_patterns("__pycache__")
+                )
             else:
                 shutil.copy2(path, code / path.name)
     return code
@@ -174,25 +170,14 @@ def requeue_after_a_crash(folder: Path, max_restarts: int) -> list[str]:
     ]
 
 
-def slurms_own_words(text: str) -> str:
-    """What sbatch said, in one line."""
-    return "; ".join(line.removeprefix("sbatch: error:").strip() for line in text.splitlines())
-
-
-def log_file(folder: Path, job_id: str) -> Path:
-    """Of the first process."""
-    return folder / f"{job_id}_0_log.out"
-
-
-def describe(cfg: DictConfig, note: dict) -> None:
-    log = shlex.quote(note["log"])
+def describe(cfg: DictConfig, job_id: str, log: Path) -> None:
+    jobs = shlex.quote(str(cfg.output_dir))
     print(
-        f"{cfg.job_name}: submitted as job {note['job_id']}\n"
-        f"  follow  tail -F {log}\n"
-        f"  stop    scancel {note['job_id']}\n"
+        f"{cfg.job_name}: submitted as job {job_id}\n"
+        f"  follow  tail -F {shlex.quote(str(log))}\n"
+        f"  stop    scancel {job_id}\n"
         f"  resume  the same command with resume=True\n"
-        f"  status  python launcher.py --config-name=status "
-        f"output_dir={shlex.quote(str(cfg.output_dir))}"
+        f"  status  python launcher.py --config-name=status output_dir={jobs}"
     )
 
 
@@ -218,7 +203,9 @@ class SlurmTask:
         from util.command import leave, run_configured_worker
 
         exit_code = run_configured_worker(self.config)
-        if exit_code in FOR_GOOD or (exit_code == BUSY and not is_restart()):
+        # Again would be the same. Busy: a second submission; after a restart, the last start's end.
+        final = [ConfigError.exit_code, TrainingStopped.exit_code]
+        if exit_code in final or (exit_code == JobBusy.exit_code and not is_restart()):
             mark = Path(os.environ["SUBMITIT_FOLDER"]) / f"{os.environ['SLURM_JOB_ID']}.final"
             mark.touch()
         if exit_code:
@@ -227,12 +214,6 @@ class SlurmTask:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called when a signal requeues the job, after the training has saved."""
         return submitit.helpers.DelayedSubmission(SlurmTask(self.config))
-
-
-# Again would be the same.
-FOR_GOOD = (ConfigError.exit_code, TrainingStopped.exit_code)
-# A second submission of the same job; after a restart it is only the last start's end.
-BUSY = JobBusy.exit_code
 
 
 # --- the queue ----------------------------------------------------------------------------------

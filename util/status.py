@@ -1,6 +1,4 @@
-"""python launcher.py --config-name=status output_dir=./checkpoints: one line per job in that
-folder.
-"""
+"""python launcher.py --config-name=status output_dir=./checkpoints: one line per job there."""
 
 import json
 import shutil

@@ -1,13 +1,14 @@
 """Sweeps: -m key=a,b,c makes one run per value, and one per combination of several such keys."""
 
+from argparse import Namespace
 from itertools import product
 
 from omegaconf import DictConfig
 
-from util.config import Command, ConfigError, compose_config, parse_override
+from util.config import ConfigError, compose_config, parse_override
 
 
-def compose_all(command: Command) -> list[DictConfig]:
+def compose_all(command: Namespace) -> list[DictConfig]:
     """One config, or one per point of a sweep."""
     points = expand_sweep(command.overrides) if command.multirun else [(command.overrides, "")]
     configs = []

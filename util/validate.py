@@ -34,10 +34,6 @@ def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_switch(value) -> bool:
-    return isinstance(value, bool)
-
-
 def is_text(value) -> TypeGuard[str]:
     return isinstance(value, str) and value.strip() != ""
 
@@ -49,37 +45,23 @@ def is_module(value) -> bool:
         return False
 
 
-def whole(least: int, most: float = float("inf")) -> Rule:
-    words = f"of at least {least}" if most == float("inf") else f"from {least} to {most}"
+def is_list(value, holds: Callable[[object], bool]) -> TypeGuard[ListConfig]:
+    return isinstance(value, ListConfig) and all(map(holds, value))
+
+
+def is_choice(value, holds: Callable[[object], bool]) -> bool:
+    """A list of at least one item, without repetitions."""
+    return is_list(value, holds) and 0 < len(value) == len(set(map(str, value)))
+
+
+def whole(least: int, most: float = math.inf) -> Rule:
+    words = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
     return f"a whole number {words}", lambda v: is_whole(v) and least <= v <= most
 
 
-def number(least: float, most: float = float("inf")) -> Rule:
-    words = f"of at least {least}" if most == float("inf") else f"from {least} to {most}"
+def number(least: float, most: float = math.inf) -> Rule:
+    words = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
     return f"a number {words}", lambda v: is_number(v) and least <= v <= most
-
-
-def whole_list(least: int) -> Rule:
-    return (
-        f"a list of whole numbers of at least {least}, such as [{least},{least + 1}]",
-        lambda v: (
-            isinstance(v, ListConfig)
-            and len(v) > 0
-            and all(is_whole(item) and item >= least for item in v)
-        ),
-    )
-
-
-def is_distinct(values: ListConfig) -> bool:
-    return 0 < len(values) == len(set(map(str, values)))
-
-
-def several_of(*names: str) -> Rule:
-    words = f"a list of different ones of {', '.join(names)}"
-    return (
-        words,
-        lambda v: isinstance(v, ListConfig) and is_distinct(v) and all(name in names for name in v),
-    )
 
 
 def or_null(rule: Rule) -> Rule:
@@ -94,196 +76,138 @@ def choice_of(group: str) -> Rule:
     return one_of(*group_choices(group, [CONFIG_DIR]))
 
 
+def several_of(*names: str) -> Rule:
+    words = f"a list of different ones of {', '.join(names)}"
+    return words, lambda v: is_choice(v, lambda name: name in names)
+
+
 POSITIVE: Rule = ("a number above 0", lambda v: is_number(v) and v > 0)
 SHARE: Rule = ("a number above 0 and at most 1", lambda v: is_number(v) and 0 < v <= 1)
-YES_OR_NO: Rule = ("True or False", is_switch)
+YES_OR_NO: Rule = ("True or False", lambda v: isinstance(v, bool))
 TEXT: Rule = ("a text that is not empty", is_text)
 FOLDER_NAME: Rule = (
     "the name of a folder inside output_dir, without '/'",
     lambda v: is_text(v) and not set("/\0") & set(v) and v not in (".", "..") and len(v) < 200,
 )
+MODULE: Rule = ("a Python module with main(cfg), such as main_lmim", is_module)
 # Slurm's accounts and nodes may be plain numbers.
 LABEL: Rule = ("a text or a whole number", lambda v: is_text(v) or is_whole(v))
 SECTION: Rule = ("a section of keys", lambda v: isinstance(v, DictConfig))
 RGB: Rule = (
     "a list of three numbers (red, green, blue)",
-    lambda v: isinstance(v, ListConfig) and len(v) == 3 and all(map(is_number, v)),
+    lambda v: is_list(v, is_number) and len(v) == 3,
 )
 RGB_POSITIVE: Rule = (
     "a list of three numbers above 0 (red, green, blue)",
-    lambda v: RGB[1](v) and min(v) > 0,
+    lambda v: is_list(v, POSITIVE[1]) and len(v) == 3,
 )
-
-TEXT_LIST: Rule = (
+TEXTS: Rule = (
     "a list of texts, such as ['linear_probe.epochs=10']",
-    lambda v: isinstance(v, ListConfig) and all(map(is_text, v)),
+    lambda v: is_list(v, is_text),
 )
-SEVERAL_RATES: Rule = (
-    "a list of different numbers above 0",
-    lambda v: isinstance(v, ListConfig) and is_distinct(v) and all(map(POSITIVE[1], v)),
+COUNTS: Rule = (
+    "a list of whole numbers of at least 1, such as [1,2]",
+    lambda v: is_list(v, whole(1)[1]) and len(v) > 0,
 )
+RATES: Rule = ("a list of different numbers above 0", lambda v: is_choice(v, POSITIVE[1]))
 RAND_AUGMENT: Rule = (
     "a RandAugment of timm, such as rand-m9-mstd0.5-inc1",
     lambda v: is_text(v) and bool(re.fullmatch(r"rand(-(m|mstd|mmax|n|p|inc|t|w)\d+(\.\d+)?)*", v)),
 )
 
-# Keys that are True or False in the shipped configs need none.
-RULES: dict[str, Rule] = {
-    "worker": ("a Python module with main(cfg), such as main_lmim", is_module),
-    "job_name": FOLDER_NAME,
-    "output_dir": TEXT,
-    "data_path": or_null(TEXT),
-    "num_workers": or_null(whole(0)),
-    "max_bad_images": number(0, 1),
-    "max_bad_steps": whole(0),
-    "seed": whole(0, 2**63 - 1),
-    "precision": one_of("auto", "bf16", "fp16", "fp32"),
-    "grid_size": whole(2),
-    "patch_size": whole(1),
-    "patch_gap": whole(0),
-    "num_vis": whole(1),
-    "min_crop": SHARE,
-    "proj.mlp_dim": whole(1),
-    "proj.mlp_depth": whole(0),
-    "decoder_depth": whole(1),
-    "decoder_embed_dim": whole(1),
-    "decoder_num_heads": whole(1),
-    "target_depth": or_null(whole(1)),
-    "tau": POSITIVE,
-    "avg_sim_coeff": number(0),
-    "sim_init": number(-1, 1),
-    "sim_end": number(-1, 1),
-    "target_mom": number(0, 1),
-    "epochs": whole(1),
-    "warmup_epochs": number(0),
-    "blr": POSITIVE,
-    "min_lr_frac": number(0, 1),
-    "weight_decay": number(0),
-    "batch_size": whole(1),
-    "accum_iter": whole(1),
-    "clip_grad": or_null(POSITIVE),
-    "encoder.name": FOLDER_NAME,  # part of the default job_name
-    "encoder.embed_dim": whole(1),
-    "encoder.depth": whole(1),
-    "encoder.num_heads": whole(1),
-    "encoder.grid_size": whole(2),
-    "encoder.patch_size": whole(1),
-    "decoder.name": choice_of("decoder"),
-    "target.name": choice_of("target"),
-    "loss.name": choice_of("loss"),
-    "dataset.name": choice_of("dataset"),
-    "dataset.crop_ratio": SHARE,
-    "dataset.mean": RGB,
-    "dataset.std": RGB_POSITIVE,
-    "dataset.options": SECTION,
-    "env.ngpu": whole(0),
-    "env.tasks_per_node": whole(1),
-    "env.world_size": whole(1),
-    "env.partition": or_null(LABEL),
-    "env.timeout": whole(1),
-    "env.signal_delay": whole(1),
-    "env.workers": whole(1),
-    "env.mem": or_null(POSITIVE),
-    "env.constraint": or_null(LABEL),
-    "env.nodelist": or_null(LABEL),
-    "env.exclude": or_null(LABEL),
-    "env.account": or_null(LABEL),
-    "env.qos": or_null(LABEL),
-    "env.comment": or_null(LABEL),
-    "env.slurm_extra": SECTION,
-    "env.nccl": SECTION,
-    "env.max_restarts": whole(0),
-    "env.array_parallelism": whole(1),
-    "print_freq": whole(1),
-    "save_freq": whole(1),
-    "save_minutes": POSITIVE,
-    "eval_freq": whole(0),
-    # every evaluation
-    "pretrained": or_null(TEXT),
-    "pretrained_weights": or_null(TEXT),
-    "which": one_of("encoder", "target"),
-    "layer": whole(-1),
-    "image_side": or_null(whole(1)),
-    "cache_dir": or_null(TEXT),
-    # nn
-    "protocol": one_of("paper", "knn"),
-    "pooling": one_of("cls", "mean", "cls+mean"),
-    "neighbours": whole_list(1),
-    "temperature": POSITIVE,
-    # collapse
-    "split": one_of("eval", "train"),
-    "probe_images": whole(4),
-    # evaluate
-    "evals": several_of("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"),
-    "settings": TEXT_LIST,
-    # linear_probe, finetune
-    "poolings": several_of("cls", "mean", "cls+mean", "attentive"),
-    "blrs": SEVERAL_RATES,
-    "min_lr": number(0),
-    "layer_decay": SHARE,
-    "drop_path": number(0, 0.99),
-    "auto_augment": or_null(RAND_AUGMENT),
-    "mixup": number(0),
-    "cutmix": number(0),
-    "label_smoothing": number(0, 0.99),
-    "erase": number(0, 1),
-    # few_shot
-    "shots": whole_list(1),
-    "draws": whole(1),
-    "regularisers": SEVERAL_RATES,
-    # segmentation
-    "method": one_of("unsupervised", "linear"),
-    "features": one_of("tokens", "pixels"),
-    "segments": whole_list(1),
-    "clustering.metric": one_of("cosine", "euclidean", "manhattan"),
-    "clustering.linkage": one_of("average", "complete", "single", "ward"),
-    "patch_head.epochs": whole(1),
-    "patch_head.lr": POSITIVE,
-    "patch_head.weight_decay": number(0),
-    "patch_head.batch_images": whole(1),
-    # video
-    "video_split": FOLDER_NAME,
-    "frame_side": whole(1),
-    "previous_frames": whole(0),
-    "neighbourhood": whole(0),
-    "top_k": whole(1),
-}
+# A rule, and the keys that it is for. Keys that are True or False in the shipped configs need none.
+KEYS_OF_RULES: list[tuple[Rule, str]] = [
+    (SECTION, "dataset.options env.slurm_extra env.nccl"),
+    (MODULE, "worker"),
+    (TEXT, "output_dir"),
+    (or_null(TEXT), "data_path dataset.options.index_folder"),
+    (or_null(TEXT), "pretrained pretrained_weights cache_dir"),
+    (TEXTS, "settings"),
+    (FOLDER_NAME, "job_name encoder.name video_split"),  # the encoder's is part of job_name
+    (or_null(LABEL), "env.partition env.constraint env.nodelist env.exclude"),
+    (or_null(LABEL), "env.account env.qos env.comment"),
+    # Whole numbers.
+    (whole(-1), "layer"),
+    (whole(0), "max_bad_steps patch_gap proj.mlp_depth eval_freq previous_frames neighbourhood"),
+    (whole(0), "env.ngpu env.max_restarts"),
+    (whole(0, 2**63 - 1), "seed dataset.options.seed"),
+    (or_null(whole(0)), "num_workers"),
+    (whole(1), "patch_size num_vis decoder_depth decoder_embed_dim decoder_num_heads proj.mlp_dim"),
+    (whole(1), "encoder.embed_dim encoder.depth encoder.num_heads encoder.patch_size"),
+    (whole(1), "epochs batch_size accum_iter print_freq save_freq"),
+    (whole(1), "env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers"),
+    (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
+    (whole(1), "draws frame_side top_k patch_head.epochs patch_head.batch_images"),
+    (or_null(whole(1)), "target_depth image_side"),
+    (whole(2), "grid_size encoder.grid_size"),
+    (whole(4), "probe_images"),
+    (whole(8), "dataset.options.image_size"),
+    (COUNTS, "neighbours shots segments"),
+    # Other numbers.
+    (number(-1, 1), "sim_init sim_end"),
+    (number(0), "avg_sim_coeff warmup_epochs weight_decay min_lr mixup cutmix"),
+    (number(0), "patch_head.weight_decay"),
+    (number(0, 1), "max_bad_images target_mom min_lr_frac erase"),
+    (number(0, 0.99), "drop_path label_smoothing"),
+    (POSITIVE, "tau blr save_minutes temperature patch_head.lr"),
+    (or_null(POSITIVE), "clip_grad env.mem"),
+    (SHARE, "min_crop dataset.crop_ratio layer_decay"),
+    (RATES, "blrs regularisers"),
+    (RGB, "dataset.mean"),
+    (RGB_POSITIVE, "dataset.std"),
+    # Choices.
+    (choice_of("decoder"), "decoder.name"),
+    (choice_of("target"), "target.name"),
+    (choice_of("loss"), "loss.name"),
+    (choice_of("dataset"), "dataset.name"),
+    (one_of("fast", "pil"), "dataset.options.decoder"),
+    (one_of("auto", "bf16", "fp16", "fp32"), "precision"),
+    (one_of("encoder", "target"), "which"),
+    (one_of("paper", "knn"), "protocol"),
+    (one_of("cls", "mean", "cls+mean"), "pooling"),
+    (one_of("eval", "train"), "split"),
+    (one_of("unsupervised", "linear"), "method"),
+    (one_of("tokens", "pixels"), "features"),
+    (one_of("cosine", "euclidean", "manhattan"), "clustering.metric"),
+    (one_of("average", "complete", "single", "ward"), "clustering.linkage"),
+    (several_of("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"), "evals"),
+    (several_of("cls", "mean", "cls+mean", "attentive"), "poolings"),
+    (or_null(RAND_AUGMENT), "auto_augment"),
+]
+RULES: dict[str, Rule] = {key: rule for rule, keys in KEYS_OF_RULES for key in keys.split()}
 
 
 def check_config(cfg: DictConfig) -> None:
-    """Each key that the config has; then, for pre-training, what must fit together."""
-    switches = {key: YES_OR_NO for key, value in shipped_keys().items() if is_switch(value)}
-    for key, (valid, holds) in (RULES | switches).items():
+    """Each key that the config has; then what must fit together."""
+    switches = {key for key, value in shipped_keys().items() if isinstance(value, bool)}
+    for key, (valid, holds) in (RULES | dict.fromkeys(switches, YES_OR_NO)).items():
         value = OmegaConf.select(cfg, key, default=ABSENT)
         if value is not ABSENT and not holds(value):
-            raise ConfigError(f"{key}={shown(value)}: expected {valid}")
+            raise ConfigError(f"{key}={'null' if value is None else value}: expected {valid}")
     if "encoder" in cfg:
-        check_views(cfg)
         check_networks(cfg)
-    if "warmup_epochs" in cfg:
-        check_schedule(cfg)
-    if "clustering" in cfg:
-        check_clustering(cfg)
+    if "warmup_epochs" in cfg and cfg.warmup_epochs > cfg.epochs:
+        raise ConfigError(f"warmup_epochs={cfg.warmup_epochs}: expected 0 to {cfg.epochs} (epochs)")
+    if "clustering" in cfg and cfg.clustering.linkage == "ward":
+        check_ward(cfg.clustering.metric)
     if "job_name" in cfg:
         check_job(cfg)
 
 
-def shown(value) -> str:
-    return "null" if value is None else str(value)
-
-
-def check_views(cfg: DictConfig) -> None:
-    patches = cfg.grid_size**2
-    # infonce_patches tells the masked patches of an image apart.
-    masked, words = (2, "two") if cfg.loss.name == "infonce_patches" else (1, "one")
-    if cfg.num_vis > patches - masked:
-        raise ConfigError(
-            f"num_vis={cfg.num_vis}: expected 1 to {patches - masked}, because "
-            f"grid_size={cfg.grid_size} makes {patches} patches and at least {words} must be masked"
-        )
+def check_ward(metric: str) -> None:
+    if metric != "euclidean":
+        valid = "euclidean with clustering.linkage=ward"
+        raise ConfigError(f"clustering.metric={metric}: expected {valid}")
 
 
 def check_networks(cfg: DictConfig) -> None:
+    # infonce_patches tells the masked patches of an image apart.
+    patches, masked = cfg.grid_size**2, 2 if cfg.loss.name == "infonce_patches" else 1
+    if cfg.num_vis > patches - masked:
+        raise ConfigError(
+            f"num_vis={cfg.num_vis}: expected 1 to {patches - masked}, because "
+            f"grid_size={cfg.grid_size} makes {patches} patches and {masked} or more must be masked"
+        )
     networks = (
         ("encoder.embed_dim", cfg.encoder.embed_dim, "encoder.num_heads", cfg.encoder.num_heads),
         ("decoder_embed_dim", cfg.decoder_embed_dim, "decoder_num_heads", cfg.decoder_num_heads),
@@ -291,47 +215,26 @@ def check_networks(cfg: DictConfig) -> None:
     for dim_key, dim, heads_key, heads in networks:
         if dim % heads:
             raise ConfigError(f"{dim_key}={dim}: expected a multiple of {heads_key}={heads}")
-        if dim % 4:
-            raise ConfigError(
-                f"{dim_key}={dim}: expected a multiple of 4, because the position table holds "
-                f"sines and cosines of two coordinates"
-            )
+        if dim % 4:  # sines and cosines of two coordinates
+            raise ConfigError(f"{dim_key}={dim}: expected a multiple of 4 (position table)")
     if cfg.target_depth is not None and cfg.target_depth > cfg.encoder.depth:
-        raise ConfigError(
-            f"target_depth={cfg.target_depth}: expected 1 to {cfg.encoder.depth} (encoder.depth), "
-            f"or null for all of them"
-        )
-
-
-def check_schedule(cfg: DictConfig) -> None:
-    if cfg.warmup_epochs > cfg.epochs:
-        raise ConfigError(f"warmup_epochs={cfg.warmup_epochs}: expected 0 to {cfg.epochs} (epochs)")
-
-
-def check_clustering(cfg: DictConfig) -> None:
-    if cfg.clustering.linkage == "ward" and cfg.clustering.metric != "euclidean":
-        raise ConfigError(
-            f"clustering.metric={cfg.clustering.metric}: expected euclidean with "
-            f"clustering.linkage=ward"
-        )
+        valid = f"1 to {cfg.encoder.depth} (encoder.depth), or null for all of them"
+        raise ConfigError(f"target_depth={cfg.target_depth}: expected {valid}")
 
 
 def check_job(cfg: DictConfig) -> None:
     processes = processes_per_node(cfg) * cfg.env.world_size
     if not cfg.env.distributed and processes > 1:
         raise ConfigError(
-            f"env.distributed=False: valid with one process, but env.ngpu={cfg.env.ngpu} and "
+            f"env.distributed=False: expected one process, but env.ngpu={cfg.env.ngpu} and "
             f"env.world_size={cfg.env.world_size} make {processes}"
         )
     if cfg.env.signal_delay >= 60 * cfg.env.timeout:
-        raise ConfigError(
-            f"env.signal_delay={cfg.env.signal_delay}: expected fewer seconds than the "
-            f"env.timeout={cfg.env.timeout} minutes have"
-        )
+        valid = f"fewer seconds than the env.timeout={cfg.env.timeout} minutes have"
+        raise ConfigError(f"env.signal_delay={cfg.env.signal_delay}: expected {valid}")
     if problem := why_not_writable(job_directory(cfg)):
-        raise ConfigError(
-            f"output_dir={cfg.output_dir}: expected a folder that can be written to, but {problem}"
-        )
+        valid = f"a folder that can be written to, but {problem}"
+        raise ConfigError(f"output_dir={cfg.output_dir}: expected {valid}")
 
 
 def why_not_writable(folder: Path) -> str | None:
