@@ -32,36 +32,32 @@ def main(cfg: DictConfig) -> None:
 def evaluate(run: EvalRun) -> None:
     cfg = run.cfg
     splits = ("eval", "train") if cfg.protocol == "knn" else ("eval",)
-    images = labelled_images(cfg, "nearest neighbours", *splits)
-    found = extract_labelled(run, images, cfg.pooling)
+    found = extract_labelled(run, labelled_images(run, *splits), cfg.pooling)
     queries = found["eval"]
+    norm = "with" if cfg.final_norm else "without"
+    features = f"pooling {cfg.pooling}, {norm} final norm, percent"
     if cfg.protocol == "paper":
         check_bank(1, len(queries.labels) - 1, "evaluation images other than the query")
-        results = {"top1": leave_one_out(queries, run.ranks, run)}
-        protocol = "nearest neighbour, leave-one-out inside the evaluation images"
-        run.finish(results, protocol=f"{protocol}, {describe(cfg)}", images=len(queries.labels))
+        run.finish(
+            {"top1": leave_one_out(queries, run.ranks, run)},
+            protocol=f"nearest neighbour, leave-one-out inside the evaluation images, {features}",
+            images=len(queries.labels),
+        )
         return
     bank = found["train"]
     check_bank(max(cfg.neighbours), len(bank.labels), "labelled training images")
     run.finish(
         knn(bank, queries, list(cfg.neighbours), cfg.temperature, run.ranks, run),
         protocol=f"k-NN, bank of {len(bank.labels)} training images, votes of "
-        f"exp(cosine / {cfg.temperature}), {describe(cfg)}",
+        f"exp(cosine / {cfg.temperature}), {features}",
         images=len(queries.labels),
         extra={"bank": len(bank.labels)},
     )
 
 
-def describe(cfg: DictConfig) -> str:
-    return f"pooling {cfg.pooling}, {'with' if cfg.final_norm else 'without'} final norm, percent"
-
-
 def check_bank(wanted: int, present: int, what: str) -> None:
     if wanted > present:
-        raise ConfigError(
-            f"neighbours: {wanted} nearest neighbours are asked for, but there are {present} "
-            f"{what}; expected 1 to {present}"
-        )
+        raise ConfigError(f"neighbours={wanted}: expected 1 to {present}, as many {what} there are")
 
 
 def leave_one_out(images: Features, ranks: Ranks, run: EvalRun | None = None) -> float:

@@ -157,8 +157,11 @@ def test_torchrun_as_in_the_readme(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["protocol=knn", "neighbours=[10,1401]"], "1401 nearest neighbours are asked for, but"),
-        (["dataset=folder", "data_path={images}"], "dataset=folder has no labels, and nearest"),
+        (["protocol=knn", "neighbours=[10,1401]"], "neighbours=1401: expected 1 to 1400, as many"),
+        (
+            ["dataset=folder", "data_path={images}"],
+            "dataset=folder has no labels, and nn needs them",
+        ),
         (["dataset=folder", "data_path={empty}"], "{empty}"),
         (["protocol=loo"], "protocol=loo: expected one of paper, knn"),
         (["neighbours=[]"], "neighbours=[]: expected a list of whole numbers"),

@@ -386,9 +386,9 @@ def test_scores():
 def test_other_methods():
     heads = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
     assert (heads, 224) == (families.HEADS, families.FAMILIES["dinov2"].image_side)
-    nearest = evaluate.compose(composed("evaluate"), "knn", "trained", False)
+    nearest = evaluate.compose(composed("evaluate"), "knn", False)
     assert (nearest.protocol, nearest.final_norm, nearest.precision) == ("knn", True, "fp32")
-    probe = evaluate.compose(composed("evaluate"), "linear_probe", "trained", False)
+    probe = evaluate.compose(composed("evaluate"), "linear_probe", False)
     assert (probe.precision, probe.batch_size) == ("auto", 512)
     table = evaluate.reference_table(["nn", "knn", "linear_probe", "finetune"])
     assert "".join(table.split()).endswith(
