@@ -69,7 +69,7 @@ class Finetuning(Classification):
     def __init__(self, run: EvalRun):
         super().__init__(run, scales_loss=True)
         cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
-        images, self.evaluation = labelled_images(cfg, "finetune", "train", "eval").values()
+        images, self.evaluation = labelled_images(run, "train", "eval").values()
         self.loader = train_loader(cfg, ranks, images, build_transform(run))
         self.classes = count_classes(images.labels, self.evaluation.labels)
         self.model = Classifier(backbone, cfg.pooling, self.classes, cfg.seed).to(ranks.device)
@@ -199,13 +199,10 @@ def build_optimizer(cfg: DictConfig, model: Classifier) -> torch.optim.AdamW:
 
 
 def build_mixup(cfg: DictConfig, classes: int) -> Mixup | None:
-    if cfg.mixup == 0 and cfg.cutmix == 0:
+    if cfg.mixup == cfg.cutmix == 0:
         return None
     if cfg.batch_size % 2:
-        raise ConfigError(
-            f"batch_size={cfg.batch_size}: expected an even number, because mixup={cfg.mixup} and "
-            f"cutmix={cfg.cutmix} mix the images of a batch in pairs"
-        )
+        raise ConfigError(f"batch_size={cfg.batch_size}: expected an even number to mix in pairs")
     return Mixup(
         mixup_alpha=cfg.mixup,
         cutmix_alpha=cfg.cutmix,

@@ -6,7 +6,7 @@ patches most similar to it in the first and in the last few frames.
 python launcher.py --config-name=video pretrained=checkpoints/lmim-vit_base data_path=/path/to/DAVIS
 """
 
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def evaluate(run: EvalRun) -> None:
         video.name: evaluate_video(run, video)
         for video in run.tracked(videos[ranks.rank :: ranks.world_size], "videos:")
     }
-    gathered = {name: score for part in gather_objects(own, ranks) for name, score in part.items()}
+    gathered = ChainMap(*gather_objects(own, ranks))
     scores = {video.name: gathered[video.name] for video in videos}
     run.finish(
         {name: 100 * value for name, value in summarise(scores).items()},

@@ -18,13 +18,16 @@ from eval.common import (
     count_hits,
     run_joined,
 )
-from eval.heads import AttentivePool, GlobalBatchNorm, ProbeHead, probe_features
 from eval.linear_probe import (
+    AttentivePool,
+    GlobalBatchNorm,
+    ProbeHead,
     StepData,
     build_heads,
     build_optimizer,
     evaluate,
     main,
+    probe_features,
     set_learning_rates,
     train_step,
 )
@@ -324,7 +327,7 @@ def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):
 
 def test_attentive_needs_the_tokens(checkpoint, tmp_path):
     cfg = config("linear_probe", checkpoint, tmp_path, "cached=True", "poolings=[attentive]")
-    assert_bad_input(main, cfg, ConfigError, "cached=True: expected poolings: cls")
+    assert_bad_input(main, cfg, ConfigError, "cached=True: expected poolings without attentive")
 
 
 @pytest.mark.parametrize("cached", [False, True])
