@@ -232,8 +232,7 @@ def vit_like(weights: StateDict, path: Path) -> VisionTransformer:
     require_keys(weights, ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"), path)
     width, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
     if width not in HEADS:
-        widths = ", ".join(map(str, HEADS))
-        raise BackboneError(f"{path}: has {width} channels; expected one of {widths}")
+        raise BackboneError(f"{path}: has {width} channels; expected one of {list(HEADS)}")
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     has_class = "cls_token" in weights
     places = weights["pos_embed"].shape[1] - int(has_class and not registers)

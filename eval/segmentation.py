@@ -103,13 +103,13 @@ def score_image(
     cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], mask: np.ndarray
 ) -> list[float]:
     """vectors [L, D], mask [H, W]"""
+    if (mask == IGNORE).all():  # no class
+        return [0]
     scores = []
     for count in cfg.segments:
         segments = cluster(cfg, vectors, grid, count)
         segments = to_pixels(segments.reshape(grid), mask.shape)
         counts = contingency(mask, segments)
-        if len(counts) == 0:  # a mask without any class
-            return [0]
         scores += [matched_miou(counts), adjusted_rand_index(mask, segments)]
     return [len(counts), *scores]
 
