@@ -292,7 +292,7 @@ def class_counts(masks: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
 
 def gather_to_first(parts: list, ranks: Ranks) -> list:
     """The parts of all processes in the order of ranks, on the first one; none on the others. One
-    part of each at a time: what is sent is in memory three times."""
+    part of each at a time, because what is sent is in memory several times. Empties `parts`."""
     if ranks.world_size == 1:
         return parts
     gathered = []
@@ -300,6 +300,7 @@ def gather_to_first(parts: list, ranks: Ranks) -> list:
         boxes = [None] * ranks.world_size if ranks.is_main else None
         dist.gather_object(parts[number] if number < len(parts) else None, boxes)
         gathered.append(boxes or [])
+    parts.clear()
     return [part for own in zip(*gathered, strict=True) for part in own if part is not None]
 
 

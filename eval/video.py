@@ -86,8 +86,9 @@ def propagate(run: EvalRun, video: Video, given: np.ndarray) -> Iterator[np.ndar
     first = (first_tokens, labels_of_patches(given, numbers, (rows, columns), device))
     previous = deque(maxlen=cfg.previous_frames)
     for tokens in frames:
-        context = map(torch.stack, zip(first, *previous, strict=True))
-        labels = propagate_labels(tokens, *context, cfg.neighbourhood, cfg.top_k, cfg.temperature)
+        contexts, known = map(torch.stack, zip(first, *previous, strict=True))
+        settings = (cfg.neighbourhood, cfg.top_k, cfg.temperature)
+        labels = propagate_labels(tokens, contexts, known, *settings)
         previous.append((tokens, labels))
         yield pixel_objects(labels, numbers, run.backbone.patch_size, given.shape)
 
