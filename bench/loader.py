@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from bench.step import RECIPE, command_line, device_name, read_config, write_results
+from bench.step import RECIPE, command_line, median_ratio, read_config, show
 from data.base import ImageDataset
 from data.datasets import build_dataset
 from data.loader import TrainLoader
@@ -79,21 +79,20 @@ def add_photo_options(parser: argparse.ArgumentParser, photos: int) -> None:
 
 
 @contextmanager
-def photo_folder(data: Path | None, photos: int) -> Iterator[Path]:
-    """data or, if it is None, a temporary folder of generated files."""
+def photo_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """--data or, without it, a temporary folder of generated files."""
     with tempfile.TemporaryDirectory() as made:
-        if data is None:
-            write_photos(Path(made), photos)
-        yield data or Path(made)
+        if options.data is None:
+            write_photos(Path(made), options.photos)
+        yield options.data or Path(made)
 
 
 # ---- The loader. ---------------------------------------------------------------------------------
 
+BICUBIC = transforms.InterpolationMode.BICUBIC
 CUSTOMARY = transforms.Compose(
     [
-        transforms.RandomResizedCrop(
-            SIDE, (RECIPE["min_crop"], 1), interpolation=transforms.InterpolationMode.BICUBIC
-        ),
+        transforms.RandomResizedCrop(SIDE, (RECIPE["min_crop"], 1), interpolation=BICUBIC),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
         transforms.Normalize(IMAGENET["mean"], IMAGENET["std"]),
@@ -113,17 +112,9 @@ def recipe_transform(side: int) -> TrainTransform:
 def build_loader(
     dataset: ImageDataset, transform, batch: int, workers: int, ranks: Ranks
 ) -> TrainLoader:
-    return TrainLoader(
-        dataset=dataset,
-        transform=transform,
-        seed=RECIPE["seed"],
-        batch_size=batch,
-        accum_iter=1,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_workers=workers,
-        device=ranks.device,
-    )
+    sizes = {"batch_size": batch, "accum_iter": 1, "num_workers": workers}
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
+    return TrainLoader(dataset, transform, RECIPE["seed"], **sizes, **place)
 
 
 def pipelines(data: Path, tars: Path) -> dict[str, tuple[ImageDataset, object]]:
@@ -153,30 +144,18 @@ def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
 
 
 def measure(data: Path, tars: Path, workers: int, images: int, rounds: int) -> dict:
+    """Images per second, medians over the rounds."""
     kinds = pipelines(data, tars)
     rates = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, (dataset, transform) in kinds.items():
             rates[name].append(rate(dataset, transform, workers, images))
 
-    def ratio(name: str, other: str) -> float:
-        """The median over the rounds."""
-        return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
-
-    result = {"workers": workers, "cpu": device_name(torch.device("cpu")), "side": SIDE}
+    result = {"workers": workers}
     for name, values in rates.items():
         result[name] = statistics.median(values)
-        result[f"{name}, times pil float"] = ratio(name, "pil float")
-    return result | {"tar, times fast": ratio("tar", "fast")}
-
-
-def one_line(result: dict) -> str:
-    rates = ", ".join(
-        f"{name} {result[name]:.0f} images/s ({result[f'{name}, times pil float']:.2f} x)"
-        for name in ("pil float", "pil", "fast", "tar")
-    )
-    workers = result["workers"] or "no"
-    return f"{workers} workers: {rates}; tar in place {result['tar, times fast']:.2f} x files"
+        result[f"{name}, times pil float"] = median_ratio(values, rates["pil float"])
+    return result | {"tar, times fast": median_ratio(rates["tar"], rates["fast"])}
 
 
 def main() -> None:
@@ -187,16 +166,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)  # as in a loader process
-    results = []
-    with (
-        photo_folder(options.data, options.photos) as data,
-        tempfile.TemporaryDirectory() as tars,
-    ):
+    with photo_folder(options) as data, tempfile.TemporaryDirectory() as tars:
         make_tars(data, Path(tars))
         for workers in options.workers:
-            results.append(measure(data, Path(tars), workers, options.images, options.rounds))
-            print(one_line(results[-1]), flush=True)
-    write_results(options.json, results)
+            show(measure(data, Path(tars), workers, options.images, options.rounds))
 
 
 if __name__ == "__main__":

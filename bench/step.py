@@ -6,7 +6,9 @@ python -m bench.step --grid 7 14 28 --batch 16             # one row for each co
 
 Everything is measured in turns in one run, because machines get faster and slower; the figures are
 medians. The peak is that of the best of several square matrix products in the same precision, on
-a CPU also as convolutions (util/cpu.py).
+a CPU also as convolutions (util/cpu.py). The plain formulation is the same training step written
+down in the plainest way: softmax attention as matrices, the moving average and AdamW parameter by
+parameter, the numbers read after each step.
 Imports only torch, timm, yaml and this project's networks and engine: it runs where Hydra is not.
 """
 
@@ -25,12 +27,11 @@ import yaml
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.plain import make_plain, plain_step
 from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import Views, sample_views
-from util.cpu import PixelProduct, tune_for_cpu
+from util.cpu import PixelProduct, tune_for_cpu, write_out_attention
 from util.distributed import (
     Ranks,
     all_reduce,
@@ -54,16 +55,10 @@ def read_config(name: str) -> dict:
     return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
-def read_recipe() -> dict:
-    """configs/lmim.yaml, and which encoder, decoder, target and loss it chooses, by name."""
-    recipe = read_config("lmim")
-    for choice in recipe["defaults"]:
-        if isinstance(choice, dict):
-            recipe |= choice
-    return recipe
-
-
-RECIPE = read_recipe()
+RECIPE = read_config("lmim")
+for choice in RECIPE["defaults"]:  # which encoder, decoder, target and loss, by name
+    if isinstance(choice, dict):
+        RECIPE |= choice
 GRID = read_config(f"encoder/{RECIPE['encoder']}")["grid_size"]
 
 
@@ -86,14 +81,11 @@ def of_recipe(*keys: str) -> dict:
 
 
 def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Training:
-    encoder = read_config(f"encoder/{setting.encoder}")
+    encoder = read_config(f"encoder/{setting.encoder}") | {"grid_size": setting.grid}
+    del encoder["name"]
     torch.manual_seed(0)
     model = LatentMIM(
-        grid_size=setting.grid,
-        patch_size=encoder["patch_size"],
-        embed_dim=encoder["embed_dim"],
-        depth=encoder["depth"],
-        num_heads=encoder["num_heads"],
+        **encoder,
         recompute=setting.recompute,
         **RECIPE["proj"],
         **of_recipe("patch_gap", "freeze_pe", "avg_vis_mask_token"),
@@ -150,10 +142,39 @@ def our_step(setting: Setting, ranks: Ranks) -> Callable[[], None]:
     return step
 
 
-def plain_formulation(setting: Setting, ranks: Ranks) -> Callable[[], None]:
+def make_plain(training: Training) -> Training:
+    """In place."""
+    write_out_attention(training.model)
+    groups = [
+        {"params": group["params"], "weight_decay": group["weight_decay"]}
+        for group in training.optimizer.param_groups
+    ]
+    training.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    return training
+
+
+def plain_step(training: Training, images: Tensor, views: Views) -> list[float]:
+    schedule = training.schedule
+    for group in training.optimizer.param_groups:
+        group["lr"] = schedule.learning_rate(EPOCH)
+    momentum = schedule.target_momentum(EPOCH)
+    online = dict(training.model.encoder.named_parameters())
+    with torch.no_grad():
+        for name, target in training.model.target_encoder.named_parameters():
+            target.mul_(momentum).add_(online[name], alpha=1 - momentum)
+    with training.autocast():
+        latents = training.network(images, views)
+    loss, metrics = training.objective(latents, schedule.similarity_goal(EPOCH))
+    loss.backward()
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    return [number.item() for number in metrics]
+
+
+def plain_formulation(setting: Setting, ranks: Ranks) -> Callable[[], list[float]]:
     training = make_plain(build_training(setting, ranks, tuned=False))
     images, draw_views = draw_images(training, setting), view_source(setting, ranks)
-    return lambda: plain_step(training, images, draw_views(), EPOCH)
+    return lambda: plain_step(training, images, draw_views())
 
 
 def matrix_products(precision: str, device: torch.device) -> dict[str, tuple[int, Callable]]:
@@ -195,8 +216,7 @@ def measure_in_turns(
 ) -> dict[str, list[float]]:
     """-> for each action one time per round; the slowest process counts."""
     for action in actions.values():
-        for _ in range(2):  # compilation, first allocations
-            action()
+        seconds_of(action, 2, ranks.device)  # compilation, first allocations
     seconds = {name: [] for name in actions}
     for _ in range(rounds):
         for name, action in actions.items():
@@ -225,28 +245,31 @@ def measure(setting: Setting, plain: str | None, rounds: int, repeat: int, ranks
     speeds = {name: 2 * side**3 / medians[name] for name, (side, _) in products.items()}
     peak_of = max(speeds, key=speeds.get)
     peak = speeds[peak_of] * ranks.world_size
-    images = setting.batch * ranks.world_size
+    images_per_second = setting.batch * ranks.world_size / medians["step"]
     result = {
         **asdict(setting),
         "processes": ranks.world_size,
         "threads": torch.get_num_threads(),
         "device": device_name(ranks.device),
         "torch": torch.__version__,
-        "images_per_second": images / medians["step"],
+        "images_per_second": images_per_second,
         "gflop_per_image": flops / 1e9,
-        "gflop_per_second": images * flops / medians["step"] / 1e9,
+        "gflop_per_second": images_per_second * flops / 1e9,
         "peak_gflop_per_second": peak / 1e9,
         "peak_of": peak_of,
-        "share_of_peak": images * flops / medians["step"] / peak,
+        "share_of_peak": images_per_second * flops / peak,
         "memory_gb": memory,
         "spread": max(seconds["step"]) / min(seconds["step"]) - 1,
     }
     if plain is not None:
-        ratios = [a / b for a, b in zip(seconds["plain"], seconds["step"], strict=True)]
         result["plain_precision"] = plain
-        result["plain_images_per_second"] = images / medians["plain"]
-        result["times_plain"] = statistics.median(ratios)
+        result["times_plain"] = median_ratio(seconds["plain"], seconds["step"])
     return result
+
+
+def median_ratio(these: list[float], others: list[float]) -> float:
+    """Of what was measured in the same rounds."""
+    return statistics.median(a / b for a, b in zip(these, others, strict=True))
 
 
 def device_name(device: torch.device) -> str:
@@ -256,26 +279,14 @@ def device_name(device: torch.device) -> str:
     return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
 
 
-def one_line(result: dict) -> str:
-    line = (
-        f"{result['encoder']} batch {result['batch']} grid {result['grid']} {result['precision']}"
-        f"{' compiled' if result['compile'] else ''}{' recompute' if result['recompute'] else ''}"
-        f" on {result['processes']} x {result['device']} ({result['threads']} threads): "
-        f"{result['images_per_second']:.1f} images/s, {result['gflop_per_image']:.2f} GFLOP/image, "
-        f"{result['gflop_per_second']:.0f} of {result['peak_gflop_per_second']:.0f} GFLOP/s "
-        f"({result['share_of_peak']:.0%}), {result['memory_gb']:.1f} GB"
-    )
-    if "times_plain" in result:
-        line += f", {result['times_plain']:.2f} x plain {result['plain_precision']}"
-    return line
+def show(result: dict) -> None:
+    numbers = {name: f"{x:.3f}" if isinstance(x, float) else x for name, x in result.items()}
+    print("  ".join(f"{name} {value}" for name, value in numbers.items()), flush=True)
 
 
 def command_line(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the results here")
-    return parser
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=layout)
 
 
 def add_training_options(parser: argparse.ArgumentParser, precision: str) -> None:
@@ -284,11 +295,6 @@ def add_training_options(parser: argparse.ArgumentParser, precision: str) -> Non
     parser.add_argument("--encoder", default="vit_small", choices=encoders)
     parser.add_argument("--precision", default=precision, choices=MATRIX_TYPES)
     parser.add_argument("--compile", action="store_true")
-
-
-def write_results(path: Path | None, results: dict | list[dict]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def main() -> None:
@@ -301,9 +307,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeat", type=int, default=1, help="steps per round")
     parser.add_argument("--threads", type=int, help="of the CPU, per process")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
-    ranks = join_processes(options.device)
+    ranks = join_processes()
     if options.threads:
         torch.set_num_threads(options.threads)
     results = []
@@ -313,9 +319,9 @@ def main() -> None:
         )
         results.append(measure(setting, options.plain, options.rounds, options.repeat, ranks))
         if ranks.is_main:
-            print(one_line(results[-1]), flush=True)
-    if ranks.is_main:
-        write_results(options.json, results)
+            show(results[-1])
+    if ranks.is_main and options.json is not None:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
     leave_processes()
 
 

@@ -16,8 +16,8 @@ from bench.step import (
     command_line,
     device_name,
     image_side,
+    show,
     view_source,
-    write_results,
 )
 from data.datasets import build_dataset
 from data.transforms import normalise
@@ -68,16 +68,10 @@ def main() -> None:
         options.encoder, options.batch, GRID, options.precision, options.compile, recompute=False
     )
     workers = default_workers() if options.workers is None else options.workers
-    photos = max(options.photos, options.batch * ranks.world_size)
-    with photo_folder(options.data, photos) as data:
+    with photo_folder(options) as data:
         result = measure(data, setting, workers, options.steps, ranks)
     if ranks.is_main:
-        print(
-            f"{result['encoder']} batch {result['batch']} {result['precision']}, {workers} loader "
-            f"processes: {result['images_per_second']:.1f} images/s, waiting "
-            f"{result['waiting']:.0%} of the time"
-        )
-        write_results(options.json, result)
+        show(result)
     leave_processes()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eval.families import (
     FAMILIES,
     HEADS,
+    SIZES,
     BackboneError,
     StateDict,
     build_from_file,
@@ -24,10 +25,9 @@ from eval.families import (
     unwrap,
 )
 from models.vit import Encoder
-from util.checkpoint import load_weights, newest_readable, without_module_prefix
+from util.checkpoint import load_weights, without_module_prefix
 
 PARTS = {"encoder": "encoder.", "target": "target_encoder."}
-SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large"}
 Colour = tuple[float, float, float]
 
 
@@ -61,13 +61,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise BackboneError(
-                f"images of {height} x {width} pixels: expected multiples of the patch size "
-                f"{self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
+        (height, width), size = images.shape[-2:], self.patch_size
+        if height % size or width % size:
+            raise BackboneError(f"images of {height} x {width}: expected multiples of {size}")
+        return height // size, width // size
 
     def layer_of(self, parameter_name: str) -> int:
         """0: embeddings, class token, positions; 1 .. depth: blocks; depth + 1: what comes after.
@@ -82,25 +79,17 @@ class Backbone(nn.Module):
     def set_drop_path(self, rate: float) -> None:
         """Stochastic depth: none in the first block, `rate` in the last, linear in between."""
         blocks = self.blocks()
+        if not all(hasattr(block, "drop_path1") for block in blocks):
+            raise BackboneError(f"{self.family}:{self.name}: only plain ViTs can be fine-tuned")
         for index, block in enumerate(blocks):
             share = rate * index / max(len(blocks) - 1, 1)
             for name in ("drop_path1", "drop_path2"):
-                if not hasattr(block, name):
-                    raise BackboneError(
-                        f"{self.family}:{self.name}: stochastic depth is only for plain ViTs"
-                    )
                 setattr(block, name, DropPath(share) if share > 0 else nn.Identity())
 
     def describe(self) -> dict[str, object]:
         """For results files."""
-        return {
-            "family": self.family,
-            "name": self.name,
-            "image_side": self.image_side,
-            "patch_size": self.patch_size,
-            "embed_dim": self.embed_dim,
-            "layer": self.layer,
-            "final_norm": self.final_norm,
+        names = ("family", "name", "image_side", "patch_size", "embed_dim", "layer", "final_norm")
+        return {name: getattr(self, name) for name in names} | {
             "parameters": sum(parameter.numel() for parameter in self.parameters()),
             "sha256": self.fingerprint,
         }
@@ -117,10 +106,8 @@ class Backbone(nn.Module):
 
 def block_index(layer: int, depth: int) -> int:
     """The last block that is run, counted from 0; -1 is the last of all."""
-    if not -1 <= layer < depth:
-        raise BackboneError(
-            f"layer={layer}: expected -1 (the last) or 0 to {depth - 1}, the blocks of the backbone"
-        )
+    if layer >= depth:
+        raise BackboneError(f"layer={layer}: expected -1 (the last block) or 0 to {depth - 1}")
     return depth - 1 if layer == -1 else layer
 
 
@@ -152,8 +139,8 @@ class OwnBackbone(Backbone):
 
 
 class TimmBackbone(Backbone):
-    """Any model of timm. Its last feature map gives the patch tokens; layers, stochastic depth and
-    layer decay are for those with a list of transformer blocks. Attributes differ, hence Any."""
+    """Any model of timm. What is no ViT gives its last feature map as patch tokens. Attributes
+    differ, hence Any."""
 
     def __init__(self, model: Any, *, family: str, name: str, layer: int, final_norm: bool):
         super().__init__()
@@ -194,14 +181,8 @@ class TimmBackbone(Backbone):
 
     def blocks(self) -> nn.ModuleList:
         if not self.is_vit:
-            raise BackboneError(
-                f"{self.family}:{self.name}: stochastic depth and layer decay are only for ViTs"
-            )
+            raise BackboneError(f"{self.family}:{self.name}: only plain ViTs can be fine-tuned")
         return self.model.blocks
-
-    def layer_of(self, parameter_name: str) -> int:
-        self.blocks()
-        return super().layer_of(parameter_name)
 
     def forward(self, images: Tensor) -> Tokens:
         if self.is_vit:
@@ -232,14 +213,13 @@ def load_backbone(
     random_init: bool = False,
     seed: int = 0,
 ) -> Backbone:
-    """pretrained: a checkpoint or job folder of this project, the published checkpoint, timm:NAME,
-    or FAMILY:FILE. contents: of this project's checkpoint, where the caller has read it. which: the
-    encoder or its target, where a file holds both. layer: -1 the last block, others counted from 0.
-    random_init: the same architecture with fresh weights."""
+    """pretrained: a checkpoint of this project, the published one, timm:NAME, or FAMILY:FILE; the
+    other keys are those of configs/backbone/. contents: of this project's checkpoint, where the
+    caller has read it."""
     if pretrained is None:
+        expected = ", ".join(f"{family}:FILE" for family in FAMILIES)
         raise BackboneError(
-            "pretrained=null: expected a checkpoint or job folder, timm:NAME, or one of "
-            f"{', '.join(f'{family}:FILE' for family in FAMILIES)}"
+            f"pretrained=null: expected a checkpoint or job folder, timm:NAME, or one of {expected}"
         )
     family, colon, rest = pretrained.partition(":")
     if pretrained_weights is not None and family != "timm":
@@ -259,19 +239,15 @@ def load_backbone(
             )
         else:
             file = Path(pretrained)
-            if file.is_dir():
-                file, contents = newest_checkpoint(file)
             contents = read_file(file) if contents is None else contents
             backbone = load_own(file, contents, which, random_init, layer, final_norm)
     backbone.fingerprint = (
         state_fingerprint(backbone) if file is None or random_init else file_fingerprint(file)
     )
-    if image_side is not None:
-        backbone.image_side = image_side
+    backbone.image_side = image_side or backbone.image_side
     if backbone.is_vit and backbone.image_side % backbone.patch_size:
         raise BackboneError(
-            f"image_side={backbone.image_side}: expected a multiple of the patch size "
-            f"{backbone.patch_size}"
+            f"image_side={image_side}: expected a multiple of the patch size {backbone.patch_size}"
         )
     backbone.eval()
     if isinstance(backbone, TimmBackbone):
@@ -291,24 +267,11 @@ def check_forward(backbone: TimmBackbone) -> None:
     except Exception as error:  # of any kind, from inside the model
         reason = " ".join(str(error).split())[:200]
         raise BackboneError(f"{place}: no image of this size goes through it ({reason})") from error
-    rows, columns = tokens.grid
-    if tokens.patches.shape[1] != rows * columns:
-        raise BackboneError(
-            f"{place}: {tokens.patches.shape[1]} tokens are not a grid of {rows} x {columns}; "
-            f"expected a ViT or a model with feature maps"
-        )
+    if tokens.patches.shape[1] != math.prod(tokens.grid):
+        raise BackboneError(f"{place}: its tokens are not a grid; expected ViTs and feature maps")
 
 
 # --- this project's -----------------------------------------------------------------------------
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path, dict]:
-    """The newest checkpoint of a job that can be read, and what it holds."""
-    inside = folder / "checkpoints"
-    newest = newest_readable(inside if inside.is_dir() else folder, report=print)
-    if newest is None:
-        raise BackboneError(f"pretrained={folder}: this folder holds no checkpoint")
-    return newest
 
 
 def load_own(
@@ -316,27 +279,27 @@ def load_own(
 ) -> OwnBackbone:
     weights = without_module_prefix(unwrap(contents, ("state_dict",), path))
     prefix = PARTS[which]
+    # The projection head belongs to pre-training.
     weights = {
-        key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
+        key.removeprefix(prefix): value
+        for key, value in weights.items()
+        if key.startswith(prefix) and not key.startswith(f"{prefix}head.")
     }
     config = contents.get("config") or {}
     if not weights and which == "target" and config:
+        target = config["target"]["name"]
         raise BackboneError(
-            f"which=target: {path} holds no target encoder (target={config['target']['name']}); "
-            f"expected encoder"
+            f"which=target: {path} holds no target encoder (target={target}); expected encoder"
         )
     if not weights:
         raise BackboneError(
-            f"{path} holds no keys that start with {prefix}: it is no Latent MIM checkpoint; for "
-            f"files of other methods write FAMILY:FILE, FAMILY one of {', '.join(FAMILIES)}"
+            f"{path} has no keys {prefix}*: it is no Latent MIM checkpoint; for files of other "
+            f"methods write FAMILY:FILE, FAMILY one of {', '.join(FAMILIES)}"
         )
-    # The projection head belongs to pre-training.
-    weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     encoder = encoder_for(weights, config, path)
     if not random_init:
         load_weights(encoder, weights, path)
-    depth = len(encoder.blocks)
-    size = config.get("encoder", {}).get("name") or f"vit_{SIZES.get((encoder.embed_dim, depth))}"
+    size = config.get("encoder", {}).get("name") or f"vit_{SIZES.get(encoder.embed_dim, 'other')}"
     name = f"{size}-{which}" if which != "encoder" else size
     backbone = OwnBackbone(encoder, name=name, layer=layer, final_norm=final_norm)
     if dataset := config.get("dataset"):  # the published file does not say

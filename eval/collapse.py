@@ -41,10 +41,7 @@ def evaluate(run: EvalRun) -> None:
     cfg = run.cfg
     dataset = open_split(cfg, cfg.split)
     if len(dataset) < 4:
-        raise DataError(
-            f"dataset={cfg.dataset.name}: expected at least 4 images in its {cfg.split} split, two "
-            f"to fit the position probe and two to test it"
-        )
+        raise DataError(f"split={cfg.split}: expected 4 images or more, it has {len(dataset)}")
     found = extract(run, dataset, cfg.split, cfg.pooling, normalised=False)
     probe = TokenProbe(run, dataset)
     results = {

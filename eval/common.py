@@ -11,20 +11,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from data.base import DataError, ImageDataset
+from data.base import DataError, ImageDataset, first_few
 from data.loader import EvalLoader
 from data.picture import Picture
 from data.transforms import EvalTransform, normalise
-from eval.backbone import Backbone, Colour, Tokens, load_backbone, newest_checkpoint
-from util.checkpoint import CheckpointError
+from eval.backbone import Backbone, Colour, Tokens, load_backbone
+from eval.families import BackboneError
+from util.checkpoint import CheckpointError, newest_readable
 from util.config import job_directory
-from util.distributed import (
-    Ranks,
-    all_reduce,
-    join_processes,
-    leave_processes,
-    on_main,
-)
+from util.distributed import Ranks, all_reduce, join_processes, leave_processes, on_main
 from util.files import write_whole
 from util.job import describe_environment, prepare_job_directory
 from util.loaders import eval_loader, open_split
@@ -68,18 +63,16 @@ class EvalRun:
         transform: Callable[..., Tensor] | None = None,
     ) -> EvalLoader:
         """This process's part of all images, or of those with these indices."""
-        side, crop_ratio = self.backbone.image_side, self.cfg.dataset.crop_ratio
-        transform = transform or EvalTransform(side, crop_ratio)
-        return eval_loader(self.cfg, self.ranks, dataset, transform, indices)
+        centre = EvalTransform(self.backbone.image_side, self.cfg.dataset.crop_ratio)
+        return eval_loader(self.cfg, self.ranks, dataset, transform or centre, indices)
 
     @cached_property
     def precision(self) -> str:
         return choose_precision(self.cfg.precision, self.ranks.device)
 
     def autocast(self) -> torch.autocast:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
-        enabled = self.precision != "fp32"
-        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=enabled)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None)
 
     @property
     def colours(self) -> tuple[Colour, Colour]:
@@ -93,7 +86,7 @@ class EvalRun:
         return normalise(images, *self.colours)
 
     def tokens(self, images: Tensor) -> Tokens:
-        """What the backbone makes of uint8 images [B, 3, H, W]."""
+        """Of uint8 images [B, 3, H, W]."""
         with self.autocast():
             return self.backbone(self.normalised(images))
 
@@ -181,7 +174,12 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
 
     def choose() -> str:
         nonlocal contents
-        path, contents = newest_checkpoint(Path(cfg.pretrained))
+        folder = Path(cfg.pretrained)
+        inside = folder / "checkpoints"
+        newest = newest_readable(inside if inside.is_dir() else folder, report=print)
+        if newest is None:
+            raise BackboneError(f"pretrained={folder}: this folder holds no checkpoint")
+        path, contents = newest
         return str(path)
 
     if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
@@ -221,33 +219,24 @@ class LabelledImages(ImageDataset):
         return self.dataset.describe(int(self.positions[index]))
 
 
-def labelled_images(cfg: DictConfig, purpose: str, *splits: str) -> dict[str, LabelledImages]:
+def labelled_images(run: EvalRun, *splits: str) -> dict[str, LabelledImages]:
     """By split. All of them before any work on one, to complain before it and not after it."""
-    labelled = {}
+    labelled, name = {}, run.cfg.dataset.name
     for split in splits:
-        dataset = open_split(cfg, split)
+        dataset = open_split(run.cfg, split)
         if dataset.labels is None:
-            raise DataError(
-                f"dataset={cfg.dataset.name} has no labels, and {purpose} needs them; expected a "
-                f"labelled one, such as imagefolder"
-            )
+            raise DataError(f"dataset={name} has no labels, and {run.name} needs them")
         labelled[split] = LabelledImages(dataset)
         if len(labelled[split]) == 0:
-            raise DataError(
-                f"dataset={cfg.dataset.name}: no image of its {split} split has a label, and "
-                f"{purpose} needs them"
-            )
+            raise DataError(f"dataset={name}: no image of its {split} split has a label")
     return labelled
 
 
 def count_classes(train: Tensor | np.ndarray, evaluation: Tensor | np.ndarray) -> int:
     """From the labels of both splits. An evaluation class without training images is an error."""
     train, evaluation = set(train.tolist()), set(evaluation.tolist())
-    if unknown := sorted(evaluation - train):
-        raise DataError(
-            f"{len(unknown)} classes of the evaluation images have no training image, the first is "
-            f"number {unknown[0]}"
-        )
+    if unknown := [str(number) for number in sorted(evaluation - train)]:
+        raise DataError(f"classes {first_few(unknown)} of the evaluation have no training image")
     return max(train) + 1
 
 
@@ -314,6 +303,6 @@ def check_same_backbone(resumed: dict, backbone: Backbone) -> None:
     if different:
         changes = ", ".join(f"{key} {before.get(key)} is now {now[key]}" for key in different)
         raise CheckpointError(
-            f"the checkpoint to resume belongs to another backbone ({changes}): choose the same "
-            f"one, overwrite=True to replace it, or another job_name"
+            f"the checkpoint to resume belongs to another backbone ({changes}): choose that one, "
+            f"overwrite=True or another job_name"
         )

@@ -49,45 +49,30 @@ def evaluate(run: EvalRun) -> None:
     cfg = run.cfg
     run.backbone.cpu()  # it is only described: each evaluation loads its own
     check_settings(cfg)
-    variants = {"trained": False, "random init": True}
-    if not cfg.beside_random_init:
-        variants = {
-            label: is_random
-            for label, is_random in variants.items()
-            if is_random == cfg.random_init
-        }
+    variants = (False, True) if cfg.beside_random_init else (cfg.random_init,)
+    plan = [(name, is_random) for name in cfg.evals for is_random in variants]
     # Composed before the first one runs, so that a wrong key in `settings` ends it at once.
-    plan = [
-        (name, label, compose(cfg, name, label, is_random))
-        for name in cfg.evals
-        for label, is_random in variants.items()
-    ]
+    configs = [compose(cfg, *chosen) for chosen in plan]
     found: dict[str, dict[str, dict]] = {}
-    for name, label, own_cfg in plan:
+    for (name, is_random), own_cfg in zip(plan, configs, strict=True):
         worker = importlib.import_module(own_cfg.worker)
         worker_name = own_cfg.worker.rpartition(".")[2]
         own = run_joined(own_cfg, run.ranks, worker_name, worker.evaluate)
-        found.setdefault(name, {})[label] = own.report
+        found.setdefault(name, {})["random init" if is_random else "trained"] = own.report
     if run.ranks.is_main:
         write_table(run, found)
 
 
 def check_settings(cfg: DictConfig) -> None:
     if not cfg.final_norm:
-        raise ConfigError(
-            "final_norm=False: expected settings=['NAME.final_norm=False'], because each "
-            "evaluation has its own"
-        )
+        raise ConfigError("final_norm=False: expected settings=['NAME.final_norm=False']")
     for setting in cfg.settings:
-        name = setting.partition(".")[0]
-        if name not in cfg.evals:
-            raise ConfigError(
-                f"settings: {setting}: expected NAME.key=value with NAME one of "
-                f"{', '.join(cfg.evals)}"
-            )
+        if setting.partition(".")[0] not in cfg.evals:
+            names = ", ".join(cfg.evals)
+            raise ConfigError(f"settings={setting}: expected NAME.key=value, NAME one of {names}")
 
 
-def compose(cfg: DictConfig, name: str, label: str, random_init: bool) -> DictConfig:
+def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:
     """The evaluation's own config, with what all of them share and what `settings` says."""
     config_name, overrides = PROTOCOLS.get(name, (name, []))
     mine = [s.partition(".")[2] for s in cfg.settings if s.startswith(f"{name}.")]
@@ -98,7 +83,7 @@ def compose(cfg: DictConfig, name: str, label: str, random_init: bool) -> DictCo
             own[key] = cfg[key]
     own.random_init = random_init
     own.output_dir = str(Path(cfg.output_dir) / cfg.job_name)
-    own.job_name = name if label == "trained" else f"{name}-random-init"
+    own.job_name = f"{name}-random-init" if random_init else name
     if "overwrite" in own:
         # From the beginning, unless Slurm has requeued the job: then it goes on where it was.
         own.resume = own.resume or is_restart()
@@ -112,9 +97,9 @@ def compose(cfg: DictConfig, name: str, label: str, random_init: bool) -> DictCo
 
 def write_table(run: EvalRun, found: dict[str, dict[str, dict]]) -> None:
     has_references = run.cfg.dataset.name == "imagenet"
-    table = markdown(found, has_references)
+    text = markdown(found, has_references)
     path = run.job / "results" / "evaluate.md"
-    path.write_text(table + "\n")
+    path.write_text(text + "\n")
     contents = {
         "backbone": run.backbone.describe(),
         "dataset": run.cfg.dataset.name,
@@ -122,20 +107,17 @@ def write_table(run: EvalRun, found: dict[str, dict[str, dict]]) -> None:
         "references": REFERENCES if has_references else {},
     }
     write_json(run.job / "results" / "evaluate.json", contents)
-    run.say(f"\n{table}\n\ntable  {path}")
+    run.say(f"\n{text}\n\ntable  {path}")
 
 
 def markdown(found: dict[str, dict[str, dict]], with_references: bool) -> str:
     labels = list(next(iter(found.values())))
-    header = ["evaluation", "metric", *labels]
-    rows = []
+    rows = [["evaluation", "metric", *labels]]
     for name, variants in found.items():
         for metric in variants[labels[0]]["results"]:
-            values = [
-                f"{variants[label]['results'].get(metric, float('nan')):.4g}" for label in labels
-            ]
-            rows.append([name, metric, *values])
-    text = aligned_right(header, rows, from_column=2)
+            values = [variants[label]["results"].get(metric, float("nan")) for label in labels]
+            rows.append([name, metric, *(f"{value:.4g}" for value in values)])
+    text = table(rows)
     protocols = "\n".join(
         f"- {name}: {variants[labels[0]]['protocol']}" for name, variants in found.items()
     )
@@ -150,18 +132,16 @@ def reference_table(names: list[str]) -> str:
     if not columns:
         return ""
     titles = {"nn": "nn (leave-one-out)", "knn": "knn (training bank)"}
-    header = ["published, ViT-B/16", *[titles.get(name, name) for name in columns]]
-    rows = [
-        [method, *[numbers.get(name, "-") for name in columns]]
-        for method, numbers in REFERENCES.items()
-    ]
-    return aligned_right(header, rows, from_column=1)
+    rows = [["published, ViT-B/16", *[titles.get(name, name) for name in columns]]]
+    for method, numbers in REFERENCES.items():
+        rows.append([method, *[numbers.get(name, "-") for name in columns]])
+    return table(rows)
 
 
-def aligned_right(header: list[str], rows: list[list[str]], from_column: int) -> str:
-    """A table of Markdown."""
-    rule = ["---"] * from_column + ["---:"] * (len(header) - from_column)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
+def table(rows: list[list[str]]) -> str:
+    """Of Markdown; the first row is the header."""
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from eval.backbone import OwnBackbone
+from eval.backbone import Colour, OwnBackbone
 from eval.common import EvalRun, run_evaluation
 from eval.families import SIZES, BackboneError
 from models.vit import Encoder
@@ -50,34 +50,24 @@ def main(cfg: DictConfig) -> None:
 def export(run: EvalRun) -> None:
     backbone = run.backbone.cpu()
     if not isinstance(backbone, OwnBackbone):
-        raise BackboneError(
-            f"pretrained={run.cfg.pretrained}: expected a checkpoint of this project"
-        )
+        raise BackboneError(f"pretrained={run.cfg.pretrained}: expected a checkpoint of Latent MIM")
     if not backbone.final_norm:
-        raise BackboneError(
-            "final_norm=False: expected True for an export: timm's ViT has the norm"
-        )
+        raise BackboneError("final_norm=False: expected True for an export, as timm's ViT has it")
     if not run.ranks.is_main:
         return
     folder = run.job / backbone.name
     folder.mkdir(parents=True, exist_ok=True)
     weights = timm_weights(backbone.encoder)
-    mean, std = run.colours
-    config = describe(backbone.encoder, {"mean": list(mean), "std": list(std)})
+    config = describe(backbone.encoder, run.colours)
     write_safetensors(folder / "model.safetensors", weights)
     with_head = run.job / f"{backbone.name}.safetensors"
     shapes = {"head.weight": (TIMM_CLASSES, backbone.embed_dim), "head.bias": (TIMM_CLASSES,)}
     head = {key: torch.zeros(shape) for key, shape in shapes.items()}
     write_safetensors(with_head, weights | head)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "README.md").write_text(
-        README.format(
-            name=backbone.name,
-            timm_name=config["architecture"],
-            pixels=backbone.image_side,
-            width=backbone.embed_dim,
-        )
-    )
+    sizes = {"pixels": backbone.image_side, "width": backbone.embed_dim}
+    readme = README.format(name=backbone.name, timm_name=config["architecture"], **sizes)
+    (folder / "README.md").write_text(readme)
     files = {folder / "model.safetensors": 0, with_head: TIMM_CLASSES}
     difference = max(
         largest_difference(backbone, config, file, classes) for file, classes in files.items()
@@ -105,14 +95,12 @@ def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
     return {key: value.detach().contiguous() for key, value in weights.items()}
 
 
-def describe(encoder: Encoder, colours: dict[str, list[float]]) -> dict:
+def describe(encoder: Encoder, colours: tuple[Colour, Colour]) -> dict:
     """config.json, in the form of timm's own on Hugging Face."""
     side = encoder.grid_size * encoder.patch_size
-    architecture = "vit_base_patch16_224"
-    if encoder.patch_size in (8, 16, 32):
-        size = SIZES.get(encoder.embed_dim, "base")
-        candidate = f"vit_{size}_patch{encoder.patch_size}_224"
-        architecture = candidate if timm.is_model(candidate) else architecture
+    architecture = f"vit_{SIZES.get(encoder.embed_dim, 'base')}_patch{encoder.patch_size}_224"
+    if encoder.patch_size not in (8, 16, 32) or not timm.is_model(architecture):
+        architecture = "vit_base_patch16_224"  # whose sizes the arguments below change
     arguments = {
         "img_size": side,
         "patch_size": encoder.patch_size,
@@ -129,7 +117,8 @@ def describe(encoder: Encoder, colours: dict[str, list[float]]) -> dict:
         "pool_size": None,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
-        **colours,
+        "mean": colours[0],
+        "std": colours[1],
     }
     return {
         "architecture": architecture,

@@ -43,13 +43,14 @@ def read_file(path: Path) -> dict:
     try:
         return load_file(path)
     except CheckpointError as error:
-        wanted = unsafe_names(path)
+        wanted = []
+        with suppress(Exception):  # it is damaged instead
+            wanted = sorted(get_unsafe_globals_in_checkpoint(path))
         if not wanted:
             raise
         raise BackboneError(
             f"{path} is refused, because reading it would run code: it wants "
-            f"{', '.join(wanted)}; expected a file of tensors and plain types, so save its "
-            f"weights alone where you trust it"
+            f"{', '.join(wanted)}; expected a file of tensors and plain types"
         ) from error
 
 
@@ -61,14 +62,6 @@ def read_safetensors(path: Path) -> StateDict:
         return load_safetensors(path)
     except (SafetensorError, OSError) as error:
         raise BackboneError(f"{path} cannot be read ({error})") from error
-
-
-def unsafe_names(path: Path) -> list[str]:
-    """What a pickle wants to import beyond tensors; empty where the file is damaged instead."""
-    try:
-        return sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # it could not be read, and the caller says so
-        return []
 
 
 def unwrap(contents: object, names: tuple[str, ...], path: Path) -> StateDict:
@@ -239,8 +232,7 @@ def vit_like(weights: StateDict, path: Path) -> VisionTransformer:
     require_keys(weights, ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"), path)
     width, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
     if width not in HEADS:
-        widths = ", ".join(map(str, HEADS))
-        raise BackboneError(f"{path}: has {width} channels; expected one of {widths}")
+        raise BackboneError(f"{path}: has {width} channels; expected one of {list(HEADS)}")
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     has_class = "cls_token" in weights
     places = weights["pos_embed"].shape[1] - int(has_class and not registers)

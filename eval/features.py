@@ -27,11 +27,6 @@ class Features(NamedTuple):
     features: Tensor  # float32 [N, D], on the CPU, in the order of the data set
     labels: Tensor  # int64 [N]; -1 where an image has none
 
-    def labelled(self) -> "Features":
-        """Without the images that have no label."""
-        kept = self.labels >= 0
-        return self if bool(kept.all()) else Features(self.features[kept], self.labels[kept])
-
 
 def pool(tokens: Tokens, pooling: str) -> Tensor:
     """-> [B, D], or [B, 2 D] for cls+mean"""
@@ -52,10 +47,10 @@ def extract(
 
     With cache_dir features are computed once, and read from there by all evaluations and processes.
     """
-    path = cache_path(run, dataset, split, pooling)
-    if path is None:
+    if run.cfg.cache_dir is None:
         features = compute(run, dataset, pooling)
     else:
+        path = cache_path(run, dataset, split, pooling)
         if not broadcast_object(path.exists(), run.ranks):
             features = compute(run, dataset, pooling)
             if run.ranks.is_main:
@@ -70,10 +65,12 @@ def extract_labelled(
     run: EvalRun, images: dict[str, LabelledImages], pooling: str, normalised: bool = True
 ) -> dict[str, Features]:
     """Of those images of each split that have a label."""
-    return {
-        split: extract(run, labelled.dataset, split, pooling, normalised).labelled()
-        for split, labelled in images.items()
-    }
+    found = {}
+    for split, labelled in images.items():
+        everything = extract(run, labelled.dataset, split, pooling, normalised)
+        kept = everything.labels >= 0
+        found[split] = everything if kept.all() else Features(*(part[kept] for part in everything))
+    return found
 
 
 def labels_of(dataset: ImageDataset) -> Tensor:
@@ -94,16 +91,16 @@ def unit_length(features: Tensor) -> Tensor:
 def compute(run: EvalRun, dataset: ImageDataset, pooling: str) -> Tensor:
     """-> float32 [N, D], not normalised"""
     backbone = run.backbone.eval()
-    width = pooled_width(backbone.embed_dim, pooling)
 
     def vectors(images: Tensor) -> Tensor:
         return pool(run.tokens(images), pooling)
 
+    width = pooled_width(backbone.embed_dim, pooling)
     features = encode(run.loader(dataset), vectors, width, run.ranks, run)
     if not features.isfinite().all():
         raise BackboneError(
-            f"{backbone.family}:{backbone.name} gives features that are not finite, of images of "
-            f"{run.cfg.dataset.name} in precision={run.precision}"
+            f"{backbone.family}:{backbone.name} gives features that are not finite in "
+            f"precision={run.precision}"
         )
     return features
 
@@ -130,19 +127,12 @@ def encode(
 # --- the cache ----------------------------------------------------------------------------------
 
 
-def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) -> Path | None:
+def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) -> Path:
     """Named after everything that the features depend on. The files of a data set are not read for
     this: after changing images in place, with the same number and labels, empty the cache."""
-    cfg, backbone = run.cfg, run.backbone
-    if cfg.cache_dir is None:
-        return None
-    labels = b"" if dataset.labels is None else labels_of(dataset).numpy().tobytes()
-    key = {
-        "backbone": backbone.fingerprint,
-        "which": backbone.name,
-        "layer": backbone.layer,
-        "final_norm": backbone.final_norm,
-        "side": backbone.image_side,
+    cfg = run.cfg
+    labels = labels_of(dataset).numpy().tobytes()
+    key = run.backbone.describe() | {
         "pooling": pooling,
         "precision": run.precision,
         "dataset": cfg.dataset.name,

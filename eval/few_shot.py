@@ -6,6 +6,9 @@ the leave-one-out predictions among the shots, which choose the strength without
 evaluation images.
 """
 
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,7 +31,7 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate(run: EvalRun) -> None:
     cfg, ranks = run.cfg, run.ranks
-    images = labelled_images(cfg, "few_shot", "train", "eval")
+    images = labelled_images(run, "train", "eval")
     check_shots(images["train"].labels, max(cfg.shots))
     train, evaluation = extract_labelled(run, images, cfg.pooling).values()
     classes = count_classes(train.labels, evaluation.labels)
@@ -40,8 +43,7 @@ def evaluate(run: EvalRun) -> None:
         chosen = choose_shots(train.labels, shots, cfg.seed, draw)
         support = Features(train.features[chosen], train.labels[chosen])
         own[shots, draw] = ridge_accuracies(support, evaluation, classes, list(cfg.regularisers))
-    found = {task: value for part in gather_objects(own, ranks) for task, value in part.items()}
-    report(run, found, len(evaluation.labels))
+    report(run, ChainMap(*gather_objects(own, ranks)), len(evaluation.labels))
 
 
 # --- the shots ----------------------------------------------------------------------------------
@@ -49,12 +51,9 @@ def evaluate(run: EvalRun) -> None:
 
 def check_shots(labels: np.ndarray, shots: int) -> None:
     present, counts = np.unique(labels, return_counts=True)
-    if counts.min() < shots:
-        small = int(present[counts.argmin()])
-        raise DataError(
-            f"shots={shots}: expected at most {counts.min()}, because class {small} has only "
-            f"{counts.min()} training images"
-        )
+    fewest, place = counts.min(), counts.argmin()
+    if fewest < shots:
+        raise DataError(f"shots={shots}: class {present[place]} has only {fewest} training images")
 
 
 def choose_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
@@ -139,28 +138,28 @@ def choose_regulariser(ridge: Ridge, targets: Tensor, regularisers: list[float])
 # --- what is left behind ------------------------------------------------------------------------
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
+def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     """The standard deviation over draws, of one of them."""
     tensor = torch.tensor(values, dtype=torch.float64)
-    spread = tensor.std().item() if len(values) > 1 else 0.0
-    return tensor.mean().item(), spread
+    spread = tensor.std(correction=min(1, len(values) - 1))
+    return {"mean": tensor.mean().item(), "spread": spread.item()}
 
 
-def report(run: EvalRun, found: dict[tuple[int, int], dict], images: int) -> None:
+def report(run: EvalRun, found: Mapping[tuple[int, int], dict], images: int) -> None:
     cfg, results, details = run.cfg, {}, {}
     for shots in cfg.shots:
         draws = [found[shots, draw] for draw in range(cfg.draws)]
-        mean, spread = mean_and_spread([draw["top1"] for draw in draws])
-        results[f"top1/{shots}-shot"], results[f"spread/{shots}-shot"] = mean, spread
+        top1 = [draw["top1"] for draw in draws]
+        summary = mean_and_spread(top1)
+        results[f"top1/{shots}-shot"] = summary["mean"]
+        results[f"spread/{shots}-shot"] = summary["spread"]
         by_strength = zip(*(draw["all"] for draw in draws), strict=True)
         details[f"{shots}-shot"] = {
-            "draws": [draw["top1"] for draw in draws],
+            "draws": top1,
             "chosen": [draw["chosen"] for draw in draws],
             "by_regulariser": {
-                f"{strength:g}": dict(
-                    zip(("mean", "spread"), mean_and_spread(list(v)), strict=True)
-                )
-                for strength, v in zip(cfg.regularisers, by_strength, strict=True)
+                f"{strength:g}": mean_and_spread(values)
+                for strength, values in zip(cfg.regularisers, by_strength, strict=True)
             },
         }
     run.finish(

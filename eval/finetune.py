@@ -69,14 +69,16 @@ class Finetuning(Classification):
     def __init__(self, run: EvalRun):
         super().__init__(run, scales_loss=True)
         cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
-        images, self.evaluation = labelled_images(cfg, "finetune", "train", "eval").values()
+        images, self.evaluation = labelled_images(run, "train", "eval").values()
         self.loader = train_loader(cfg, ranks, images, build_transform(run))
         self.classes = count_classes(images.labels, self.evaluation.labels)
         self.model = Classifier(backbone, cfg.pooling, self.classes, cfg.seed).to(ranks.device)
         backbone.set_drop_path(cfg.drop_path)
         freeze_what_is_not_used(self.model)
         self.network = synchronised(self.model, ranks)
-        self.optimizer = build_optimizer(cfg, self.model)
+        layers, decay = backbone.depth + 1, cfg.weight_decay
+        groups = layer_decay_groups(self.model, backbone.layer_of, layers, decay, cfg.layer_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
         self.mixup = build_mixup(cfg, self.classes)
         self.peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
         self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -90,7 +92,10 @@ class Finetuning(Classification):
         )
 
     def prepare(self) -> None:
-        self.settle_gradient_buckets()
+        if isinstance(self.network, DistributedDataParallel):
+            # As in main_lmim: processes sum gradients in another order after their first pass.
+            blank_pass(self.network, self.model)
+            self.optimizer.zero_grad(set_to_none=True)
         self.network.train()
 
     def step(self, step: int, batches: Iterator) -> None:
@@ -166,13 +171,6 @@ class Finetuning(Classification):
         top1, top5 = self.accuracies[0].tolist()
         return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"
 
-    def settle_gradient_buckets(self) -> None:
-        """As in main_lmim: one pass before the first step, because processes sum gradients in
-        another order after their first backward pass."""
-        if isinstance(self.network, DistributedDataParallel):
-            blank_pass(self.network, self.model)
-            self.optimizer.zero_grad(set_to_none=True)
-
 
 # --- what is built ------------------------------------------------------------------------------
 
@@ -190,22 +188,11 @@ def build_transform(run: EvalRun) -> FinetuneTransform:
     )
 
 
-def build_optimizer(cfg: DictConfig, model: Classifier) -> torch.optim.AdamW:
-    backbone = model.backbone
-    groups = layer_decay_groups(
-        model, backbone.layer_of, backbone.depth + 1, cfg.weight_decay, cfg.layer_decay
-    )
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
-
-
 def build_mixup(cfg: DictConfig, classes: int) -> Mixup | None:
-    if cfg.mixup == 0 and cfg.cutmix == 0:
+    if cfg.mixup == cfg.cutmix == 0:
         return None
     if cfg.batch_size % 2:
-        raise ConfigError(
-            f"batch_size={cfg.batch_size}: expected an even number, because mixup={cfg.mixup} and "
-            f"cutmix={cfg.cutmix} mix the images of a batch in pairs"
-        )
+        raise ConfigError(f"batch_size={cfg.batch_size}: expected an even number to mix in pairs")
     return Mixup(
         mixup_alpha=cfg.mixup,
         cutmix_alpha=cfg.cutmix,

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce as summed_with_gradients
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from data.loader import StepOrder, TrainBatch, share_of
 from data.transforms import TrainTransform
-from eval.backbone import Backbone
+from eval.backbone import Backbone, Tokens
 from eval.common import Classification, EvalRun, count_classes, labelled_images, run_evaluation
-from eval.features import extract_labelled
-from eval.heads import ATTENTIVE, ProbeHead, probe_features
+from eval.features import extract_labelled, pool, pooled_width
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce
@@ -26,6 +27,10 @@ from util.lars import LARS
 from util.loaders import train_loader
 from util.loop import Line, sum_over_processes
 from util.schedules import peak_learning_rate, warmup_cosine
+
+ATTENTIVE = "attentive"
+CHANNELS_PER_QUERY = 64
+NORM_EPS, NORM_MOMENTUM = 1e-6, 0.1
 
 
 class StepData(NamedTuple):
@@ -57,7 +62,7 @@ class Probe(Classification):
         self.loader, self.evaluation = self.data.loader, self.data.evaluation
         self.model = build_heads(cfg, ranks, backbone, self.data.classes)
         self.optimizer = build_optimizer(cfg, ranks, self.model)
-        self.names = [head_name(pooling, blr) for pooling, blr in head_choices(cfg)]
+        self.names = list(head_choices(cfg))
         self.losses = torch.zeros(len(self.names), dtype=torch.float64, device=ranks.device)
 
     def introduction(self) -> str:
@@ -96,27 +101,113 @@ class Probe(Classification):
 # --- heads --------------------------------------------------------------------------------------
 
 
-def head_choices(cfg: DictConfig) -> Iterator[tuple[str, float]]:
-    """The pooling and base learning rate of each head."""
-    return product(cfg.poolings, cfg.blrs)
+def probe_features(tokens: Tokens, pooling: str) -> Tensor:
+    """What the heads of one pooling start from: [B, D or 2 D], or tokens [B, L, D]."""
+    if pooling == ATTENTIVE:
+        return F.layer_norm(tokens.patches.float(), tokens.patches.shape[-1:])
+    return pool(tokens, pooling).float()
 
 
-def head_name(pooling: str, blr: float) -> str:
-    return f"{pooling}/{blr:g}"
+class GlobalBatchNorm(nn.Module):
+    """BatchNorm1d(affine=False) whose statistics are those of the images of all processes.
+
+    In float64, so that the split into processes is lost in the rounding to float32. (torch's own
+    SyncBatchNorm needs a GPU.) All processes have the same number of images.
+    """
+
+    def __init__(self, dim: int, world_size: int):
+        super().__init__()
+        self.world_size = world_size
+        self.register_buffer("running_mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("running_var", torch.ones(dim, dtype=torch.float64))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, D]"""
+        features = features.double()
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = self.statistics(features)
+        return ((features - mean) * (var + NORM_EPS).rsqrt()).float()
+
+    def statistics(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Of this batch; they also move the running ones."""
+        count = len(features) * self.world_size
+        mean = self.total(features) / count
+        var = self.total((features - mean).square()) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, NORM_MOMENTUM)
+            self.running_var.lerp_(var * (count / max(count - 1, 1)), NORM_MOMENTUM)
+        return mean, var
+
+    def total(self, values: Tensor) -> Tensor:
+        """[B, D] -> [D], over all processes; gradients come back from all of them, too."""
+        own = values.sum(dim=0)
+        return own if self.world_size == 1 else summed_with_gradients(own)
+
+
+class AttentivePool(nn.Module):
+    """Attention of learned queries to the patch tokens, one query per 64 channels.
+
+    A key projection would be absorbed by the queries, and values are projected after the pooling:
+    both are linear, so this is multi-head attention with a learned query, at a small share of its
+    cost.
+    """
+
+    def __init__(self, dim: int, generator: torch.Generator):
+        super().__init__()
+        most = max(1, dim // CHANNELS_PER_QUERY)
+        self.queries = next(count for count in range(most, 0, -1) if dim % count == 0)
+        self.query = nn.Parameter(torch.empty(self.queries, dim))
+        self.value = nn.Parameter(torch.empty(dim, dim))
+        nn.init.normal_(self.query, std=0.02, generator=generator)
+        nn.init.xavier_uniform_(self.value, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, L, D] -> [B, D]"""
+        attention = (tokens @ self.query.T).softmax(dim=1)  # [B, L, queries]
+        pooled = attention.transpose(1, 2) @ tokens  # [B, queries, D]
+        value = self.value.unflatten(0, (self.queries, -1))  # [queries, D / queries, D]
+        return torch.einsum("bqd,qed->bqe", pooled, value).flatten(1)
+
+
+class ProbeHead(nn.Module):
+    """One pooling, trained with one learning rate."""
+
+    def __init__(self, pooling: str, dim: int, classes: int, world_size: int, seed: int):
+        super().__init__()
+        # The start of a head does not depend on its learning rate or on other heads.
+        generator = torch.Generator().manual_seed(seed)
+        self.pooling = pooling
+        self.pool = AttentivePool(dim, generator) if pooling == ATTENTIVE else nn.Identity()
+        width = pooled_width(dim, pooling)
+        self.norm = GlobalBatchNorm(width, world_size)
+        self.linear = nn.Linear(width, classes)
+        nn.init.normal_(self.linear.weight, std=0.01, generator=generator)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """-> logits [B, classes]"""
+        return self.linear(self.norm(self.pool(features[self.pooling])))
+
+
+def head_choices(cfg: DictConfig) -> dict[str, tuple[str, float]]:
+    """The pooling and base learning rate of each head, by its name."""
+    return {f"{choice[0]}/{choice[1]:g}": choice for choice in product(cfg.poolings, cfg.blrs)}
 
 
 def build_heads(cfg: DictConfig, ranks: Ranks, backbone: Backbone, classes: int) -> nn.ModuleDict:
     heads = nn.ModuleDict()
-    for pooling, blr in head_choices(cfg):
-        name = head_name(pooling, blr).replace(".", "_")  # names of modules hold no dot
-        heads[name] = ProbeHead(pooling, backbone.embed_dim, classes, ranks.world_size, cfg.seed)
+    sizes = (backbone.embed_dim, classes, ranks.world_size)
+    for name, (pooling, _) in head_choices(cfg).items():
+        # Names of modules hold no dot.
+        heads[name.replace(".", "_")] = ProbeHead(pooling, *sizes, cfg.seed)
     return heads.to(ranks.device)
 
 
 def build_optimizer(cfg: DictConfig, ranks: Ranks, heads: nn.ModuleDict) -> LARS:
     """One group for each head, with its own peak learning rate."""
     groups = []
-    for (_, blr), head in zip(head_choices(cfg), heads.values(), strict=True):
+    for (_, blr), head in zip(head_choices(cfg).values(), heads.values(), strict=True):
         peak = peak_learning_rate(blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
         groups.append({"params": list(head.parameters()), "peak_lr": peak})
     return LARS(groups, weight_decay=cfg.weight_decay)
@@ -133,12 +224,9 @@ def train_step(heads: nn.ModuleDict, optimizer: LARS, data: StepData, ranks: Ran
     losses = [F.cross_entropy(head(data.features), data.labels) for head in heads.values()]
     # The sum trains each head as if it were alone: no parameter is in two of them.
     (sum(losses) / ranks.world_size).backward()
-    gradients = [parameter.grad for parameter in heads.parameters()]
     if ranks.world_size > 1:
-        total = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = total.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        gradients = [p.grad for p in heads.parameters() if p.grad is not None]
+        vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.stack(losses).detach()
@@ -152,7 +240,7 @@ class LiveFeatures:
 
     def __init__(self, run: EvalRun):
         self.run, cfg = run, run.cfg
-        train, self.evaluation = labelled_images(cfg, "linear_probe", "train", "eval").values()
+        train, self.evaluation = labelled_images(run, "train", "eval").values()
         self.classes = count_classes(train.labels, self.evaluation.labels)
         side = run.backbone.image_side
         transform = TrainTransform(side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
@@ -176,11 +264,8 @@ class CachedFeatures(StepOrder):
     def __init__(self, run: EvalRun):
         cfg, self.ranks, self.loader = run.cfg, run.ranks, self
         if ATTENTIVE in cfg.poolings:
-            raise ConfigError(
-                "cached=True: expected poolings: cls, mean and cls+mean, because attentive needs "
-                "all tokens"
-            )
-        images = labelled_images(cfg, "linear_probe", "train", "eval")
+            raise ConfigError("cached=True: expected poolings without attentive, it needs tokens")
+        images = labelled_images(run, "train", "eval")
         train, self.evaluation = images.values()
         self.classes = count_classes(train.labels, self.evaluation.labels)
         sizes = (cfg.batch_size, cfg.accum_iter)
@@ -192,10 +277,11 @@ class CachedFeatures(StepOrder):
 
     def rows(self, split: str, indices: list[int] | Tensor) -> StepData:
         device = self.ranks.device
-        parts = {pooling: splits[split] for pooling, splits in self.features.items()}
-        features = {pooling: part.features[indices].to(device) for pooling, part in parts.items()}
-        labels = next(iter(parts.values())).labels  # of any pooling: they are the same
-        return StepData(features, labels[indices].to(device))
+        features = {}
+        for pooling, splits in self.features.items():
+            features[pooling] = splits[split].features[indices].to(device)
+            labels = splits[split].labels[indices].to(device)  # the same for all poolings
+        return StepData(features, labels)
 
     def encoded(self, indices: list[int]) -> StepData:
         return self.rows("train", indices)
@@ -208,21 +294,17 @@ class CachedFeatures(StepOrder):
 
 
 def report(run: EvalRun, task: Probe) -> None:
-    cfg, names, final = run.cfg, task.names, task.accuracies
-    best = int(final[:, 0].argmax())
-    results = {"top1": final[best, 0].item(), "top5": final[best, 1].item()}
-    for name, (first, _) in zip(names, final.tolist(), strict=True):
-        results[f"top1/{name}"] = first
+    cfg, names = run.cfg, task.names
+    top1, top5 = task.accuracies.T.tolist()
+    best = top1.index(max(top1))
+    by_head = {f"top1/{name}": value for name, value in zip(names, top1, strict=True)}
     source = "features without augmentation" if cfg.cached else "random crops"
     run.finish(
-        results,
+        {"top1": top1[best], "top5": top5[best]} | by_head,
         protocol=f"linear probe, {cfg.epochs} epochs of {source}, LARS; top1 is the best of "
         f"{len(names)} heads (pooling/learning rate), chosen on the evaluation images",
         images=len(task.evaluation),
-        extra={
-            "best_head": names[best],
-            "top5_by_head": dict(zip(names, final[:, 1].tolist(), strict=True)),
-        },
+        extra={"best_head": names[best], "top5_by_head": dict(zip(names, top5, strict=True))},
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics.cluster import contingency_matrix
 
 from data.masks import IGNORE
 
@@ -28,11 +29,7 @@ def contingency(truth: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """int64 [true labels that occur, segments that occur]: pixels of each pair. Pixels that the
     mask leaves unlabelled are left out."""
     labelled = truth != IGNORE
-    _, rows = np.unique(truth[labelled], return_inverse=True)
-    _, columns = np.unique(segments[labelled], return_inverse=True)
-    shape = (rows.max(initial=-1) + 1, columns.max(initial=-1) + 1)
-    counts = np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1])
-    return counts.reshape(shape)
+    return contingency_matrix(truth[labelled], segments[labelled])
 
 
 def matched_miou(counts: np.ndarray) -> float:

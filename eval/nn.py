@@ -8,6 +8,7 @@ python launcher.py --config-name=nn pretrained=checkpoints/lmim-vit_base data_pa
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -16,13 +17,23 @@ from torch import Tensor
 from data.loader import EvalLoader, share_of
 from eval.common import EvalRun, labelled_images, run_evaluation
 from eval.features import Features, encode, extract_labelled, labels_of, unit_length
-from eval.search import Neighbours, nearest
 from models.vit import Encoder
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce
 
 QUERIES = 1024  # at a time, the same pieces however many processes share them
+BANK_ROWS = 65536  # bank rows at a time
+SPARE = 32  # candidates beyond k
+MORE = 8  # times as many candidates where more digits leave a doubt
+PAIR_VALUES = 2**24  # float64 values at a time when pairs are computed again
+
+
+class Neighbours(NamedTuple):
+    """Nearest first, on the CPU."""
+
+    similarities: Tensor  # float64 [Q, k]
+    indices: Tensor  # int64 [Q, k]
 
 
 def main(cfg: DictConfig) -> None:
@@ -32,36 +43,32 @@ def main(cfg: DictConfig) -> None:
 def evaluate(run: EvalRun) -> None:
     cfg = run.cfg
     splits = ("eval", "train") if cfg.protocol == "knn" else ("eval",)
-    images = labelled_images(cfg, "nearest neighbours", *splits)
-    found = extract_labelled(run, images, cfg.pooling)
+    found = extract_labelled(run, labelled_images(run, *splits), cfg.pooling)
     queries = found["eval"]
+    norm = "with" if cfg.final_norm else "without"
+    features = f"pooling {cfg.pooling}, {norm} final norm, percent"
     if cfg.protocol == "paper":
         check_bank(1, len(queries.labels) - 1, "evaluation images other than the query")
-        results = {"top1": leave_one_out(queries, run.ranks, run)}
-        protocol = "nearest neighbour, leave-one-out inside the evaluation images"
-        run.finish(results, protocol=f"{protocol}, {describe(cfg)}", images=len(queries.labels))
+        run.finish(
+            {"top1": leave_one_out(queries, run.ranks, run)},
+            protocol=f"nearest neighbour, leave-one-out inside the evaluation images, {features}",
+            images=len(queries.labels),
+        )
         return
     bank = found["train"]
     check_bank(max(cfg.neighbours), len(bank.labels), "labelled training images")
     run.finish(
         knn(bank, queries, list(cfg.neighbours), cfg.temperature, run.ranks, run),
         protocol=f"k-NN, bank of {len(bank.labels)} training images, votes of "
-        f"exp(cosine / {cfg.temperature}), {describe(cfg)}",
+        f"exp(cosine / {cfg.temperature}), {features}",
         images=len(queries.labels),
         extra={"bank": len(bank.labels)},
     )
 
 
-def describe(cfg: DictConfig) -> str:
-    return f"pooling {cfg.pooling}, {'with' if cfg.final_norm else 'without'} final norm, percent"
-
-
 def check_bank(wanted: int, present: int, what: str) -> None:
     if wanted > present:
-        raise ConfigError(
-            f"neighbours: {wanted} nearest neighbours are asked for, but there are {present} "
-            f"{what}; expected 1 to {present}"
-        )
+        raise ConfigError(f"neighbours={wanted}: expected 1 to {present}, as many {what} there are")
 
 
 def leave_one_out(images: Features, ranks: Ranks, run: EvalRun | None = None) -> float:
@@ -137,6 +144,91 @@ def leave_one_out_accuracy(
     encoder.train(was_training)
     found = Features(unit_length(features), labels_of(images.dataset))
     return leave_one_out(found, ranks), len(found.labels)
+
+
+# --- exact search: largest inner products, in chunks that bound the memory ----------------------
+#
+# Candidates come from ordinary matrix products. Their similarities are then computed again, each as
+# a float64 sum over one pair of vectors: it depends on nothing but these two vectors, so that equal
+# ones tie exactly, and of equal similarities the lower index comes first. Where rounding in the
+# matrix product could have hidden a neighbour among those that were left out, the query is searched
+# again: with more digits, then with more candidates, in the end with every row. The answer is
+# therefore the same for all chunk sizes, processes and devices.
+
+
+@torch.inference_mode()
+def nearest(
+    bank: Tensor, queries: Tensor, k: int, device: torch.device, leave_out: Tensor | None = None
+) -> Neighbours:
+    """The k rows of bank [N, D] of largest inner product with each query [Q, D].
+
+    leave_out [Q]: one row of the bank per query that does not count, such as the query itself.
+    Rows and queries are of length 1 at most; k is at most the number of rows that count.
+    """
+    similarities = torch.empty(len(queries), k, dtype=torch.float64)
+    indices = torch.empty(len(queries), k, dtype=torch.int64)
+    available = len(bank) - (leave_out is not None)
+    waiting = torch.arange(len(queries))
+    kept, dtype = min(k + SPARE, available), torch.float32
+    while len(waiting):
+        in_doubt = []
+        for own in waiting.split(max(1, PAIR_VALUES // kept)):
+            hidden = None if leave_out is None else leave_out[own]
+            approximate, candidates = top_candidates(
+                bank, queries[own], kept, device, hidden, dtype
+            )
+            # By index first, then a stable sort: of equals the lower index comes first.
+            candidates = candidates.sort(dim=1).values
+            exact = pair_similarities(queries[own], bank, candidates)
+            exact, order = exact.sort(dim=1, descending=True, stable=True)
+            similarities[own], indices[own] = exact[:, :k], candidates.gather(1, order)[:, :k]
+            # A product of D pairs of numbers errs by at most D times the precision; so does what
+            # was left out, which was at most the least of the approximate ones.
+            error = 2 * bank.shape[1] * torch.finfo(dtype).eps
+            is_certain = exact[:, k - 1] > approximate[:, -1].double() + error
+            in_doubt.append(own[~is_certain & (kept < available)])
+        waiting = torch.cat(in_doubt)
+        more = MORE if dtype == torch.float64 else 1
+        kept, dtype = min(more * kept, available), torch.float64
+    return Neighbours(similarities, indices)
+
+
+def top_candidates(
+    bank: Tensor,
+    queries: Tensor,
+    kept: int,
+    device: torch.device,
+    leave_out: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The largest inner products and their rows, on the CPU, both [Q, kept]."""
+    queries = queries.to(device, dtype)
+    values = torch.empty(len(queries), 0, dtype=dtype, device=device)
+    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    for start in range(0, len(bank), BANK_ROWS):
+        part = bank[start : start + BANK_ROWS].to(device, dtype)
+        product = queries @ part.T
+        if leave_out is not None:
+            inside = ((leave_out >= start) & (leave_out < start + len(part))).nonzero()[:, 0]
+            product[inside.to(device), (leave_out[inside] - start).to(device)] = -torch.inf
+        part_values, part_rows = product.topk(min(kept, len(part)), dim=1)
+        values = torch.cat([values, part_values], dim=1)
+        rows = torch.cat([rows, part_rows + start], dim=1)
+        values, order = values.topk(min(kept, values.shape[1]), dim=1)
+        rows = rows.gather(1, order)
+    return values.cpu(), rows.cpu()
+
+
+def pair_similarities(queries: Tensor, bank: Tensor, candidates: Tensor) -> Tensor:
+    """float64 [Q, kept]: one sum per pair, on the CPU."""
+    queries = queries.cpu().double()
+    result = torch.empty(candidates.shape, dtype=torch.float64)
+    pairs = max(1, PAIR_VALUES // bank.shape[1])  # at a time
+    for columns in torch.arange(candidates.shape[1]).split(pairs):
+        for rows in torch.arange(len(queries)).split(max(1, pairs // len(columns))):
+            vectors = bank[candidates[rows][:, columns].to(bank.device)].cpu().double()
+            result[rows[:, None], columns] = (queries[rows, None] * vectors).sum(dim=2)
+    return result
 
 
 if __name__ == "__main__":

@@ -8,15 +8,18 @@ data set.
 python launcher.py --config-name=segmentation pretrained=checkpoints/demo dataset=shapes
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.base import DataError
+from data.loader import epoch_order
 from data.masks import IGNORE, MaskedImages, MaskTransform, WithMasks
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation
@@ -29,11 +32,10 @@ from eval.metrics import (
     matched_miou,
     mean,
 )
-from eval.patch_head import PatchHead, train_patch_head
 from models.views import extract_patches
 from util.command import run_worker
 from util.config import ConfigError
-from util.distributed import all_reduce, gather_objects
+from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects
 from util.loaders import open_split
 
 
@@ -49,10 +51,7 @@ def evaluate(run: EvalRun) -> None:
 def masked_data(cfg: DictConfig, split: str) -> MaskedImages:
     dataset = open_split(cfg, split)
     if not isinstance(dataset, MaskedImages):
-        raise DataError(
-            f"dataset={cfg.dataset.name} has no masks, and segmentation needs them; expected one "
-            f"of shapes, masks, voc"
-        )
+        raise DataError(f"dataset={cfg.dataset.name} has no masks: expected shapes, masks, voc")
     return dataset
 
 
@@ -91,16 +90,12 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     scored = [score for score in scores if score[0] > 0]
     if not any(score[0] > 1 for score in scored):
         raise DataError(
-            f"none of the {len(scores)} masks holds two classes, so that there is nothing to tell "
-            f"apart; expected masks whose values are class numbers, such as 0 and 1 ({IGNORE} "
-            f"marks pixels without a class)"
+            f"none of the {len(scores)} masks holds two classes: expected values such as 0 and 1 "
+            f"({IGNORE} marks pixels without a class)"
         )
-    results = {}
-    for column, count in enumerate(cfg.segments):
-        for offset, name in enumerate(("miou", "ari"), start=1):
-            results[f"{name}_{count}"] = 100 * mean(
-                [score[2 * column + offset] for score in scored]
-            )
+    names = [f"{measure}_{count}" for count in cfg.segments for measure in ("miou", "ari")]
+    _, *columns = zip(*scored, strict=True)
+    results = {name: 100 * mean(values) for name, values in zip(names, columns, strict=True)}
     run.finish(results, protocol=describe_clustering(cfg), images=len(scored))
 
 
@@ -108,13 +103,13 @@ def score_image(
     cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], mask: np.ndarray
 ) -> list[float]:
     """vectors [L, D], mask [H, W]"""
+    if (mask == IGNORE).all():  # no class
+        return [0]
     scores = []
     for count in cfg.segments:
         segments = cluster(cfg, vectors, grid, count)
         segments = to_pixels(segments.reshape(grid), mask.shape)
         counts = contingency(mask, segments)
-        if len(counts) == 0:  # a mask without any class
-            return [0]
         scores += [matched_miou(counts), adjusted_rand_index(mask, segments)]
     return [len(counts), *scores]
 
@@ -163,10 +158,13 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     train_set = masked_data(cfg, "train")
     if train_set.describe(0) == dataset.describe(0):
         raise DataError(
-            f"dataset={cfg.dataset.name}: both splits are the same images, and method=linear "
-            f"trains on one of them; expected images/train/ and images/val/"
+            f"dataset={cfg.dataset.name}: both splits are the same images; expected images/train/ "
+            f"and images/val/ for method=linear"
         )
-    head = train_patch_head(run, list(token_batches(run, train_set, "training batches encoded:")))
+    batches = token_batches(run, train_set, "training batches encoded:")
+    # What waits for its turn waits in the memory of the host.
+    parts = [(tokens._replace(patches=tokens.patches.cpu()), masks) for tokens, masks in batches]
+    head = train_patch_head(run, parts)
     confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
     for tokens, masks in token_batches(run, dataset, "batches classified:"):
         for vectors, mask in zip(tokens.patches, masks, strict=True):
@@ -186,6 +184,22 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     )
 
 
+class PatchHead(nn.Module):
+    """Standardise each channel, then a linear layer that starts at zero."""
+
+    def __init__(self, mean: Tensor, std: Tensor, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.linear = nn.Linear(len(mean), classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """[..., D] -> logits [..., classes]"""
+        return self.linear((vectors - self.mean) / self.std)
+
+
 @torch.inference_mode()
 def predict_pixels(
     head: PatchHead, vectors: Tensor, grid: tuple[int, int], size: tuple[int, int]
@@ -194,6 +208,100 @@ def predict_pixels(
     logits = head(vectors).T.unflatten(1, grid)[None]
     logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
     return logits[0].argmax(dim=0).cpu().numpy()
+
+
+def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> PatchHead:
+    """parts: the training tokens and masks of this process. -> the same head on all processes
+
+    The first process trains it, on the tokens of all: the others wait, so that the number of
+    processes changes nothing.
+    """
+    cfg, ranks = run.cfg, run.ranks
+    parts = gather_to_first(parts, ranks)
+    head = None
+    if ranks.is_main:
+        grid = parts[0][0].grid
+        tokens = torch.cat([tokens.patches for tokens, _ in parts])
+        masks = torch.cat([torch.from_numpy(masks) for _, masks in parts])
+        parts.clear()
+        labelled = masks[masks != IGNORE]
+        if len(labelled) == 0:
+            raise DataError("no pixel of the training masks has a class")
+        head, optimizer = start(cfg, ranks, tokens, classes=int(labelled.max()) + 1)
+    for epoch in run.tracked(range(cfg.patch_head.epochs), "epochs of the head:"):
+        if head is not None:
+            train_epoch(cfg, ranks, head, optimizer, tokens, masks, grid, epoch)
+        broadcast_object(epoch, ranks)  # a sign of life, before the others give up waiting
+    return broadcast_object(None if head is None else head.cpu(), ranks).to(ranks.device)
+
+
+def start(
+    cfg: DictConfig, ranks: Ranks, tokens: Tensor, classes: int
+) -> tuple[PatchHead, torch.optim.Optimizer]:
+    count = tokens.shape[0] * tokens.shape[1]
+    total = torch.zeros(tokens.shape[-1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for image in tokens:
+        total += image.double().sum(dim=0)
+        squares += image.double().square().sum(dim=0)
+    average = total / count
+    deviation = (squares / count - average.square()).clamp(min=0).sqrt()
+    # A channel that never changes says nothing: leave it at zero.
+    deviation = torch.where(deviation > 1e-6, deviation, 1)
+    head = PatchHead(average.float(), deviation.float(), classes).to(ranks.device)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=cfg.patch_head.weight_decay)
+    return head, optimizer  # each step sets its learning rate
+
+
+def train_epoch(
+    cfg: DictConfig,
+    ranks: Ranks,
+    head: PatchHead,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    masks: Tensor,
+    grid: tuple[int, int],
+    epoch: int,
+) -> None:
+    """tokens [N, L, D], masks uint8 [N, H, W]"""
+    order = epoch_order(len(tokens), cfg.seed, epoch)
+    batches = order.split(cfg.patch_head.batch_images)
+    for step, rows in enumerate(batches):
+        done = (epoch + step / len(batches)) / cfg.patch_head.epochs
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.patch_head.lr * 0.5 * (1 + math.cos(math.pi * done))
+        counts = class_counts(masks[rows].to(ranks.device), grid, head.linear.out_features)
+        logits = head(tokens[rows].to(ranks.device))
+        # Each pixel counts the same, whichever patch it lies in.
+        loss = -(counts * F.log_softmax(logits, dim=-1)).sum() / counts.sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def class_counts(masks: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
+    """uint8 [B, H, W] -> float [B, L, classes]: pixels of each class in each patch."""
+    batch, height, width = masks.shape
+    rows, columns = grid
+    cells = masks.reshape(batch, rows, height // rows, columns, width // columns)
+    cells = cells.transpose(2, 3).reshape(batch, rows * columns, -1).long()
+    labelled = cells != IGNORE
+    counts = torch.zeros(batch, rows * columns, classes, device=masks.device)
+    return counts.scatter_add_(2, cells * labelled, labelled.float())
+
+
+def gather_to_first(parts: list, ranks: Ranks) -> list:
+    """The parts of all processes in the order of ranks, on the first one; none on the others. One
+    part of each at a time, because what is sent is in memory several times. Empties `parts`."""
+    if ranks.world_size == 1:
+        return parts
+    gathered = []
+    for number in range(max(gather_objects(len(parts), ranks))):
+        boxes = [None] * ranks.world_size if ranks.is_main else None
+        dist.gather_object(parts[number] if number < len(parts) else None, boxes)
+        gathered.append(boxes or [])
+    parts.clear()
+    return [part for own in zip(*gathered, strict=True) for part in own if part is not None]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ patches most similar to it in the first and in the last few frames.
 python launcher.py --config-name=video pretrained=checkpoints/lmim-vit_base data_path=/path/to/DAVIS
 """
 
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from data.davis import VOID, Video, read_videos
 from data.picture import to_tensor
 from eval.common import EvalRun, run_evaluation
-from eval.metrics import mean, score_sequence, summarise
+from eval.metrics import score_sequence, summarise
 from util.command import run_worker
 from util.distributed import gather_objects
 
@@ -38,7 +38,7 @@ def evaluate(run: EvalRun) -> None:
         video.name: evaluate_video(run, video)
         for video in run.tracked(videos[ranks.rank :: ranks.world_size], "videos:")
     }
-    gathered = {name: score for part in gather_objects(own, ranks) for name, score in part.items()}
+    gathered = ChainMap(*gather_objects(own, ranks))
     scores = {video.name: gathered[video.name] for video in videos}
     run.finish(
         {name: 100 * value for name, value in summarise(scores).items()},
@@ -48,15 +48,10 @@ def evaluate(run: EvalRun) -> None:
         images=sum(len(video.frames) for video in videos),
         extra={
             "dataset": f"DAVIS-2017 {cfg.video_split}",
-            "sequences": {name: sequence_means(score) for name, score in scores.items()},
+            "sequences": {name: summarise({name: score}) for name, score in scores.items()},
             "objects": scores,
         },
     )
-
-
-def sequence_means(score: dict[int, dict]) -> dict[str, float]:
-    means = {name: mean([values[name] for values in score.values()]) for name in ("J", "F")}
-    return {"J&F": (means["J"] + means["F"]) / 2} | means
 
 
 def evaluate_video(run: EvalRun, video: Video) -> dict[int, dict]:
@@ -91,15 +86,9 @@ def propagate(run: EvalRun, video: Video, given: np.ndarray) -> Iterator[np.ndar
     first = (first_tokens, labels_of_patches(given, numbers, (rows, columns), device))
     previous = deque(maxlen=cfg.previous_frames)
     for tokens in frames:
-        context_tokens, context_labels = map(torch.stack, zip(first, *previous, strict=True))
-        labels = propagate_labels(
-            tokens,
-            context_tokens,
-            context_labels,
-            neighbourhood=cfg.neighbourhood,
-            top_k=cfg.top_k,
-            temperature=cfg.temperature,
-        )
+        contexts, known = map(torch.stack, zip(first, *previous, strict=True))
+        settings = (cfg.neighbourhood, cfg.top_k, cfg.temperature)
+        labels = propagate_labels(tokens, contexts, known, *settings)
         previous.append((tokens, labels))
         yield pixel_objects(labels, numbers, run.backbone.patch_size, given.shape)
 
@@ -136,7 +125,6 @@ def propagate_labels(
     tokens: Tensor,
     context_tokens: Tensor,
     context_labels: Tensor,
-    *,
     neighbourhood: int,
     top_k: int,
     temperature: float,

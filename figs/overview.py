@@ -115,11 +115,6 @@ def module(axes, x, lane, width, title, note, face, edge):
     text(axes, x + width / 2, lane + 43, note, SMALL, MUTED)
 
 
-def similarity_example(generator):
-    """Made-up cosines between predictions (rows) and targets, as of a half-trained model."""
-    return generator.uniform(-0.2, 0.3, (NUM_SHOWN, NUM_SHOWN)) + 0.7 * np.eye(NUM_SHOWN)
-
-
 def draw_input(axes, image, windows):
     heading(axes, 1, 46, "Cut with gaps")
     picture(axes, image, 60, TOP_LANE - 115, 230)
@@ -214,7 +209,9 @@ def draw_overview(path):
     draw_input(axes, image, windows)
     draw_subsets(axes, windows, visible, masked)
     draw_networks(axes)
-    draw_matching(axes, windows, sorted(detailed_first[:NUM_SHOWN]), similarity_example(generator))
+    # Made-up cosines between predictions (rows) and targets, as of a half-trained model.
+    cosines = generator.uniform(-0.2, 0.3, (NUM_SHOWN, NUM_SHOWN)) + 0.7 * np.eye(NUM_SHOWN)
+    draw_matching(axes, windows, sorted(detailed_first[:NUM_SHOWN]), cosines)
     draw_loss(axes, 758)
     axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0), aspect="equal")
     axes.axis("off")

@@ -222,7 +222,7 @@ def test_a_network_without_blocks_gives_its_last_feature_map():
         expected = backbone.model.forward_features(images(64, 96))
     assert found.cls is None and found.grid == (2, 3)
     torch.testing.assert_close(found.patches[:, 4], expected[:, :, 1, 1])
-    with pytest.raises(BackboneError, match="only for ViTs"):
+    with pytest.raises(BackboneError, match="resnet10t: only plain ViTs can be fine-tuned"):
         backbone.set_drop_path(0.1)
 
 
@@ -304,7 +304,7 @@ def test_other_sizes_resample_the_positions(tmp_path):
     table[1:] = torch.arange(6.0).repeat_interleave(6)[:, None]
     rows = backbone.encoder.pos_embed.grid_rows((12, 6)).view(12, 6, 24)
     torch.testing.assert_close(rows[3:9, 2, 0], (torch.arange(3.0, 9) + 0.5) / 2 - 0.5)
-    with pytest.raises(BackboneError, match="images of 25 x 24 pixels: expected multiples of .* 4"):
+    with pytest.raises(BackboneError, match="images of 25 x 24: expected multiples of 4"):
         backbone(images(25, 24))
 
 
@@ -375,16 +375,14 @@ def test_mistakes_are_one_sentence(tmp_path):
     truncated.write_bytes(path.read_bytes()[:5000])
     joint = digits_checkpoint(tmp_path / "..", "target=joint")
     published(tmp_path / "short.pth", **{"module.encoder.norm.bias": torch.zeros(7)})
-    (tmp_path / "empty").mkdir()
     for pretrained, options, expected in [
         (None, {}, "pretrained=null: expected a checkpoint or job folder, timm:NAME"),
         (tmp_path / "none.pth", {}, "expected a file, but there is no"),
         (truncated, {}, "cannot be read"),
-        (tmp_path / "empty", {}, "holds no checkpoint"),
         (f"mae:{path}", {}, "digits.pth holds no weights where they are expected; it"),
         (joint, {"which": "target"}, "holds no target encoder .target=joint.; expected encoder"),
         (tmp_path / "short.pth", {}, r"norm.bias is \[7\] there and \[192\] here"),
-        (path, {"layer": 3}, "layer=3: expected -1 .the last. or 0 to 2"),
+        (path, {"layer": 3}, "layer=3: expected -1 .the last block. or 0 to 2"),
         (path, {"image_side": 30}, "image_side=30: expected a multiple of the patch size 4"),
         (path, {"pretrained_weights": "x"}, "pretrained_weights=x: expected with pretrained=timm"),
         ("moco:x.pth", {}, "expected a path or a family: timm, mae, ijepa"),
@@ -393,3 +391,9 @@ def test_mistakes_are_one_sentence(tmp_path):
         with pytest.raises((BackboneError, CheckpointError), match=expected) as caught:
             load_backbone(None if pretrained is None else str(pretrained), **options)
         assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path):
+    cfg = compose_config("nn", [f"pretrained={tmp_path}"])
+    with pytest.raises(BackboneError, match=f"pretrained={tmp_path}: this folder holds no check"):
+        load_for_all(cfg, Ranks(0, 1, torch.device("cpu")))

@@ -43,7 +43,7 @@ def test_published_numbers_stand_beside_imagenet():
 def test_a_wrong_setting_ends_it_before_anything_runs(tmp_path, capfd):
     common = [f"output_dir={tmp_path}", f"pretrained={digits_checkpoint(tmp_path)}", "evals=[nn]"]
     for settings, expected in [
-        ("settings=['knn.neighbours=3']", "expected NAME.key=value with NAME one of nn"),
+        ("settings=['knn.neighbours=3']", "expected NAME.key=value, NAME one of nn"),
         ("settings=['nn.neighbors=3']", "neighbors: unknown key; did you mean neighbours"),
         ("settings=['nn.temperature=0']", "temperature=0: expected a number above 0"),
         ("evals=[nm]", "evals=['nm']: expected a list of different ones of nn, knn"),
@@ -57,7 +57,7 @@ def test_a_wrong_setting_ends_it_before_anything_runs(tmp_path, capfd):
 def test_a_requeued_job_keeps_what_its_trainings_have_saved(tmp_path, monkeypatch, restarts):
     cfg = compose_config("evaluate", ["dataset=digits", f"output_dir={tmp_path}"])
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-    own = compose(cfg, "finetune", "trained", random_init=False)
+    own = compose(cfg, "finetune", random_init=False)
     assert (own.resume, own.overwrite) == (restarts == "1", restarts == "0")
 
 

@@ -59,7 +59,7 @@ def test_the_readme_of_the_folder_runs(tmp_path):
     ("override", "expected"),
     [
         ("final_norm=False", "final_norm=False: expected True for an export"),
-        ("pretrained=timm:resnet10t", "expected a checkpoint of this project"),
+        ("pretrained=timm:resnet10t", "expected a checkpoint of Latent MIM"),
     ],
 )
 def test_what_cannot_be_exported(tmp_path, capfd, override, expected):

@@ -84,12 +84,12 @@ def test_one_shot_takes_the_middle_regulariser():
 
 
 def test_mean_and_spread():
-    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    assert mean_and_spread([4.0]) == (4.0, 0.0)
+    assert mean_and_spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "spread": 1.0}
+    assert mean_and_spread([4.0]) == {"mean": 4.0, "spread": 0.0}
 
 
 def test_a_class_with_fewer_images_is_named():
-    with pytest.raises(DataError, match="shots=3: expected at most 2, because class 1 has only 2"):
+    with pytest.raises(DataError, match="shots=3: class 1 has only 2 training images"):
         check_shots(torch.tensor([0, 0, 0, 1, 1]).numpy(), 3)
 
 
@@ -130,7 +130,7 @@ def test_two_processes_give_the_very_same_numbers(checkpoint, tmp_path):
 
 def test_too_many_shots_are_refused(checkpoint, tmp_path):
     cfg = config("few_shot", checkpoint, tmp_path, "shots=[1,500]")
-    assert_bad_input(main, cfg, DataError, "shots=500: expected at most")
+    assert_bad_input(main, cfg, DataError, "shots=500: class . has only")
 
 
 def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):

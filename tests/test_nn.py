@@ -10,10 +10,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
 from data.datasets import build_digits
-from eval import search
+from eval import nn
 from eval.features import Features
-from eval.nn import knn, leave_one_out
-from eval.search import nearest
+from eval.nn import knn, leave_one_out, nearest
 from tests.backbones import digits_checkpoint, run_command
 from tests.runs import finish, run_together, start_process, torchrun
 from util.distributed import Ranks
@@ -52,7 +51,7 @@ def brute_force(bank: np.ndarray, queries: np.ndarray, k: int, own: bool = False
 @pytest.mark.parametrize("bank_rows", [7, 64, 65536])
 @pytest.mark.parametrize("k", [1, 20, 150])
 def test_search_equals_brute_force(monkeypatch, bank_rows, k):
-    monkeypatch.setattr(search, "BANK_ROWS", bank_rows)
+    monkeypatch.setattr(nn, "BANK_ROWS", bank_rows)
     bank, queries = random_features(300, 0), random_features(40, 1)
     found = nearest(bank.features, queries.features, k, CPU)
     values, order = brute_force(
@@ -65,8 +64,8 @@ def test_search_equals_brute_force(monkeypatch, bank_rows, k):
 @pytest.mark.parametrize("pair_values", [1, 2000, 2**24])
 @pytest.mark.parametrize("copies", [2, 30, 200])  # more than there are spare candidates
 def test_of_equal_similarities_the_lower_index_comes_first(monkeypatch, copies, pair_values):
-    monkeypatch.setattr(search, "BANK_ROWS", 100)
-    monkeypatch.setattr(search, "PAIR_VALUES", pair_values)
+    monkeypatch.setattr(nn, "BANK_ROWS", 100)
+    monkeypatch.setattr(nn, "PAIR_VALUES", pair_values)
     unique = random_features(5, 2).features
     bank = unique.repeat(copies, 1)  # row i and row i + 5, i + 10, ... are the same
     found = nearest(bank, unique, copies, CPU)
@@ -157,8 +156,11 @@ def test_torchrun_as_in_the_readme(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["protocol=knn", "neighbours=[10,1401]"], "1401 nearest neighbours are asked for, but"),
-        (["dataset=folder", "data_path={images}"], "dataset=folder has no labels, and nearest"),
+        (["protocol=knn", "neighbours=[10,1401]"], "neighbours=1401: expected 1 to 1400, as many"),
+        (
+            ["dataset=folder", "data_path={images}"],
+            "dataset=folder has no labels, and nn needs them",
+        ),
         (["dataset=folder", "data_path={empty}"], "{empty}"),
         (["protocol=loo"], "protocol=loo: expected one of paper, knn"),
         (["neighbours=[]"], "neighbours=[]: expected a list of whole numbers"),

@@ -16,12 +16,12 @@ from torch import nn, tensor
 
 from data import datasets, davis, imagenet, masks, transforms
 from engine_pretrain import Training
-from eval import collapse, evaluate, families, finetune, linear_probe, patch_head
+from eval import collapse, evaluate, families, finetune, linear_probe, segmentation
 from eval.backbone import OwnBackbone
 from eval.common import EvalRun, count_hits
 from eval.features import Features
 from eval.few_shot import Ridge, ridge_accuracies
-from eval.heads import ProbeHead
+from eval.linear_probe import ProbeHead
 from eval.metrics import boundary_accuracy, score_object
 from eval.nn import knn
 from main_lmim import build_model, build_training
@@ -346,12 +346,12 @@ def test_augmentation_of_finetuning(operations):
 def test_patch_head():
     config = composed("segmentation")
     tokens, labels = tensor([[[1.0], [3.0]]]), tensor([[[0, 1]]], dtype=torch.uint8)
-    head, optimizer = patch_head.start(config, ALONE, tokens, 2)
+    head, optimizer = segmentation.start(config, ALONE, tokens, 2)
     assert type(optimizer) is torch.optim.AdamW and not any(p.any() for p in head.parameters())
     group = optimizer.param_groups[0]
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 1e-4)
     for epoch, rate in {0: 1e-3, 10: 5e-4, 19: 6.155830e-6}.items():
-        patch_head.train_epoch(config, ALONE, head, optimizer, tokens, labels, (1, 2), epoch)
+        segmentation.train_epoch(config, ALONE, head, optimizer, tokens, labels, (1, 2), epoch)
         assert group["lr"] == approx(rate)
 
 
@@ -386,9 +386,9 @@ def test_scores():
 def test_other_methods():
     heads = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
     assert (heads, 224) == (families.HEADS, families.FAMILIES["dinov2"].image_side)
-    nearest = evaluate.compose(composed("evaluate"), "knn", "trained", False)
+    nearest = evaluate.compose(composed("evaluate"), "knn", False)
     assert (nearest.protocol, nearest.final_norm, nearest.precision) == ("knn", True, "fp32")
-    probe = evaluate.compose(composed("evaluate"), "linear_probe", "trained", False)
+    probe = evaluate.compose(composed("evaluate"), "linear_probe", False)
     assert (probe.precision, probe.batch_size) == ("auto", 512)
     table = evaluate.reference_table(["nn", "knn", "linear_probe", "finetune"])
     assert "".join(table.split()).endswith(

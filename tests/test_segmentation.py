@@ -20,8 +20,7 @@ from eval.metrics import (
     contingency,
     matched_miou,
 )
-from eval.patch_head import class_counts, start, train_epoch
-from eval.segmentation import to_pixels
+from eval.segmentation import class_counts, start, to_pixels, train_epoch
 from tests.backbones import digits_checkpoint
 from tests.runs import run_together
 from tests.test_masks import blocks, save, write_blocks
