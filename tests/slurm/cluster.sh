@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# cluster.sh up | down: a throw-away Slurm with two nodes on this machine, for the tests.
+# cluster.sh up | down: a throw-away Slurm with two nodes on this machine, for the tests; a third, of partition
+# nameless, has a name that does not resolve.
 #
 # Needs root on Debian or Ubuntu; installs Slurm with apt if it is missing. It has a folder, ports
 # and a munged of its own, so another Slurm on the machine is not touched: `up` prints the path of
@@ -7,7 +8,7 @@
 set -euo pipefail
 
 DIR=${LMIM_SLURM_DIR:-/var/lib/lmim-slurm}
-PORT=${LMIM_SLURM_PORT:-17917} # and the two after it
+PORT=${LMIM_SLURM_PORT:-17917} # and the three after it
 export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$DIR/slurm.conf
 
 fail() {
@@ -51,7 +52,7 @@ set_hosts() { # [LINE]: the only one of ours in /etc/hosts, which may be a mount
 }
 
 configure() {
-    mkdir -p "$DIR"/{gpu,state,spool/lmim0,spool/lmim1}
+    mkdir -p "$DIR"/{gpu,state,spool/lmim0,spool/lmim1,spool/lmim2}
     # Only a slurmd from 23.02 on can do without cgroups; v1 is the plugin that asks for nothing.
     local cgroup=disabled network= version
     version=$(slurmd -V | tr -dc 0-9.)
@@ -59,13 +60,13 @@ configure() {
     echo "CgroupPlugin=$cgroup" >"$DIR/cgroup.conf"
     # slurmd wants character devices; the links' numbers end up in CUDA_VISIBLE_DEVICES.
     for i in {0..7}; do ln -sfn /dev/null "$DIR/gpu/gpu$i"; done
-    echo "Name=gpu File=$DIR/gpu/gpu[0-7]" >"$DIR/gres.conf"
+    echo "Name=gpu Type=fake File=$DIR/gpu/gpu[0-7]" >"$DIR/gres.conf"
     # Where loopback has the only IPv4 address, slurmctld finds nothing to listen on without IPv6.
     hostname -I 2>/dev/null | grep -q '[0-9]\.' || network=CommunicationParameters=EnableIPv6
     # cred_expire: as long, a requeued job waits before it starts again (by default two minutes).
     # FirstJobId: no number may come back, since submitit names files after it.
     # preempt_send_user_signal: preemption first sends the signal of `sbatch --signal`.
-    local node="NodeHostname=localhost NodeAddr=127.0.0.1 CPUs=64 RealMemory=500000 Gres=gpu:8"
+    local node="NodeHostname=localhost NodeAddr=127.0.0.1 CPUs=64 RealMemory=500000 Gres=gpu:fake:8"
     cat >"$SLURM_CONF" <<END
 ClusterName=lmim
 SlurmctldHost=localhost(127.0.0.1)
@@ -96,9 +97,12 @@ $network
 GresTypes=gpu
 NodeName=lmim0 Port=$((PORT + 1)) $node
 NodeName=lmim1 Port=$((PORT + 2)) $node
-PartitionName=DEFAULT Nodes=ALL DefMemPerCPU=100 MaxTime=INFINITE
+NodeName=lmim2 Port=$((PORT + 3)) $node
+PartitionName=DEFAULT Nodes=lmim[0-1] DefMemPerCPU=100 MaxTime=INFINITE
 PartitionName=debug Default=YES PriorityTier=10
 PartitionName=scavenge PriorityTier=1 GraceTime=20
+PartitionName=short MaxTime=60
+PartitionName=nameless Nodes=lmim2
 END
     printf 'export SLURM_CONF=%q\n' "$SLURM_CONF" >"$DIR/env.sh"
     set_hosts "127.0.0.1 lmim0 lmim1" # MASTER_ADDR is the name of a node
@@ -124,7 +128,7 @@ start() {
         --pid-file="$DIR/munged.pid" --seed-file="$DIR/munge.seed" --log-file="$DIR/munged.log" ||
         fail "munged did not start"
     slurmctld -c || fail "slurmctld did not start" # -c: without the jobs of last time
-    for node in lmim0 lmim1; do slurmd -N $node || fail "the slurmd of $node did not start"; done
+    for node in lmim0 lmim1 lmim2; do slurmd -N $node || fail "the slurmd of $node did not start"; done
     until_true 30 is_ready || fail "not ready: $(timeout 5 sinfo -h -N -o '%N %T' 2>&1 | xargs)"
 }
 
@@ -137,7 +141,7 @@ stop() {
         timeout 5 squeue -h -o %A 2>/dev/null | xargs -r timeout 5 scancel || true
         until_true 15 has_no_jobs || true
     fi
-    for name in slurmd-lmim0 slurmd-lmim1 slurmctld munged; do
+    for name in slurmd-lmim0 slurmd-lmim1 slurmd-lmim2 slurmctld munged; do
         pid=$(running_pid $name) || continue
         kill "$pid" || true
         until_true 10 is_gone $name || kill -KILL "$pid" || true
