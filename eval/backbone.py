@@ -78,9 +78,9 @@ class Backbone(nn.Module):
 
     def set_drop_path(self, rate: float) -> None:
         """Stochastic depth: none in the first block, `rate` in the last, linear in between."""
-        blocks = self.blocks()
-        if not all(hasattr(block, "drop_path1") for block in blocks):
+        if not self.is_vit or not all(hasattr(block, "drop_path1") for block in self.blocks()):
             raise BackboneError(f"{self.family}:{self.name}: only plain ViTs can be fine-tuned")
+        blocks = self.blocks()
         for index, block in enumerate(blocks):
             share = rate * index / max(len(blocks) - 1, 1)
             for name in ("drop_path1", "drop_path2"):
@@ -95,13 +95,8 @@ class Backbone(nn.Module):
         }
 
     def summary(self) -> str:
-        norm = "with" if self.final_norm else "without"
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        return (
-            f"{self.family}:{self.name}, {self.image_side} x {self.image_side} pixels, patches of "
-            f"{self.patch_size}, {self.embed_dim} channels, block {self.layer} {norm} final norm, "
-            f"{parameters / 1e6:.1f} M parameters, sha256 {self.fingerprint[:16]}"
-        )
+        """For the console."""
+        return ", ".join(f"{name} {value}" for name, value in self.describe().items())
 
 
 def block_index(layer: int, depth: int) -> int:
@@ -152,10 +147,14 @@ class TimmBackbone(Backbone):
             self.layer = block_index(layer, len(model.blocks))
             model.blocks = model.blocks[: self.layer + 1]
             self.depth = len(model.blocks)
+            self.patch_size, width = model.patch_embed.patch_size
+            if self.patch_size != width:
+                raise BackboneError(f"{family}:{name}: expected square patches")
         elif layer != -1:
             raise BackboneError(f"layer={layer}: expected -1 for {family}:{name}, which is no ViT")
         else:
             self.layer = self.depth = len(model.feature_info)
+            self.patch_size = model.feature_info[-1]["reduction"]
         has_norm = not isinstance(getattr(model, "norm", None), nn.Identity)
         if self.is_vit and not has_norm and hasattr(model, "fc_norm"):
             model.norm = model.fc_norm  # its only norm follows timm's own pooling
@@ -167,32 +166,23 @@ class TimmBackbone(Backbone):
                 setattr(model, unused, nn.Identity())
         self.model = model
         self.embed_dim = model.num_features
-        if self.is_vit:
-            self.patch_size, width = model.patch_embed.patch_size
-            if self.patch_size != width:
-                raise BackboneError(f"{family}:{name}: expected square patches")
-        else:
-            self.patch_size = model.feature_info[-1]["reduction"]
         settings = model.pretrained_cfg
         self.image_side = settings["input_size"][-1]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
-        # Where the class token is: in front of any registers.
-        self.has_cls = self.is_vit and getattr(model, "cls_token", None) is not None
 
     def blocks(self) -> nn.ModuleList:
-        if not self.is_vit:
-            raise BackboneError(f"{self.family}:{self.name}: only plain ViTs can be fine-tuned")
         return self.model.blocks
 
     def forward(self, images: Tensor) -> Tokens:
-        if self.is_vit:
-            grid = self.grid_of(images)
-            features = self.model.forward_features(images)
-            patches = features[:, self.model.num_prefix_tokens :]
-            return Tokens(features[:, 0] if self.has_cls else None, patches, grid)
+        grid = self.grid_of(images) if self.is_vit else (0, 0)
         features = self.model.forward_features(images)
-        if features.ndim != 4:
-            raise BackboneError(f"{self.family}:{self.name}: expected ViTs and feature maps")
+        if self.is_vit and features.shape[1] == self.model.num_prefix_tokens + math.prod(grid):
+            has_cls = getattr(self.model, "cls_token", None) is not None  # in front of registers
+            patches = features[:, self.model.num_prefix_tokens :]
+            return Tokens(features[:, 0] if has_cls else None, patches, grid)
+        if self.is_vit or features.ndim != 4:
+            place = f"pretrained={self.family}:{self.name}"
+            raise BackboneError(f"{place}: expected ViTs and feature maps")
         if getattr(self.model, "output_fmt", "NCHW") == "NCHW":
             features = features.permute(0, 2, 3, 1)
         return Tokens(None, features.flatten(1, 2), tuple(features.shape[1:3]))
@@ -217,22 +207,23 @@ def load_backbone(
     other keys are those of configs/backbone/. contents: of this project's checkpoint, where the
     caller has read it."""
     if pretrained is None:
-        expected = ", ".join(f"{family}:FILE" for family in FAMILIES)
+        files = ", ".join(f"{family}:FILE" for family in FAMILIES)
         raise BackboneError(
-            f"pretrained=null: expected a checkpoint or job folder, timm:NAME, or one of {expected}"
+            f"pretrained=null: expected a checkpoint or job folder, timm:NAME, {files}"
         )
     family, colon, rest = pretrained.partition(":")
     if pretrained_weights is not None and family != "timm":
         raise BackboneError(
             f"pretrained_weights={pretrained_weights}: expected with pretrained=timm:NAME only"
         )
+    cut = {"layer": layer, "final_norm": final_norm}
     # Fresh weights follow from the seed, and the numbers of others do not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if colon and family in ("timm", *FAMILIES):
             file = pretrained_weights if family == "timm" else rest
             file = None if file is None else Path(file)
-            backbone = load_other(family, rest, file, which, random_init, layer, final_norm)
+            backbone = load_other(family, rest, file, which, random_init, **cut)
         elif colon and not Path(pretrained).exists():
             raise BackboneError(
                 f"pretrained={pretrained}: expected a path or a family: timm, {', '.join(FAMILIES)}"
@@ -240,7 +231,7 @@ def load_backbone(
         else:
             file = Path(pretrained)
             contents = read_file(file) if contents is None else contents
-            backbone = load_own(file, contents, which, random_init, layer, final_norm)
+            backbone = load_own(file, contents, which, random_init, **cut)
     backbone.fingerprint = (
         state_fingerprint(backbone) if file is None or random_init else file_fingerprint(file)
     )
@@ -259,38 +250,30 @@ def load_backbone(
 def check_forward(backbone: TimmBackbone) -> None:
     """timm has models of many kinds: one image shows whether this one gives tokens on a grid."""
     side = backbone.image_side
-    place = f"pretrained={backbone.family}:{backbone.name}, image_side={side}"
     try:
-        tokens = backbone(torch.zeros(1, 3, side, side))
+        backbone(torch.zeros(1, 3, side, side))
     except BackboneError:
         raise
     except Exception as error:  # of any kind, from inside the model
+        place = f"pretrained={backbone.family}:{backbone.name}, image_side={side}"
         reason = " ".join(str(error).split())[:200]
         raise BackboneError(f"{place}: no image of this size goes through it ({reason})") from error
-    if tokens.patches.shape[1] != math.prod(tokens.grid):
-        raise BackboneError(f"{place}: its tokens are not a grid; expected ViTs and feature maps")
 
 
 # --- this project's -----------------------------------------------------------------------------
 
 
-def load_own(
-    path: Path, contents: dict, which: str, random_init: bool, layer: int, final_norm: bool
-) -> OwnBackbone:
-    weights = without_module_prefix(unwrap(contents, ("state_dict",), path))
+def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: Any) -> OwnBackbone:
     prefix = PARTS[which]
-    # The projection head belongs to pre-training.
     weights = {
         key.removeprefix(prefix): value
-        for key, value in weights.items()
-        if key.startswith(prefix) and not key.startswith(f"{prefix}head.")
+        for key, value in without_module_prefix(unwrap(contents, ("state_dict",), path)).items()
+        if key.startswith(prefix) and not key.startswith(f"{prefix}head.")  # of pre-training
     }
     config = contents.get("config") or {}
     if not weights and which == "target" and config:
-        target = config["target"]["name"]
-        raise BackboneError(
-            f"which=target: {path} holds no target encoder (target={target}); expected encoder"
-        )
+        found = f"no target encoder (target={config['target']['name']})"
+        raise BackboneError(f"which=target: {path} holds {found}; expected encoder")
     if not weights:
         raise BackboneError(
             f"{path} has no keys {prefix}*: it is no Latent MIM checkpoint; for files of other "
@@ -301,7 +284,7 @@ def load_own(
         load_weights(encoder, weights, path)
     size = config.get("encoder", {}).get("name") or f"vit_{SIZES.get(encoder.embed_dim, 'other')}"
     name = f"{size}-{which}" if which != "encoder" else size
-    backbone = OwnBackbone(encoder, name=name, layer=layer, final_norm=final_norm)
+    backbone = OwnBackbone(encoder, name=name, **cut)
     if dataset := config.get("dataset"):  # the published file does not say
         backbone.mean, backbone.std = tuple(dataset["mean"]), tuple(dataset["std"])
     return backbone
@@ -332,20 +315,14 @@ def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
 
 
 def load_other(
-    family: str,
-    name: str,
-    file: Path | None,
-    which: str,
-    random_init: bool,
-    layer: int,
-    final_norm: bool,
+    family: str, name: str, file: Path | None, which: str, random_init: bool, **cut: Any
 ) -> TimmBackbone:
     if family == "timm":
         model = build_timm(name, file, random_init)
     else:
         model, name = build_from_file(family, Path(name), which, random_init)
     try:
-        return TimmBackbone(model, family=family, name=name, layer=layer, final_norm=final_norm)
+        return TimmBackbone(model, family=family, name=name, **cut)
     except (AttributeError, TypeError) as error:
         raise BackboneError(
             f"pretrained={family}:{name}: expected ViTs and models with feature maps ({error})"

@@ -42,19 +42,17 @@ def evaluate(run: EvalRun) -> None:
     dataset = open_split(cfg, cfg.split)
     if len(dataset) < 4:
         raise DataError(f"split={cfg.split}: expected 4 images or more, it has {len(dataset)}")
-    found = extract(run, dataset, cfg.split, cfg.pooling, normalised=False)
-    probe = TokenProbe(run, dataset)
-    results = {
-        "rankme": rank_me(found.features),
-        "mean_cosine": mean_cosine(found.features),
-        "channel_std": channel_std(found.features),
-        "token_similarity": probe.similarity,
-        "position_probe": probe.accuracy,
-        "position_chance": 100 / probe.places,
-    }
+    pooled = extract(run, dataset, cfg.split, cfg.pooling, normalised=False).features
+    generator = torch.Generator().manual_seed(cfg.seed)
+    chosen = torch.randperm(len(dataset), generator=generator)[: cfg.probe_images].tolist()
     run.finish(
-        results,
-        protocol=f"{cfg.split} split, pooling {cfg.pooling}, tokens of {probe.images} images",
+        {
+            "rankme": rank_me(pooled),
+            "mean_cosine": mean_cosine(pooled),
+            "channel_std": channel_std(pooled),
+            **probe_tokens(run, dataset, chosen),
+        },
+        protocol=f"{cfg.split} split, pooling {cfg.pooling}, tokens of {len(chosen)} images",
         images=len(dataset),
     )
 
@@ -96,63 +94,50 @@ def channel_std(features: Tensor) -> float:
 # --- patch tokens -------------------------------------------------------------------------------
 
 
-class TokenProbe:
-    """A linear map from token to place, fitted in closed form on half of a sample of images and
-    tested on the other half."""
-
-    def __init__(self, run: EvalRun, dataset: ImageDataset):
-        cfg, backbone = run.cfg, run.backbone
-        self.run, self.dataset, self.device = run, dataset, run.ranks.device
-        generator = torch.Generator().manual_seed(cfg.seed)
-        chosen = torch.randperm(len(dataset), generator=generator)[: cfg.probe_images].tolist()
-        half = len(chosen) // 2
-        self.images = len(chosen)
-        self.similarity_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.places = (backbone.image_side // backbone.patch_size) ** 2
-        weight, bias = self.fit(chosen[:half])
-        self.accuracy = 100 * self.test(chosen[half:], weight, bias)
-        self.similarity = all_reduce(self.similarity_sum).item() / len(chosen)
+def probe_tokens(run: EvalRun, dataset: ImageDataset, chosen: list[int]) -> dict[str, float]:
+    """A linear map from token to place, fitted in closed form on half of the chosen images and
+    tested on the other half; and the similarity of the tokens of all of them."""
+    device, width = run.ranks.device, run.backbone.embed_dim
+    places = (run.backbone.image_side // run.backbone.patch_size) ** 2
+    similarity = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.inference_mode()
-    def tokens(self, indices: list[int]) -> Iterator[Tensor]:
+    def tokens_of(indices: list[int]) -> Iterator[Tensor]:
         """float32 [B, L, D], of this process's part of the images."""
-        loader = self.run.loader(self.dataset, indices)
-        for batch in self.run.tracked(loader, "batches probed:"):
-            tokens = self.run.tokens(batch.images).patches.float()
-            self.similarity_sum += average_similarity(tokens).double() * len(tokens)
+        for batch in run.tracked(run.loader(dataset, indices), "batches probed:"):
+            tokens = run.tokens(batch.images).patches.float()
+            similarity.add_(average_similarity(tokens).double() * len(tokens))
             yield tokens
 
-    def fit(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Ridge regression of the one-hot place -> weight [D, L], bias [L]
+    # Ridge regression of the one-hot place. Each place occurs once per image, so that the sum of
+    # tokens over images, place by place, is the product of tokens and one-hot places.
+    fitted, tested = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
+    products = torch.zeros(width, width, dtype=torch.float64, device=device)
+    by_place = torch.zeros(places, width, dtype=torch.float64, device=device)
+    for tokens in tokens_of(fitted):
+        by_place += tokens.double().sum(dim=0)
+        flat = tokens.flatten(0, 1).double()
+        products += flat.T @ flat
+    all_reduce(products)
+    all_reduce(by_place)
+    count = len(fitted) * places
+    mean = by_place.sum(dim=0) / count
+    covariance = products / count - mean[:, None] * mean
+    cross = by_place.T / count - mean[:, None] / places  # the mean of a one-hot place is 1 / L
+    ridge = RIDGE * covariance.trace() / width + torch.finfo(torch.float64).tiny
+    covariance.diagonal().add_(ridge)
+    weight = torch.linalg.lstsq(covariance, cross).solution  # [D, L]
+    bias = 1 / places - mean @ weight  # [L]
 
-        Each place occurs once per image, so that the sum of tokens over images, place by place, is
-        the product of tokens and one-hot places.
-        """
-        width = self.run.backbone.embed_dim
-        products = torch.zeros(width, width, dtype=torch.float64, device=self.device)
-        by_place = torch.zeros(self.places, width, dtype=torch.float64, device=self.device)
-        for tokens in self.tokens(indices):
-            by_place += tokens.double().sum(dim=0)
-            flat = tokens.flatten(0, 1).double()
-            products += flat.T @ flat
-        all_reduce(products)
-        all_reduce(by_place)
-        count = len(indices) * self.places
-        mean = by_place.sum(dim=0) / count
-        covariance = products / count - mean[:, None] * mean
-        # The mean of a one-hot place is 1 / L.
-        cross = by_place.T / count - mean[:, None] / self.places
-        ridge = RIDGE * covariance.trace() / width + torch.finfo(torch.float64).tiny
-        covariance.diagonal().add_(ridge)
-        weight = torch.linalg.lstsq(covariance, cross).solution
-        return weight, 1 / self.places - mean @ weight
-
-    def test(self, indices: list[int], weight: Tensor, bias: Tensor) -> float:
-        hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        place = torch.arange(self.places, device=self.device)
-        for tokens in self.tokens(indices):
-            hits += ((tokens.double() @ weight + bias).argmax(dim=2) == place).sum()
-        return all_reduce(hits).item() / (len(indices) * self.places)
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    for tokens in tokens_of(tested):
+        predicted = (tokens.double() @ weight + bias).argmax(dim=2)
+        hits += (predicted == torch.arange(places, device=device)).sum()
+    return {
+        "token_similarity": all_reduce(similarity).item() / len(chosen),
+        "position_probe": 100 * (all_reduce(hits).item() / (len(tested) * places)),
+        "position_chance": 100 / places,
+    }
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_safetensors
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
@@ -38,10 +40,10 @@ def read_file(path: Path) -> dict:
     """Plain types and tensors only: a file that wants more is refused by name, never run."""
     if not path.is_file():
         raise BackboneError(f"pretrained: expected a file, but there is no {path}")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
     try:
-        return load_file(path)
+        return load_safetensors(path) if path.suffix == ".safetensors" else load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(f"{path} cannot be read ({error})") from error
     except CheckpointError as error:
         wanted = []
         with suppress(Exception):  # it is damaged instead
@@ -52,16 +54,6 @@ def read_file(path: Path) -> dict:
             f"{path} is refused, because reading it would run code: it wants "
             f"{', '.join(wanted)}; expected a file of tensors and plain types"
         ) from error
-
-
-def read_safetensors(path: Path) -> StateDict:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file as load_safetensors
-
-    try:
-        return load_safetensors(path)
-    except (SafetensorError, OSError) as error:
-        raise BackboneError(f"{path} cannot be read ({error})") from error
 
 
 def unwrap(contents: object, names: tuple[str, ...], path: Path) -> StateDict:
@@ -116,9 +108,7 @@ def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Mo
     if random_init:
         return timm.create_model(name, **options)
     if weights_file is not None:
-        model = timm.create_model(name, **options)
-        fit_timm(model, weights_file)
-        return model
+        return fitted(timm.create_model(name, **options), weights_file)
     try:
         return timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub fails in many ways, all of which mean the same
@@ -129,8 +119,8 @@ def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Mo
         ) from error
 
 
-def fit_timm(model: nn.Module, path: Path) -> None:
-    """A local file of timm's own keys; the classifier is left out."""
+def fitted(model: nn.Module, path: Path) -> nn.Module:
+    """With the weights of a local file of timm's own keys; the classifier is left out."""
     weights = without_module_prefix(unwrap(read_file(path), ("state_dict", "model"), path))
     expected = model.state_dict()
     heads = ("head.", "fc.", "classifier.", "head_dist.")
@@ -138,6 +128,7 @@ def fit_timm(model: nn.Module, path: Path) -> None:
         key: value for key, value in weights.items() if key in expected or not key.startswith(heads)
     }
     load_weights(model, weights, path)
+    return model
 
 
 # --- families -----------------------------------------------------------------------------------
@@ -195,15 +186,14 @@ def build_from_file(name: str, path: Path, which: str, random_init: bool) -> tup
     model = vit_like(weights, path)
     if not random_init:
         load_weights(model, weights, path)
-    patch_size = model.patch_embed.patch_size[0]
     # Where the family has no fixed side, the size of the position table gives it.
-    side = family.image_side or patch_size * model.patch_embed.grid_size[0]
+    side = family.image_side or model.patch_embed.img_size[0]
     model.pretrained_cfg = {
         "input_size": (3, side, side),
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
     }
-    size = f"vit_{SIZES.get(model.num_features, 'other')}_patch{patch_size}"
+    size = f"vit_{SIZES.get(model.num_features, 'other')}_patch{model.patch_embed.patch_size[0]}"
     return model, f"{size}-{which}" if which != "encoder" else size
 
 
