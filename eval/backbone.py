@@ -27,7 +27,6 @@ from eval.families import (
 from models.vit import Encoder
 from util.checkpoint import load_weights, without_module_prefix
 
-PARTS = {"encoder": "encoder.", "target": "target_encoder."}
 Colour = tuple[float, float, float]
 
 
@@ -46,8 +45,8 @@ class Backbone(nn.Module):
     depth: int  # blocks that are run
     patch_size: int
     image_side: int  # what it was trained on, or what was asked for
-    mean: Colour | None  # None: the data set's
-    std: Colour | None
+    mean: Colour | None = None  # None: the data set's
+    std: Colour | None = None
     fingerprint: str
     layer: int  # the last block that is run
     final_norm: bool
@@ -65,6 +64,14 @@ class Backbone(nn.Module):
         if height % size or width % size:
             raise BackboneError(f"images of {height} x {width}: expected multiples of {size}")
         return height // size, width // size
+
+    def resize(self, image_side: int | None) -> int:
+        """-> the side of the images from now on; None: as it was trained."""
+        self.image_side = image_side or self.image_side
+        if self.is_vit and self.image_side % self.patch_size:
+            valid = f"a multiple of the patch size {self.patch_size}"
+            raise BackboneError(f"image_side={image_side}: expected {valid}")
+        return self.image_side
 
     def layer_of(self, parameter_name: str) -> int:
         """0: embeddings, class token, positions; 1 .. depth: blocks; depth + 1: what comes after.
@@ -87,16 +94,12 @@ class Backbone(nn.Module):
                 setattr(block, name, DropPath(share) if share > 0 else nn.Identity())
 
     def describe(self) -> dict[str, object]:
-        """For results files."""
+        """For results files and the console."""
         names = ("family", "name", "image_side", "patch_size", "embed_dim", "layer", "final_norm")
         return {name: getattr(self, name) for name in names} | {
             "parameters": sum(parameter.numel() for parameter in self.parameters()),
             "sha256": self.fingerprint,
         }
-
-    def summary(self) -> str:
-        """For the console."""
-        return ", ".join(f"{name} {value}" for name, value in self.describe().items())
 
 
 def block_index(layer: int, depth: int) -> int:
@@ -122,7 +125,6 @@ class OwnBackbone(Backbone):
         self.embed_dim, self.patch_size = encoder.embed_dim, encoder.patch_size
         self.depth = len(encoder.blocks)
         self.image_side = encoder.grid_size * encoder.patch_size
-        self.mean = self.std = None
 
     def blocks(self) -> nn.ModuleList:
         return self.encoder.blocks
@@ -206,12 +208,12 @@ def load_backbone(
     """pretrained: a checkpoint of this project, the published one, timm:NAME, or FAMILY:FILE; the
     other keys are those of configs/backbone/. contents: of this project's checkpoint, where the
     caller has read it."""
-    if pretrained is None:
+    family, colon, rest = (pretrained or "").partition(":")
+    is_other = colon and family in ("timm", *FAMILIES)
+    if pretrained is None or (colon and not is_other and not Path(pretrained).exists()):
         files = ", ".join(f"{family}:FILE" for family in FAMILIES)
-        raise BackboneError(
-            f"pretrained=null: expected a checkpoint or job folder, timm:NAME, {files}"
-        )
-    family, colon, rest = pretrained.partition(":")
+        valid = f"a checkpoint or job folder, timm:NAME, {files}"
+        raise BackboneError(f"pretrained={pretrained or 'null'}: expected {valid}")
     if pretrained_weights is not None and family != "timm":
         raise BackboneError(
             f"pretrained_weights={pretrained_weights}: expected with pretrained=timm:NAME only"
@@ -220,51 +222,30 @@ def load_backbone(
     # Fresh weights follow from the seed, and the numbers of others do not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if colon and family in ("timm", *FAMILIES):
-            file = pretrained_weights if family == "timm" else rest
-            file = None if file is None else Path(file)
-            backbone = load_other(family, rest, file, which, random_init, **cut)
-        elif colon and not Path(pretrained).exists():
-            raise BackboneError(
-                f"pretrained={pretrained}: expected a path or a family: timm, {', '.join(FAMILIES)}"
-            )
+        if is_other and family == "timm":
+            file = None if pretrained_weights is None else Path(pretrained_weights)
+            model = build_timm(rest, file, random_init)
+            backbone = in_timm(model, family, rest, image_side, **cut)
+        elif is_other:
+            file = Path(rest)
+            model, name = build_from_file(family, file, which, random_init)
+            backbone = in_timm(model, family, name, image_side, **cut)
         else:
             file = Path(pretrained)
             contents = read_file(file) if contents is None else contents
             backbone = load_own(file, contents, which, random_init, **cut)
+            backbone.resize(image_side)
     backbone.fingerprint = (
         state_fingerprint(backbone) if file is None or random_init else file_fingerprint(file)
     )
-    backbone.image_side = image_side or backbone.image_side
-    if backbone.is_vit and backbone.image_side % backbone.patch_size:
-        raise BackboneError(
-            f"image_side={image_side}: expected a multiple of the patch size {backbone.patch_size}"
-        )
-    backbone.eval()
-    if isinstance(backbone, TimmBackbone):
-        check_forward(backbone)
-    return backbone
-
-
-@torch.inference_mode()
-def check_forward(backbone: TimmBackbone) -> None:
-    """timm has models of many kinds: one image shows whether this one gives tokens on a grid."""
-    side = backbone.image_side
-    try:
-        backbone(torch.zeros(1, 3, side, side))
-    except BackboneError:
-        raise
-    except Exception as error:  # of any kind, from inside the model
-        place = f"pretrained={backbone.family}:{backbone.name}, image_side={side}"
-        reason = " ".join(str(error).split())[:200]
-        raise BackboneError(f"{place}: no image of this size goes through it ({reason})") from error
+    return backbone.eval()
 
 
 # --- this project's -----------------------------------------------------------------------------
 
 
 def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: Any) -> OwnBackbone:
-    prefix = PARTS[which]
+    prefix = {"encoder": "encoder.", "target": "target_encoder."}[which]
     weights = {
         key.removeprefix(prefix): value
         for key, value in without_module_prefix(unwrap(contents, ("state_dict",), path)).items()
@@ -311,19 +292,19 @@ def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
     )
 
 
-# --- others -------------------------------------------------------------------------------------
-
-
-def load_other(
-    family: str, name: str, file: Path | None, which: str, random_init: bool, **cut: Any
+def in_timm(
+    model: nn.Module, family: str, name: str, image_side: int | None, **cut: Any
 ) -> TimmBackbone:
-    if family == "timm":
-        model = build_timm(name, file, random_init)
-    else:
-        model, name = build_from_file(family, Path(name), which, random_init)
+    """timm has models of many kinds: one image shows whether this one gives tokens on a grid."""
     try:
-        return TimmBackbone(model, family=family, name=name, **cut)
-    except (AttributeError, TypeError) as error:
-        raise BackboneError(
-            f"pretrained={family}:{name}: expected ViTs and models with feature maps ({error})"
-        ) from error
+        backbone = TimmBackbone(model, family=family, name=name, **cut).eval()
+        side = backbone.resize(image_side)
+        with torch.inference_mode():
+            backbone(torch.zeros(1, 3, side, side))
+    except BackboneError:
+        raise
+    except Exception as error:  # of any kind, from inside the model
+        place = f"pretrained={family}:{name}, image_side={image_side}"
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(f"{place}: expected ViTs and feature maps ({reason})") from error
+    return backbone

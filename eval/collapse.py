@@ -48,8 +48,7 @@ def evaluate(run: EvalRun) -> None:
     run.finish(
         {
             "rankme": rank_me(pooled),
-            "mean_cosine": mean_cosine(pooled),
-            "channel_std": channel_std(pooled),
+            **cosine_and_std(pooled),
             **probe_tokens(run, dataset, chosen),
         },
         protocol=f"{cfg.split} split, pooling {cfg.pooling}, tokens of {len(chosen)} images",
@@ -71,27 +70,18 @@ def rank_me(features: Tensor) -> float:
     return torch.special.entr(share).sum().exp().item()
 
 
-def unit_sums(features: Tensor) -> Tensor:
-    """Over all rows, brought to length 1: the sum of each channel, and of its square. [2, D]"""
-    sums = torch.zeros(2, features.shape[1], dtype=torch.float64)
+def cosine_and_std(features: Tensor) -> dict[str, float]:
+    """Of all rows, brought to length 1, from the sum of each channel and that of its square."""
+    count, width = features.shape
+    sums = torch.zeros(2, width, dtype=torch.float64)
     for part in features.split(ROWS):
         unit = F.normalize(part.double(), dim=1)
         sums += torch.stack([unit.sum(dim=0), unit.square().sum(dim=0)])
-    return sums
-
-
-def mean_cosine(features: Tensor) -> float:
-    """All pairs at once: their sum is the squared length of the sum, less each with itself."""
-    count = len(features)
-    return ((unit_sums(features)[0].square().sum() - count) / (count * (count - 1))).item()
-
-
-def channel_std(features: Tensor) -> float:
-    mean, square = unit_sums(features) / len(features)
-    return ((square - mean**2).clamp_min(0).sqrt().mean() * features.shape[1] ** 0.5).item()
-
-
-# --- patch tokens -------------------------------------------------------------------------------
+    mean, square = sums / count
+    # The sum over all pairs is the squared length of the sum, less each with itself.
+    cosine = (sums[0].square().sum() - count) / (count * (count - 1))
+    std = (square - mean**2).clamp_min(0).sqrt().mean() * width**0.5
+    return {"mean_cosine": cosine.item(), "channel_std": std.item()}
 
 
 def probe_tokens(run: EvalRun, dataset: ImageDataset, chosen: list[int]) -> dict[str, float]:

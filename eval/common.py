@@ -31,7 +31,6 @@ from util.preemption import stoppable
 from util.record import TensorBoardFile
 
 PROGRESS_SECONDS = 5
-TOP = 5  # the second number of a classification
 
 
 class EvalRun:
@@ -49,22 +48,16 @@ class EvalRun:
         if "resume" in self.cfg:
             on_main(lambda: prepare_job_directory(self.cfg), self.ranks)
         elif self.ranks.is_main:
-            for folder in ("results", "tensorboard"):
-                (self.job / folder).mkdir(parents=True, exist_ok=True)
+            (self.job / "results").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.cfg, self.job / "config.yaml")
             write_json(self.job / "environment.json", describe_environment())
 
     # --- images and tokens
 
-    def loader(
-        self,
-        dataset: ImageDataset,
-        indices: Sequence[int] | None = None,
-        transform: Callable[..., Tensor] | None = None,
-    ) -> EvalLoader:
+    def loader(self, dataset: ImageDataset, indices: Sequence[int] | None = None) -> EvalLoader:
         """This process's part of all images, or of those with these indices."""
-        centre = EvalTransform(self.backbone.image_side, self.cfg.dataset.crop_ratio)
-        return eval_loader(self.cfg, self.ranks, dataset, transform or centre, indices)
+        transform = EvalTransform(self.backbone.image_side, self.cfg.dataset.crop_ratio)
+        return eval_loader(self.cfg, self.ranks, dataset, transform, indices)
 
     @cached_property
     def precision(self) -> str:
@@ -78,9 +71,8 @@ class EvalRun:
     def colours(self) -> tuple[Colour, Colour]:
         """The mean and deviation that the backbone was trained with; the data set's where it does
         not say."""
-        if self.backbone.mean is None or self.backbone.std is None:
-            return tuple(self.cfg.dataset.mean), tuple(self.cfg.dataset.std)
-        return self.backbone.mean, self.backbone.std
+        backbone, dataset = self.backbone, self.cfg.dataset
+        return tuple(backbone.mean or dataset.mean), tuple(backbone.std or dataset.std)
 
     def normalised(self, images: Tensor) -> Tensor:
         return normalise(images, *self.colours)
@@ -161,7 +153,8 @@ def run_joined(
     run = EvalRun(cfg, ranks, name, backbone)
     run.prepare()
     try:
-        run.say(f"{name}: {backbone.summary()}")
+        facts = ", ".join(f"{key} {value}" for key, value in backbone.describe().items())
+        run.say(f"{name}: {facts}")
         evaluate(run)
     finally:
         unlock(run.job)
@@ -247,12 +240,12 @@ class Classification(Task):
     """Trains `model`, all of it or parts of it, to name the classes of images."""
 
     names: Sequence[str]  # of what predicts in the model, each for itself
-    evaluation: LabelledImages
 
-    def __init__(self, run: EvalRun, scales_loss: bool):
+    def __init__(self, run: EvalRun):
         self.run, self.cfg, self.ranks = run, run.cfg, run.ranks
-        enabled = scales_loss and run.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(run.ranks.device.type, enabled=enabled)
+        self.images = labelled_images(run, "train", "eval")
+        self.evaluation = self.images["eval"]
+        self.classes = count_classes(self.images["train"].labels, self.evaluation.labels)
         self.accuracies: Tensor | None = None  # percent, [names, 2]: the first, the first five
 
     def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
@@ -290,19 +283,17 @@ def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
 
     Logits that are not finite name no class.
     """
-    finite = logits.isfinite().all(dim=1)
-    first = logits.topk(min(TOP, logits.shape[1]), dim=1).indices == labels[:, None]
-    hits = torch.stack([first[:, 0], first.any(dim=1)]) & finite
+    first = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    hits = torch.stack([first[:, 0], first.any(dim=1)]) & logits.isfinite().all(dim=1)
     return hits.sum(dim=1)
 
 
 def check_same_backbone(resumed: dict, backbone: Backbone) -> None:
     """The file, the part of it, the layer, the size: all that its tokens depend on."""
-    before, now = resumed["backbone"], backbone.describe()
-    different = [key for key, value in now.items() if before.get(key) != value]
-    if different:
-        changes = ", ".join(f"{key} {before.get(key)} is now {now[key]}" for key in different)
-        raise CheckpointError(
-            f"the checkpoint to resume belongs to another backbone ({changes}): choose that one, "
-            f"overwrite=True or another job_name"
-        )
+    before = resumed["backbone"]
+    for key, value in backbone.describe().items():
+        if before.get(key) != value:
+            raise CheckpointError(
+                f"the checkpoint to resume belongs to another backbone ({key} {before.get(key)} is "
+                f"now {value}): choose that one, overwrite=True or another job_name"
+            )

@@ -49,18 +49,30 @@ def evaluate(run: EvalRun) -> None:
     cfg = run.cfg
     run.backbone.cpu()  # it is only described: each evaluation loads its own
     check_settings(cfg)
-    variants = (False, True) if cfg.beside_random_init else (cfg.random_init,)
-    plan = [(name, is_random) for name in cfg.evals for is_random in variants]
+    variants = {"trained": False, "random init": True}
+    if not cfg.beside_random_init:
+        variants = {"random init" if cfg.random_init else "trained": cfg.random_init}
     # Composed before the first one runs, so that a wrong key in `settings` ends it at once.
-    configs = [compose(cfg, *chosen) for chosen in plan]
-    found: dict[str, dict[str, dict]] = {}
-    for (name, is_random), own_cfg in zip(plan, configs, strict=True):
-        worker = importlib.import_module(own_cfg.worker)
-        worker_name = own_cfg.worker.rpartition(".")[2]
-        own = run_joined(own_cfg, run.ranks, worker_name, worker.evaluate)
-        found.setdefault(name, {})["random init" if is_random else "trained"] = own.report
-    if run.ranks.is_main:
-        write_table(run, found)
+    plan = {
+        (name, label): compose(cfg, name, is_random)
+        for name in cfg.evals
+        for label, is_random in variants.items()
+    }
+    found: dict[str, dict[str, dict]] = {name: {} for name in cfg.evals}
+    for (name, label), own in plan.items():
+        worker = importlib.import_module(own.worker)
+        _, _, own_name = own.worker.rpartition(".")
+        found[name][label] = run_joined(own, run.ranks, own_name, worker.evaluate).report
+    if not run.ranks.is_main:
+        return
+    references = REFERENCES if cfg.dataset.name == "imagenet" else {}
+    text = markdown(found, bool(references))
+    path = run.job / "results" / "evaluate.md"
+    path.write_text(text + "\n")
+    contents = {"backbone": run.backbone.describe(), "dataset": cfg.dataset.name}
+    contents |= {"evaluations": found, "references": references}
+    write_json(path.with_suffix(".json"), contents)
+    run.say(f"\n{text}\n\ntable  {path}")
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -95,21 +107,6 @@ def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:
 # --- the table ----------------------------------------------------------------------------------
 
 
-def write_table(run: EvalRun, found: dict[str, dict[str, dict]]) -> None:
-    has_references = run.cfg.dataset.name == "imagenet"
-    text = markdown(found, has_references)
-    path = run.job / "results" / "evaluate.md"
-    path.write_text(text + "\n")
-    contents = {
-        "backbone": run.backbone.describe(),
-        "dataset": run.cfg.dataset.name,
-        "evaluations": found,
-        "references": REFERENCES if has_references else {},
-    }
-    write_json(run.job / "results" / "evaluate.json", contents)
-    run.say(f"\n{text}\n\ntable  {path}")
-
-
 def markdown(found: dict[str, dict[str, dict]], with_references: bool) -> str:
     labels = list(next(iter(found.values())))
     rows = [["evaluation", "metric", *labels]]
@@ -117,25 +114,21 @@ def markdown(found: dict[str, dict[str, dict]], with_references: bool) -> str:
         for metric in variants[labels[0]]["results"]:
             values = [variants[label]["results"].get(metric, float("nan")) for label in labels]
             rows.append([name, metric, *(f"{value:.4g}" for value in values)])
-    text = table(rows)
-    protocols = "\n".join(
-        f"- {name}: {variants[labels[0]]['protocol']}" for name, variants in found.items()
-    )
-    text = f"{text}\n\n{protocols}"
-    return f"{text}\n\n{reference_table(list(found))}" if with_references else text
+    protocols = [f"- {name}: {found[name][labels[0]]['protocol']}" for name in found]
+    parts = [table(rows), "\n".join(protocols)]
+    return "\n\n".join([*parts, reference_table(list(found))] if with_references else parts)
 
 
 def reference_table(names: list[str]) -> str:
     """Published numbers. Leave-one-out nearest neighbours have their own column: they are not
     comparable to a k-NN with a bank of training images."""
-    columns = [n for n in ("nn", "knn", "linear_probe", "finetune") if n in names]
-    if not columns:
-        return ""
     titles = {"nn": "nn (leave-one-out)", "knn": "knn (training bank)"}
-    rows = [["published, ViT-B/16", *[titles.get(name, name) for name in columns]]]
+    titles |= {name: name for name in ("linear_probe", "finetune")}
+    titles = {name: title for name, title in titles.items() if name in names}
+    rows = [["published, ViT-B/16", *titles.values()]]
     for method, numbers in REFERENCES.items():
-        rows.append([method, *[numbers.get(name, "-") for name in columns]])
-    return table(rows)
+        rows.append([method, *[numbers.get(name, "-") for name in titles]])
+    return table(rows) if titles else ""
 
 
 def table(rows: list[list[str]]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import timm
 import torch
 from omegaconf import DictConfig
+from safetensors.torch import save
 from torch import Tensor
 
 from eval.backbone import Colour, OwnBackbone
@@ -59,28 +60,22 @@ def export(run: EvalRun) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = timm_weights(backbone.encoder)
     config = describe(backbone.encoder, run.colours)
-    write_safetensors(folder / "model.safetensors", weights)
     with_head = run.job / f"{backbone.name}.safetensors"
     shapes = {"head.weight": (TIMM_CLASSES, backbone.embed_dim), "head.bias": (TIMM_CLASSES,)}
     head = {key: torch.zeros(shape) for key, shape in shapes.items()}
-    write_safetensors(with_head, weights | head)
+    write_whole(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    write_whole(with_head, save(weights | head, metadata={"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     sizes = {"pixels": backbone.image_side, "width": backbone.embed_dim}
     readme = README.format(name=backbone.name, timm_name=config["architecture"], **sizes)
     (folder / "README.md").write_text(readme)
-    files = {folder / "model.safetensors": 0, with_head: TIMM_CLASSES}
     difference = max(
-        largest_difference(backbone, config, file, classes) for file, classes in files.items()
+        largest_difference(backbone, config, folder / "model.safetensors", classes=0),
+        largest_difference(backbone, config, with_head, TIMM_CLASSES),
     )
     if difference > TOLERANCE:
         raise AssertionError(f"timm's features differ from ours by {difference}")
     run.say(f"export: {with_head} and {folder}/; timm's tokens differ by {difference:.1e} at most")
-
-
-def write_safetensors(path: Path, weights: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    write_whole(path, save(weights, metadata={"format": "pt"}))
 
 
 def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
@@ -101,32 +96,30 @@ def describe(encoder: Encoder, colours: tuple[Colour, Colour]) -> dict:
     architecture = f"vit_{SIZES.get(encoder.embed_dim, 'base')}_patch{encoder.patch_size}_224"
     if encoder.patch_size not in (8, 16, 32) or not timm.is_model(architecture):
         architecture = "vit_base_patch16_224"  # whose sizes the arguments below change
-    arguments = {
-        "img_size": side,
-        "patch_size": encoder.patch_size,
-        "embed_dim": encoder.embed_dim,
-        "depth": len(encoder.blocks),
-        "num_heads": encoder.blocks[0].attn.num_heads,
-        "num_classes": 0,
-    }
-    pretrained = {
-        "architecture": architecture,
-        "input_size": [3, side, side],
-        "interpolation": "bicubic",
-        "num_classes": 0,
-        "pool_size": None,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "mean": colours[0],
-        "std": colours[1],
-    }
     return {
         "architecture": architecture,
         "num_classes": 0,
         "num_features": encoder.embed_dim,
         "global_pool": "token",
-        "model_args": arguments,
-        "pretrained_cfg": pretrained,
+        "model_args": {
+            "img_size": side,
+            "patch_size": encoder.patch_size,
+            "embed_dim": encoder.embed_dim,
+            "depth": len(encoder.blocks),
+            "num_heads": encoder.blocks[0].attn.num_heads,
+            "num_classes": 0,
+        },
+        "pretrained_cfg": {
+            "architecture": architecture,
+            "input_size": [3, side, side],
+            "interpolation": "bicubic",
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "mean": colours[0],
+            "std": colours[1],
+        },
     }
 
 

@@ -60,10 +60,8 @@ def unwrap(contents: object, names: tuple[str, ...], path: Path) -> StateDict:
     """The tensors below the first of these keys that is there, or at the top."""
     if not isinstance(contents, dict):
         raise BackboneError(f"{path} holds a {type(contents).__name__}; expected a state_dict")
-    for name in names:
-        if isinstance(contents.get(name), dict):
-            contents = contents[name]
-            break
+    sections = [contents[name] for name in names if isinstance(contents.get(name), dict)]
+    contents = [*sections, contents][0]
     tensors = {key: value for key, value in contents.items() if isinstance(value, Tensor)}
     if not tensors:
         found = ", ".join(map(str, list(contents)[:5])) or "nothing"
@@ -92,11 +90,8 @@ def state_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# --- timm ---------------------------------------------------------------------------------------
-
-
 def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Module:
-    """Any model of timm, with the weights of a local file or of the hub."""
+    """Any model of timm, with the weights of the hub, or of a local file with timm's own keys."""
     if not timm.is_model(name.split(".")[0]):
         close = get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names them"
@@ -108,7 +103,13 @@ def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Mo
     if random_init:
         return timm.create_model(name, **options)
     if weights_file is not None:
-        return fitted(timm.create_model(name, **options), weights_file)
+        model = timm.create_model(name, **options)
+        weights = unwrap(read_file(weights_file), ("state_dict", "model"), weights_file)
+        weights, own = without_module_prefix(weights), model.state_dict()
+        heads = ("head.", "fc.", "classifier.", "head_dist.")  # are left out
+        weights = {k: v for k, v in weights.items() if k in own or not k.startswith(heads)}
+        load_weights(model, weights, weights_file)
+        return model
     try:
         return timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub fails in many ways, all of which mean the same
@@ -117,18 +118,6 @@ def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Mo
             f"pretrained=timm:{name}: its weights could not be fetched ({type(error).__name__}: "
             f"{reason}); expected a file of them, pretrained_weights=FILE"
         ) from error
-
-
-def fitted(model: nn.Module, path: Path) -> nn.Module:
-    """With the weights of a local file of timm's own keys; the classifier is left out."""
-    weights = without_module_prefix(unwrap(read_file(path), ("state_dict", "model"), path))
-    expected = model.state_dict()
-    heads = ("head.", "fc.", "classifier.", "head_dist.")
-    weights = {
-        key: value for key, value in weights.items() if key in expected or not key.startswith(heads)
-    }
-    load_weights(model, weights, path)
-    return model
 
 
 # --- families -----------------------------------------------------------------------------------
@@ -188,11 +177,8 @@ def build_from_file(name: str, path: Path, which: str, random_init: bool) -> tup
         load_weights(model, weights, path)
     # Where the family has no fixed side, the size of the position table gives it.
     side = family.image_side or model.patch_embed.img_size[0]
-    model.pretrained_cfg = {
-        "input_size": (3, side, side),
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-    }
+    colours = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    model.pretrained_cfg = {"input_size": (3, side, side), **colours}
     size = f"vit_{SIZES.get(model.num_features, 'other')}_patch{model.patch_embed.patch_size[0]}"
     return model, f"{size}-{which}" if which != "encoder" else size
 
@@ -202,10 +188,8 @@ def encoder_weights(family: Family, contents: dict, which: str, path: Path) -> S
     found = {}
     for key, value in unwrap(contents, family.sections[which], path).items():
         match = re.match(family.prefix, key)
-        if match is None:
-            continue
-        key = key[match.end() :]
-        if family.other and re.match(family.other, key):
+        key = key[match.end() :] if match else ""
+        if not key or (family.other and re.match(family.other, key)):
             continue
         for pattern, replacement in family.renamed:
             key = re.sub(pattern, replacement, key)

@@ -90,18 +90,12 @@ def unit_length(features: Tensor) -> Tensor:
 
 def compute(run: EvalRun, dataset: ImageDataset, pooling: str) -> Tensor:
     """-> float32 [N, D], not normalised"""
-    backbone = run.backbone.eval()
-
-    def vectors(images: Tensor) -> Tensor:
-        return pool(run.tokens(images), pooling)
-
-    width = pooled_width(backbone.embed_dim, pooling)
-    features = encode(run.loader(dataset), vectors, width, run.ranks, run)
+    width = pooled_width(run.backbone.embed_dim, pooling)
+    features = encode(
+        run.loader(dataset), lambda images: pool(run.tokens(images), pooling), width, run.ranks, run
+    )
     if not features.isfinite().all():
-        raise BackboneError(
-            f"{backbone.family}:{backbone.name} gives features that are not finite in "
-            f"precision={run.precision}"
-        )
+        raise BackboneError(f"precision={run.precision}: the backbone's features are not finite")
     return features
 
 
@@ -122,9 +116,6 @@ def encode(
         features[batch.indices.cpu()] = vectors(batch.images).float().cpu()
     share_rows(features, loader.batch_size, ranks)
     return features
-
-
-# --- the cache ----------------------------------------------------------------------------------
 
 
 def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) -> Path:

@@ -7,7 +7,7 @@ evaluation images.
 """
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -43,7 +43,38 @@ def evaluate(run: EvalRun) -> None:
         chosen = choose_shots(train.labels, shots, cfg.seed, draw)
         support = Features(train.features[chosen], train.labels[chosen])
         own[shots, draw] = ridge_accuracies(support, evaluation, classes, list(cfg.regularisers))
-    report(run, ChainMap(*gather_objects(own, ranks)), len(evaluation.labels))
+    found = ChainMap(*gather_objects(own, ranks))
+    results, details = {}, {}
+    for shots in cfg.shots:
+        draws = [found[shots, draw] for draw in range(cfg.draws)]
+        top1 = [draw["top1"] for draw in draws]
+        summary = mean_and_spread(top1)
+        results[f"top1/{shots}-shot"] = summary["mean"]
+        results[f"spread/{shots}-shot"] = summary["spread"]
+        by_strength = zip(*(draw["all"] for draw in draws), strict=True)
+        details[f"{shots}-shot"] = {
+            "draws": top1,
+            "chosen": [draw["chosen"] for draw in draws],
+            "by_regulariser": {
+                f"{strength:g}": mean_and_spread(values)
+                for strength, values in zip(cfg.regularisers, by_strength, strict=True)
+            },
+        }
+    run.finish(
+        results,
+        protocol=f"ridge regression on k images per class, mean and standard deviation over "
+        f"{cfg.draws} draws; the regulariser is chosen by leave-one-out among the shots (one "
+        f"shot: the middle one of {list(cfg.regularisers)})",
+        images=len(evaluation.labels),
+        extra={"few_shot": details},
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
+    """The standard deviation over draws, of one of them."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    spread = tensor.std(correction=min(1, len(values) - 1))
+    return {"mean": tensor.mean().item(), "spread": spread.item()}
 
 
 # --- the shots ----------------------------------------------------------------------------------
@@ -120,56 +151,15 @@ def ridge_accuracies(
         for position, strength in enumerate(regularisers):
             hits[position] += (ridge.predict(features, strength).argmax(dim=1) == labels).sum()
     percent = (100 * hits.double() / len(evaluation.labels)).tolist()
-    chosen = choose_regulariser(ridge, targets, regularisers)
-    return {"top1": percent[chosen], "chosen": regularisers[chosen], "all": percent}
-
-
-def choose_regulariser(ridge: Ridge, targets: Tensor, regularisers: list[float]) -> int:
-    """By the error of the leave-one-out predictions. Where each class has one image, its class is
-    gone when it is left out, and the middle one of the list is taken."""
+    # Chosen by the error of the leave-one-out predictions. Where each class has one image, its
+    # class is gone when it is left out, and the middle one of the list is taken.
     if len(targets) == targets.sum(dim=0).count_nonzero():
-        return regularisers.index(sorted(regularisers)[len(regularisers) // 2])
-    errors = [
-        (ridge.leave_one_out(strength) - targets).square().mean() for strength in regularisers
-    ]
-    return int(torch.stack(errors).argmin())
-
-
-# --- what is left behind ------------------------------------------------------------------------
-
-
-def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
-    """The standard deviation over draws, of one of them."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    spread = tensor.std(correction=min(1, len(values) - 1))
-    return {"mean": tensor.mean().item(), "spread": spread.item()}
-
-
-def report(run: EvalRun, found: Mapping[tuple[int, int], dict], images: int) -> None:
-    cfg, results, details = run.cfg, {}, {}
-    for shots in cfg.shots:
-        draws = [found[shots, draw] for draw in range(cfg.draws)]
-        top1 = [draw["top1"] for draw in draws]
-        summary = mean_and_spread(top1)
-        results[f"top1/{shots}-shot"] = summary["mean"]
-        results[f"spread/{shots}-shot"] = summary["spread"]
-        by_strength = zip(*(draw["all"] for draw in draws), strict=True)
-        details[f"{shots}-shot"] = {
-            "draws": top1,
-            "chosen": [draw["chosen"] for draw in draws],
-            "by_regulariser": {
-                f"{strength:g}": mean_and_spread(values)
-                for strength, values in zip(cfg.regularisers, by_strength, strict=True)
-            },
-        }
-    run.finish(
-        results,
-        protocol=f"ridge regression on k images per class, mean and standard deviation over "
-        f"{cfg.draws} draws; the regulariser is chosen by leave-one-out among the shots (one "
-        f"shot: the middle one of {list(cfg.regularisers)})",
-        images=images,
-        extra={"few_shot": details},
-    )
+        chosen = regularisers.index(sorted(regularisers)[len(regularisers) // 2])
+    else:
+        left_out = [ridge.leave_one_out(strength) for strength in regularisers]
+        errors = [(predicted - targets).square().mean() for predicted in left_out]
+        chosen = int(torch.stack(errors).argmin())
+    return {"top1": percent[chosen], "chosen": regularisers[chosen], "all": percent}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.augmentation import FinetuneTransform
 from data.loader import TrainBatch, TrainLoader
 from eval.backbone import Backbone
-from eval.common import Classification, EvalRun, count_classes, labelled_images, run_evaluation
+from eval.common import Classification, EvalRun, run_evaluation
 from eval.features import pool, pooled_width
 from util.command import run_worker
 from util.config import ConfigError, TrainingStopped
@@ -67,11 +67,9 @@ class Finetuning(Classification):
     names = ("top1",)
 
     def __init__(self, run: EvalRun):
-        super().__init__(run, scales_loss=True)
+        super().__init__(run)
         cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
-        images, self.evaluation = labelled_images(run, "train", "eval").values()
-        self.loader = train_loader(cfg, ranks, images, build_transform(run))
-        self.classes = count_classes(images.labels, self.evaluation.labels)
+        self.loader = train_loader(cfg, ranks, self.images["train"], build_transform(run))
         self.model = Classifier(backbone, cfg.pooling, self.classes, cfg.seed).to(ranks.device)
         backbone.set_drop_path(cfg.drop_path)
         freeze_what_is_not_used(self.model)
@@ -79,6 +77,7 @@ class Finetuning(Classification):
         layers, decay = backbone.depth + 1, cfg.weight_decay
         groups = layer_decay_groups(self.model, backbone.layer_of, layers, decay, cfg.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.precision == "fp16")
         self.mixup = build_mixup(cfg, self.classes)
         self.peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
         self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -99,11 +98,20 @@ class Finetuning(Classification):
         self.network.train()
 
     def step(self, step: int, batches: Iterator) -> None:
-        """accum_iter micro-steps and one step of the optimiser."""
+        """accum_iter micro-steps and one step of the optimiser, which is left out on the device if
+        the gradient is not finite; then the run stops at its next log line."""
         self.set_learning_rates(step / self.loader.steps_per_epoch)
         for micro in range(self.cfg.accum_iter):
             self.micro_step(step, micro, next(batches))
-        self.optimizer_step(step)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        bad = ~nn.utils.get_total_norm(gradients, foreach=True).isfinite()
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.bad_steps.add(step, bad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def micro_step(self, step: int, micro: int, batch: TrainBatch) -> None:
         # The same numbers for the same images, however a step is split into micro-steps and
@@ -124,19 +132,6 @@ class Finetuning(Classification):
             self.scaler.scale(loss / self.cfg.accum_iter).backward()
         self.loss += loss.detach()
         self.bad_steps.add(step, ~loss.detach().isfinite())
-
-    def optimizer_step(self, step: int) -> None:
-        """Left out on the device if the gradient is not finite; the run stops at its next log
-        line."""
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        bad = ~nn.utils.get_total_norm(gradients, foreach=True).isfinite()
-        if not self.scaler.is_enabled():
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-            self.bad_steps.add(step, bad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def set_learning_rates(self, epoch: float) -> None:
         floor_share = min(1.0, self.cfg.min_lr / self.peak_lr)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as summed_with_gradients
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from data.loader import StepOrder, TrainBatch, share_of
+from data.loader import StepOrder, share_of
 from data.transforms import TrainTransform
 from eval.backbone import Backbone, Tokens
-from eval.common import Classification, EvalRun, count_classes, labelled_images, run_evaluation
+from eval.common import Classification, EvalRun, run_evaluation
 from eval.features import extract_labelled, pool, pooled_width
 from util.command import run_worker
 from util.config import ConfigError
@@ -45,34 +45,50 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(run: EvalRun) -> None:
-    task = Probe(run)
+    cfg, task = run.cfg, CachedProbe(run) if run.cfg.cached else Probe(run)
     task.train_to_the_end()
-    report(run, task)
+    top1, top5 = (
+        dict(zip(task.names, column, strict=True)) for column in task.accuracies.T.tolist()
+    )
+    best = max(task.names, key=lambda name: top1[name])
+    run.finish(
+        {"top1": top1[best], "top5": top5[best]} | {f"top1/{name}": top1[name] for name in top1},
+        protocol=f"linear probe, {cfg.epochs} epochs of {task.source}, LARS; top1 is the best of "
+        f"{len(top1)} heads (pooling/learning rate), chosen on the evaluation images",
+        images=len(task.evaluation),
+        extra={"best_head": best, "top5_by_head": top5},
+    )
 
 
 class Probe(Classification):
+    """On augmented images, which go through the backbone in each epoch."""
+
+    source = "random crops"
     model: nn.ModuleDict
     optimizer: LARS
 
     def __init__(self, run: EvalRun):
-        super().__init__(run, scales_loss=False)  # heads are float32
+        super().__init__(run)
         cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
         backbone.requires_grad_(False)
-        self.data = CachedFeatures(run) if cfg.cached else LiveFeatures(run)
-        self.loader, self.evaluation = self.data.loader, self.data.evaluation
-        self.model = build_heads(cfg, ranks, backbone, self.data.classes)
+        self.loader = self.build_loader()
+        self.model = build_heads(cfg, ranks, backbone, self.classes)
         self.optimizer = build_optimizer(cfg, ranks, self.model)
         self.names = list(head_choices(cfg))
         self.losses = torch.zeros(len(self.names), dtype=torch.float64, device=ranks.device)
 
+    def build_loader(self) -> StepOrder:
+        cfg, side = self.cfg, self.run.backbone.image_side
+        transform = TrainTransform(side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
+        return train_loader(cfg, self.ranks, self.images["train"], transform)
+
     def introduction(self) -> str:
-        source = "features without augmentation" if self.cfg.cached else "augmented images"
-        return f"linear_probe: {len(self.names)} heads, {self.data.classes} classes, {source}"
+        return f"linear_probe: {len(self.names)} heads, {self.classes} classes, {self.source}"
 
     def step(self, step: int, batches: Iterator) -> None:
         """The micro-steps of a step together: batch norm sees all its images."""
         set_learning_rates(self.cfg, self.optimizer, step / self.loader.steps_per_epoch)
-        parts = [self.data.encoded(next(batches)) for _ in range(self.cfg.accum_iter)]
+        parts = [self.encoded(next(batches)) for _ in range(self.cfg.accum_iter)]
         features = {
             pooling: torch.cat([part.features[pooling] for part in parts])
             for pooling in self.cfg.poolings
@@ -87,8 +103,19 @@ class Probe(Classification):
         values = {f"loss/{name}": mean for name, mean in zip(self.names, means, strict=True)}
         return values, f"loss {min(means):.4f} to {max(means):.4f}"
 
+    @torch.no_grad()
+    def encoded(self, batch) -> StepData:
+        """Of a TrainBatch or an EvalBatch, which has labels here, too."""
+        tokens = self.run.tokens(batch.images)
+        features = {name: probe_features(tokens, name) for name in self.cfg.poolings}
+        return StepData(features, batch.labels)
+
+    def evaluation_parts(self) -> Iterator[StepData]:
+        loader = self.run.loader(self.evaluation)
+        return map(self.encoded, self.run.tracked(loader, "evaluation batches:"))
+
     def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        for part in self.data.evaluation_parts():
+        for part in self.evaluation_parts():
             yield [head(part.features) for head in self.model.values()], part.labels
 
     def evaluate(self, epoch: int) -> Line:
@@ -96,6 +123,37 @@ class Probe(Classification):
         first = dict(zip(self.names, self.accuracies[:, 0].tolist(), strict=True))
         summary = "  ".join(f"{name} {value:.2f} %" for name, value in first.items())
         return {f"top1/{name}": value for name, value in first.items()}, summary
+
+
+class CachedProbe(Probe):
+    """On features of the images without augmentation, computed once."""
+
+    source = "features without augmentation"
+
+    def build_loader(self) -> StepOrder:
+        cfg, ranks = self.cfg, self.ranks
+        if ATTENTIVE in cfg.poolings:
+            raise ConfigError("cached=True: expected poolings without attentive, it needs tokens")
+        sizes = (len(self.images["train"]), cfg.seed, cfg.batch_size, cfg.accum_iter)
+        order = StepOrder(*sizes, ranks.rank, ranks.world_size)
+        self.features = {
+            pooling: extract_labelled(self.run, self.images, pooling, normalised=False)
+            for pooling in cfg.poolings
+        }
+        return order
+
+    def encoded(self, indices: list[int] | Tensor, split: str = "train") -> StepData:
+        features = {}
+        for pooling, splits in self.features.items():
+            features[pooling] = splits[split].features[indices].to(self.ranks.device)
+            labels = splits[split].labels[indices].to(self.ranks.device)  # the same for all
+        return StepData(features, labels)
+
+    def evaluation_parts(self) -> Iterator[StepData]:
+        count = len(self.evaluation)
+        own = torch.arange(count)[share_of(count, self.ranks.rank, self.ranks.world_size)]
+        for indices in own.split(self.cfg.batch_size):
+            yield self.encoded(indices, "eval")
 
 
 # --- heads --------------------------------------------------------------------------------------
@@ -126,18 +184,13 @@ class GlobalBatchNorm(nn.Module):
         features = features.double()
         mean, var = self.running_mean, self.running_var
         if self.training:
-            mean, var = self.statistics(features)
+            count = len(features) * self.world_size
+            mean = self.total(features) / count
+            var = self.total((features - mean).square()) / count
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, NORM_MOMENTUM)
+                self.running_var.lerp_(var * (count / max(count - 1, 1)), NORM_MOMENTUM)
         return ((features - mean) * (var + NORM_EPS).rsqrt()).float()
-
-    def statistics(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Of this batch; they also move the running ones."""
-        count = len(features) * self.world_size
-        mean = self.total(features) / count
-        var = self.total((features - mean).square()) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, NORM_MOMENTUM)
-            self.running_var.lerp_(var * (count / max(count - 1, 1)), NORM_MOMENTUM)
-        return mean, var
 
     def total(self, values: Tensor) -> Tensor:
         """[B, D] -> [D], over all processes; gradients come back from all of them, too."""
@@ -196,12 +249,12 @@ def head_choices(cfg: DictConfig) -> dict[str, tuple[str, float]]:
 
 
 def build_heads(cfg: DictConfig, ranks: Ranks, backbone: Backbone, classes: int) -> nn.ModuleDict:
-    heads = nn.ModuleDict()
-    sizes = (backbone.embed_dim, classes, ranks.world_size)
-    for name, (pooling, _) in head_choices(cfg).items():
-        # Names of modules hold no dot.
-        heads[name.replace(".", "_")] = ProbeHead(pooling, *sizes, cfg.seed)
-    return heads.to(ranks.device)
+    settings = (backbone.embed_dim, classes, ranks.world_size, cfg.seed)
+    heads = {
+        name.replace(".", "_"): ProbeHead(pooling, *settings)  # names of modules hold no dot
+        for name, (pooling, _) in head_choices(cfg).items()
+    }
+    return nn.ModuleDict(heads).to(ranks.device)
 
 
 def build_optimizer(cfg: DictConfig, ranks: Ranks, heads: nn.ModuleDict) -> LARS:
@@ -230,82 +283,6 @@ def train_step(heads: nn.ModuleDict, optimizer: LARS, data: StepData, ranks: Ran
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.stack(losses).detach()
-
-
-# --- features -----------------------------------------------------------------------------------
-
-
-class LiveFeatures:
-    """Augmented training images, through the backbone in each epoch."""
-
-    def __init__(self, run: EvalRun):
-        self.run, cfg = run, run.cfg
-        train, self.evaluation = labelled_images(run, "train", "eval").values()
-        self.classes = count_classes(train.labels, self.evaluation.labels)
-        side = run.backbone.image_side
-        transform = TrainTransform(side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
-        self.loader = train_loader(run.cfg, run.ranks, train, transform)
-
-    @torch.no_grad()
-    def encoded(self, batch: TrainBatch) -> StepData:  # an EvalBatch has labels here, too
-        tokens = self.run.tokens(batch.images)
-        poolings = self.run.cfg.poolings
-        features = {pooling: probe_features(tokens, pooling) for pooling in poolings}
-        return StepData(features, batch.labels)
-
-    def evaluation_parts(self) -> Iterator[StepData]:
-        loader = self.run.loader(self.evaluation)
-        return map(self.encoded, self.run.tracked(loader, "evaluation batches:"))
-
-
-class CachedFeatures(StepOrder):
-    """Features of the images without augmentation, computed once; also the loader of them."""
-
-    def __init__(self, run: EvalRun):
-        cfg, self.ranks, self.loader = run.cfg, run.ranks, self
-        if ATTENTIVE in cfg.poolings:
-            raise ConfigError("cached=True: expected poolings without attentive, it needs tokens")
-        images = labelled_images(run, "train", "eval")
-        train, self.evaluation = images.values()
-        self.classes = count_classes(train.labels, self.evaluation.labels)
-        sizes = (cfg.batch_size, cfg.accum_iter)
-        super().__init__(len(train), cfg.seed, *sizes, self.ranks.rank, self.ranks.world_size)
-        self.features = {
-            pooling: extract_labelled(run, images, pooling, normalised=False)
-            for pooling in cfg.poolings
-        }
-
-    def rows(self, split: str, indices: list[int] | Tensor) -> StepData:
-        device = self.ranks.device
-        features = {}
-        for pooling, splits in self.features.items():
-            features[pooling] = splits[split].features[indices].to(device)
-            labels = splits[split].labels[indices].to(device)  # the same for all poolings
-        return StepData(features, labels)
-
-    def encoded(self, indices: list[int]) -> StepData:
-        return self.rows("train", indices)
-
-    def evaluation_parts(self) -> Iterator[StepData]:
-        count = len(self.evaluation)
-        own = torch.arange(count)[share_of(count, self.rank, self.world_size)]
-        for indices in own.split(self.batch_size):
-            yield self.rows("eval", indices)
-
-
-def report(run: EvalRun, task: Probe) -> None:
-    cfg, names = run.cfg, task.names
-    top1, top5 = task.accuracies.T.tolist()
-    best = top1.index(max(top1))
-    by_head = {f"top1/{name}": value for name, value in zip(names, top1, strict=True)}
-    source = "features without augmentation" if cfg.cached else "random crops"
-    run.finish(
-        {"top1": top1[best], "top5": top5[best]} | by_head,
-        protocol=f"linear probe, {cfg.epochs} epochs of {source}, LARS; top1 is the best of "
-        f"{len(names)} heads (pooling/learning rate), chosen on the evaluation images",
-        images=len(task.evaluation),
-        extra={"best_head": names[best], "top5_by_head": dict(zip(names, top5, strict=True))},
-    )
 
 
 if __name__ == "__main__":

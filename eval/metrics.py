@@ -111,9 +111,8 @@ def score_object(truth: np.ndarray, predicted: np.ndarray, void: np.ndarray) -> 
     The caller leaves out the first frame, which is given, and the last, as the benchmark does.
     """
     truth, predicted = truth & ~void, predicted & ~void
-    frames = list(zip(truth, predicted, strict=True))
-    regions = [region_similarity(*frame) for frame in frames]
-    boundaries = [boundary_accuracy(*frame) for frame in frames]
+    regions = list(map(region_similarity, truth, predicted))
+    boundaries = list(map(boundary_accuracy, truth, predicted))
     return {
         "J": mean(regions),
         "J_recall": mean([value > 0.5 for value in regions]),
@@ -135,6 +134,5 @@ def score_sequence(truth: np.ndarray, predicted: np.ndarray, void: int) -> dict[
 def summarise(sequences: dict[str, dict[int, dict]]) -> dict[str, float]:
     """The benchmark's numbers: means over all objects of all sequences; J&F is the mean of two."""
     objects = [scores for sequence in sequences.values() for scores in sequence.values()]
-    names = ("J", "J_recall", "F", "F_recall")
-    summary = {name: mean([scores[name] for scores in objects]) for name in names}
+    summary = {name: mean([scores[name] for scores in objects]) for name in objects[0]}
     return {"J&F": (summary["J"] + summary["F"]) / 2} | summary

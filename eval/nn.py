@@ -47,21 +47,20 @@ def evaluate(run: EvalRun) -> None:
     queries = found["eval"]
     norm = "with" if cfg.final_norm else "without"
     features = f"pooling {cfg.pooling}, {norm} final norm, percent"
+    count = len(queries.labels)
     if cfg.protocol == "paper":
-        check_bank(1, len(queries.labels) - 1, "evaluation images other than the query")
-        run.finish(
-            {"top1": leave_one_out(queries, run.ranks, run)},
-            protocol=f"nearest neighbour, leave-one-out inside the evaluation images, {features}",
-            images=len(queries.labels),
-        )
+        check_bank(1, count - 1, "evaluation images other than the query")
+        results = {"top1": leave_one_out(queries, run.ranks, run)}
+        protocol = f"nearest neighbour, leave-one-out inside the evaluation images, {features}"
+        run.finish(results, protocol=protocol, images=count)
         return
     bank = found["train"]
     check_bank(max(cfg.neighbours), len(bank.labels), "labelled training images")
     run.finish(
-        knn(bank, queries, list(cfg.neighbours), cfg.temperature, run.ranks, run),
+        knn(bank, queries, cfg, run.ranks, run),
         protocol=f"k-NN, bank of {len(bank.labels)} training images, votes of "
         f"exp(cosine / {cfg.temperature}), {features}",
-        images=len(queries.labels),
+        images=count,
         extra={"bank": len(bank.labels)},
     )
 
@@ -81,26 +80,21 @@ def leave_one_out(images: Features, ranks: Ranks, run: EvalRun | None = None) ->
 
 
 def knn(
-    bank: Features,
-    queries: Features,
-    neighbours: list[int],
-    temperature: float,
-    ranks: Ranks,
-    run: EvalRun | None = None,
+    bank: Features, queries: Features, cfg: DictConfig, ranks: Ranks, run: EvalRun | None = None
 ) -> dict[str, float]:
     """Percent of the queries whose class is the first, and among the first five, of the vote."""
     classes = int(torch.cat([bank.labels, queries.labels]).max()) + 1
-    hits = torch.zeros(len(neighbours), 2, dtype=torch.int64)
-    for rows, found in search_shared(bank.features, queries.features, max(neighbours), ranks, run):
-        for row, k in enumerate(neighbours):
-            ranking = vote(found, bank.labels, k, temperature, classes)[:, :5]
+    hits = torch.zeros(len(cfg.neighbours), 2, dtype=torch.int64)
+    most = max(cfg.neighbours)
+    for rows, found in search_shared(bank.features, queries.features, most, ranks, run):
+        for row, k in enumerate(cfg.neighbours):
+            ranking = vote(found, bank.labels, k, cfg.temperature, classes)[:, :5]
             is_hit = ranking == queries.labels[rows, None]
-            hits[row, 0] += int(is_hit[:, 0].sum())
-            hits[row, 1] += int(is_hit.sum())
+            hits[row] += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])
     shares = 100 * all_reduce(hits.to(ranks.device)).cpu().double() / len(queries.labels)
     return {
         f"k{k}_top{top}": shares[row, column].item()
-        for row, k in enumerate(neighbours)
+        for row, k in enumerate(cfg.neighbours)
         for column, top in enumerate((1, 5))
     }
 
@@ -174,9 +168,8 @@ def nearest(
         in_doubt = []
         for own in waiting.split(max(1, PAIR_VALUES // kept)):
             hidden = None if leave_out is None else leave_out[own]
-            approximate, candidates = top_candidates(
-                bank, queries[own], kept, device, hidden, dtype
-            )
+            asked = queries[own].to(device, dtype)  # the bank follows
+            approximate, candidates = top_candidates(bank, asked, kept, hidden)
             # By index first, then a stable sort: of equals the lower index comes first.
             candidates = candidates.sort(dim=1).values
             exact = pair_similarities(queries[own], bank, candidates)
@@ -194,23 +187,17 @@ def nearest(
 
 
 def top_candidates(
-    bank: Tensor,
-    queries: Tensor,
-    kept: int,
-    device: torch.device,
-    leave_out: Tensor | None,
-    dtype: torch.dtype,
+    bank: Tensor, queries: Tensor, kept: int, leave_out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The largest inner products and their rows, on the CPU, both [Q, kept]."""
-    queries = queries.to(device, dtype)
-    values = torch.empty(len(queries), 0, dtype=dtype, device=device)
-    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    values = queries.new_empty(len(queries), 0)
+    rows = values.long()
     for start in range(0, len(bank), BANK_ROWS):
-        part = bank[start : start + BANK_ROWS].to(device, dtype)
+        part = bank[start : start + BANK_ROWS].to(queries)
         product = queries @ part.T
         if leave_out is not None:
             inside = ((leave_out >= start) & (leave_out < start + len(part))).nonzero()[:, 0]
-            product[inside.to(device), (leave_out[inside] - start).to(device)] = -torch.inf
+            product[inside, leave_out[inside] - start] = -torch.inf
         part_values, part_rows = product.topk(min(kept, len(part)), dim=1)
         values = torch.cat([values, part_values], dim=1)
         rows = torch.cat([rows, part_rows + start], dim=1)

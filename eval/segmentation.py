@@ -16,7 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.feature_extraction.image import grid_to_graph
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from data.base import DataError
 from data.loader import epoch_order
@@ -36,7 +39,9 @@ from models.views import extract_patches
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects
-from util.loaders import open_split
+from util.loaders import eval_loader, open_split
+
+SEEN = {"tokens": "patch tokens", "pixels": "raw pixels of patches"}
 
 
 def main(cfg: DictConfig) -> None:
@@ -62,7 +67,8 @@ def token_batches(
     """This process's part, in order: tokens on the device, and masks uint8 [B, H, W]."""
     backbone = run.backbone
     transform = MaskTransform(backbone.image_side, run.cfg.dataset.crop_ratio)
-    for batch in run.tracked(run.loader(WithMasks(dataset), transform=transform), what):
+    loader = eval_loader(run.cfg, run.ranks, WithMasks(dataset), transform)
+    for batch in run.tracked(loader, what):
         images, masks = batch.images[:, :3], batch.images[:, 3].cpu().numpy()
         if run.cfg.features == "pixels":
             patches = extract_patches(run.normalised(images), backbone.patch_size)
@@ -70,10 +76,6 @@ def token_batches(
         else:
             tokens = run.tokens(images)
         yield tokens._replace(patches=tokens.patches.float()), masks
-
-
-def what_is_seen(cfg: DictConfig) -> str:
-    return "raw pixels of patches" if cfg.features == "pixels" else "patch tokens"
 
 
 # --- unsupervised: the patches of one image at a time -------------------------------------------
@@ -96,7 +98,14 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     names = [f"{measure}_{count}" for count in cfg.segments for measure in ("miou", "ari")]
     _, *columns = zip(*scored, strict=True)
     results = {name: 100 * mean(values) for name, values in zip(names, columns, strict=True)}
-    run.finish(results, protocol=describe_clustering(cfg), images=len(scored))
+    where = "neighbouring" if cfg.clustering.connected else "any"
+    run.finish(
+        results,
+        protocol=f"unsupervised, {SEEN[cfg.features]}, agglomerative clustering of {where} patches "
+        f"of one image ({cfg.clustering.linkage} linkage, {cfg.clustering.metric} distance), n "
+        f"segments in miou_n and ari_n, means over images, percent",
+        images=len(scored),
+    )
 
 
 def score_image(
@@ -107,8 +116,8 @@ def score_image(
         return [0]
     scores = []
     for count in cfg.segments:
-        segments = cluster(cfg, vectors, grid, count)
-        segments = to_pixels(segments.reshape(grid), mask.shape)
+        segments = cluster(cfg, vectors, grid, count).reshape(grid)
+        segments = to_pixels(segments, mask.shape)
         counts = contingency(mask, segments)
         scores += [matched_miou(counts), adjusted_rand_index(mask, segments)]
     return [len(counts), *scores]
@@ -116,9 +125,6 @@ def score_image(
 
 def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
     """vectors [L, D] of length 1 -> the segment of each, int64 [L]"""
-    from sklearn.cluster import AgglomerativeClustering
-    from sklearn.feature_extraction.image import grid_to_graph
-
     if count > len(vectors):
         raise ConfigError(f"segments: {count} of {len(vectors)} patches; expected 1 to that number")
     # Blank patches of raw pixels may be all zero, which has no direction: they get a common one.
@@ -140,16 +146,6 @@ def to_pixels(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return values[rows[:, None], columns]
 
 
-def describe_clustering(cfg: DictConfig) -> str:
-    settings = cfg.clustering
-    where = "neighbouring" if settings.connected else "any"
-    return (
-        f"unsupervised, {what_is_seen(cfg)}, agglomerative clustering of {where} patches of one "
-        f"image ({settings.linkage} linkage, {settings.metric} distance), n segments in miou_n and "
-        f"ari_n, means over images, percent"
-    )
-
-
 # --- linear: a head for single patches ----------------------------------------------------------
 
 
@@ -157,10 +153,8 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     cfg = run.cfg
     train_set = masked_data(cfg, "train")
     if train_set.describe(0) == dataset.describe(0):
-        raise DataError(
-            f"dataset={cfg.dataset.name}: both splits are the same images; expected images/train/ "
-            f"and images/val/ for method=linear"
-        )
+        found = "both splits are the same images"
+        raise DataError(f"method=linear: expected images/train/ and images/val/, but {found}")
     batches = token_batches(run, train_set, "training batches encoded:")
     # What waits for its turn waits in the memory of the host.
     parts = [(tokens._replace(patches=tokens.patches.cpu()), masks) for tokens, masks in batches]
@@ -168,7 +162,10 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
     for tokens, masks in token_batches(run, dataset, "batches classified:"):
         for vectors, mask in zip(tokens.patches, masks, strict=True):
-            predicted = predict_pixels(head, vectors, tokens.grid, mask.shape)
+            with torch.inference_mode():  # the logits of the patches, interpolated
+                logits = head(vectors).T.unflatten(1, tokens.grid)[None]
+                logits = F.interpolate(logits, size=mask.shape, mode="bilinear")
+            predicted = logits[0].argmax(dim=0).cpu().numpy()
             confusion += torch.from_numpy(confusion_matrix(mask, predicted))
     confusion = all_reduce(confusion.to(run.ranks.device)).cpu().numpy()
     if not confusion.any():
@@ -177,7 +174,7 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     accuracy = np.trace(confusion) / confusion.sum()
     run.finish(
         {"miou": 100 * mean(list(ious.values())), "pixel_accuracy": 100 * float(accuracy)},
-        protocol=f"frozen linear head on {what_is_seen(cfg)}, {cfg.patch_head.epochs} epochs, "
+        protocol=f"frozen linear head on {SEEN[cfg.features]}, {cfg.patch_head.epochs} epochs, "
         f"{len(train_set)} training images; mIoU over the classes of the evaluation masks, percent",
         images=len(dataset),
         extra={"iou_of_class": {str(number): 100 * iou for number, iou in ious.items()}},
@@ -200,44 +197,31 @@ class PatchHead(nn.Module):
         return self.linear((vectors - self.mean) / self.std)
 
 
-@torch.inference_mode()
-def predict_pixels(
-    head: PatchHead, vectors: Tensor, grid: tuple[int, int], size: tuple[int, int]
-) -> np.ndarray:
-    """vectors [L, D] -> classes [H, W]: the logits of the patches, interpolated."""
-    logits = head(vectors).T.unflatten(1, grid)[None]
-    logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    return logits[0].argmax(dim=0).cpu().numpy()
-
-
 def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> PatchHead:
     """parts: the training tokens and masks of this process. -> the same head on all processes
 
     The first process trains it, on the tokens of all: the others wait, so that the number of
     processes changes nothing.
     """
-    cfg, ranks = run.cfg, run.ranks
+    cfg, ranks, head = run.cfg, run.ranks, None
     parts = gather_to_first(parts, ranks)
-    head = None
     if ranks.is_main:
-        grid = parts[0][0].grid
-        tokens = torch.cat([tokens.patches for tokens, _ in parts])
+        patches = torch.cat([tokens.patches for tokens, _ in parts])
         masks = torch.cat([torch.from_numpy(masks) for _, masks in parts])
+        tokens = Tokens(None, patches, parts[0][0].grid)
         parts.clear()
         labelled = masks[masks != IGNORE]
         if len(labelled) == 0:
             raise DataError("no pixel of the training masks has a class")
-        head, optimizer = start(cfg, ranks, tokens, classes=int(labelled.max()) + 1)
+        head, optimizer = start(cfg, ranks, patches, classes=int(labelled.max()) + 1)
     for epoch in run.tracked(range(cfg.patch_head.epochs), "epochs of the head:"):
         if head is not None:
-            train_epoch(cfg, ranks, head, optimizer, tokens, masks, grid, epoch)
+            train_epoch(cfg, head, optimizer, tokens, masks, epoch)
         broadcast_object(epoch, ranks)  # a sign of life, before the others give up waiting
     return broadcast_object(None if head is None else head.cpu(), ranks).to(ranks.device)
 
 
-def start(
-    cfg: DictConfig, ranks: Ranks, tokens: Tensor, classes: int
-) -> tuple[PatchHead, torch.optim.Optimizer]:
+def start(cfg: DictConfig, ranks: Ranks, tokens: Tensor, classes: int) -> tuple[PatchHead, AdamW]:
     count = tokens.shape[0] * tokens.shape[1]
     total = torch.zeros(tokens.shape[-1], dtype=torch.float64)
     squares = torch.zeros_like(total)
@@ -249,29 +233,22 @@ def start(
     # A channel that never changes says nothing: leave it at zero.
     deviation = torch.where(deviation > 1e-6, deviation, 1)
     head = PatchHead(average.float(), deviation.float(), classes).to(ranks.device)
-    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=cfg.patch_head.weight_decay)
-    return head, optimizer  # each step sets its learning rate
+    # Each step sets its learning rate.
+    return head, AdamW(head.parameters(), weight_decay=cfg.patch_head.weight_decay)
 
 
 def train_epoch(
-    cfg: DictConfig,
-    ranks: Ranks,
-    head: PatchHead,
-    optimizer: torch.optim.Optimizer,
-    tokens: Tensor,
-    masks: Tensor,
-    grid: tuple[int, int],
-    epoch: int,
+    cfg: DictConfig, head: PatchHead, optimizer: AdamW, tokens: Tokens, masks: Tensor, epoch: int
 ) -> None:
-    """tokens [N, L, D], masks uint8 [N, H, W]"""
-    order = epoch_order(len(tokens), cfg.seed, epoch)
-    batches = order.split(cfg.patch_head.batch_images)
+    """masks uint8 [N, H, W]"""
+    device, classes = head.linear.weight.device, head.linear.out_features
+    batches = epoch_order(len(masks), cfg.seed, epoch).split(cfg.patch_head.batch_images)
     for step, rows in enumerate(batches):
         done = (epoch + step / len(batches)) / cfg.patch_head.epochs
         for group in optimizer.param_groups:
             group["lr"] = cfg.patch_head.lr * 0.5 * (1 + math.cos(math.pi * done))
-        counts = class_counts(masks[rows].to(ranks.device), grid, head.linear.out_features)
-        logits = head(tokens[rows].to(ranks.device))
+        counts = class_counts(masks[rows].to(device), tokens.grid, classes)
+        logits = head(tokens.patches[rows].to(device))
         # Each pixel counts the same, whichever patch it lies in.
         loss = -(counts * F.log_softmax(logits, dim=-1)).sum() / counts.sum().clamp(min=1)
         optimizer.zero_grad()

@@ -8,7 +8,6 @@ python launcher.py --config-name=video pretrained=checkpoints/lmim-vit_base data
 
 from collections import ChainMap, deque
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +22,6 @@ from eval.common import EvalRun, run_evaluation
 from eval.metrics import score_sequence, summarise
 from util.command import run_worker
 from util.distributed import gather_objects
-
-Grid = tuple[int, int]  # rows, columns
 
 
 def main(cfg: DictConfig) -> None:
@@ -60,16 +57,13 @@ def evaluate_video(run: EvalRun, video: Video) -> dict[int, dict]:
     truth = video.objects()
     predicted = [truth[0], *propagate(run, video, truth[0])]
     if run.cfg.save_masks:
-        save_masks(run.job / "results" / "masks" / video.name, video, predicted)
+        folder = run.job / "results" / "masks" / video.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for annotation, objects in zip(video.annotations, predicted, strict=True):
+            image = Image.fromarray(objects)
+            image.putpalette(video.palette())
+            image.save(folder / annotation.name)
     return score_sequence(truth, np.stack(predicted), VOID)
-
-
-def save_masks(folder: Path, video: Video, predicted: list[np.ndarray]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for annotation, objects in zip(video.annotations, predicted, strict=True):
-        image = Image.fromarray(objects)
-        image.putpalette(video.palette())
-        image.save(folder / annotation.name)
 
 
 # --- from frame to frame ------------------------------------------------------------------------
@@ -78,17 +72,19 @@ def save_masks(folder: Path, video: Video, predicted: list[np.ndarray]) -> None:
 @torch.inference_mode()
 def propagate(run: EvalRun, video: Video, given: np.ndarray) -> Iterator[np.ndarray]:
     """The objects of the first frame, uint8 [H, W] -> those of each later frame."""
-    cfg, device = run.cfg, run.ranks.device
     numbers = [0, *sorted(set(np.unique(given).tolist()) - {0, VOID})]
     frames = frame_tokens(run, video)
     first_tokens = next(frames)
     rows, columns, _ = first_tokens.shape
-    first = (first_tokens, labels_of_patches(given, numbers, (rows, columns), device))
-    previous = deque(maxlen=cfg.previous_frames)
+    # The object at the middle of each patch, one-hot: [rows, columns, C].
+    image = Image.fromarray(np.where(given == VOID, 0, given).astype(np.uint8))
+    small = np.array(image.resize((columns, rows), Image.Resampling.NEAREST))
+    first_labels = torch.from_numpy(small[..., None] == np.array(numbers)).to(first_tokens)
+    previous = deque(maxlen=run.cfg.previous_frames)
     for tokens in frames:
-        contexts, known = map(torch.stack, zip(first, *previous, strict=True))
-        settings = (cfg.neighbourhood, cfg.top_k, cfg.temperature)
-        labels = propagate_labels(tokens, contexts, known, *settings)
+        context = zip((first_tokens, first_labels), *previous, strict=True)
+        contexts, known = map(torch.stack, context)
+        labels = propagate_labels(tokens, contexts, known, run.cfg)
         previous.append((tokens, labels))
         yield pixel_objects(labels, numbers, run.backbone.patch_size, given.shape)
 
@@ -112,45 +108,28 @@ def frame_size(size: tuple[int, int], shorter: int, patch_size: int) -> tuple[in
     return width, height
 
 
-def labels_of_patches(
-    objects: np.ndarray, numbers: list[int], grid: Grid, device: torch.device
-) -> Tensor:
-    """uint8 [H, W] -> [rows, columns, C]: the object at the middle of each patch, one-hot."""
-    image = Image.fromarray(np.where(objects == VOID, 0, objects).astype(np.uint8))
-    small = np.array(image.resize(grid[::-1], Image.Resampling.NEAREST))
-    return torch.from_numpy(small[..., None] == np.array(numbers)).float().to(device)
-
-
-def propagate_labels(
-    tokens: Tensor,
-    context_tokens: Tensor,
-    context_labels: Tensor,
-    neighbourhood: int,
-    top_k: int,
-    temperature: float,
-) -> Tensor:
-    """tokens [R, S, D] of a frame, context [n, R, S, D] with labels [n, R, S, C] -> [R, S, C].
+def propagate_labels(tokens: Tensor, contexts: Tensor, known: Tensor, cfg: DictConfig) -> Tensor:
+    """tokens [R, S, D] of a frame, contexts [n, R, S, D], their labels [n, R, S, C] -> [R, S, C].
 
     Each patch looks at the patches of all context frames at most `neighbourhood` rows and columns
     away; the top_k most similar ones (with all that equal the last of them) are averaged with
     weights exp(cosine / temperature).
     """
     rows, columns = tokens.shape[:2]
-    channels = context_labels.shape[-1]
+    channels = known.shape[-1]
     place = torch.arange(columns, device=tokens.device)
-    too_far = (place[:, None] - place).abs() > neighbourhood  # [S, S]
+    too_far = (place[:, None] - place).abs() > cfg.neighbourhood  # [S, S]
     result = torch.empty(rows, columns, channels, device=tokens.device)
     for row in range(rows):  # bounds the memory, and most rows are out of reach anyway
-        reach = slice(max(0, row - neighbourhood), row + neighbourhood + 1)
-        keys = context_tokens[:, reach]  # [n, r, S, D]
-        cosine = torch.einsum("sd,nrtd->snrt", tokens[row], keys)
+        reach = slice(max(0, row - cfg.neighbourhood), row + cfg.neighbourhood + 1)
+        cosine = torch.einsum("sd,nrtd->snrt", tokens[row], contexts[:, reach])
         cosine = cosine.masked_fill(too_far[:, None, None, :], -torch.inf).flatten(1)
-        nearest = cosine.topk(min(top_k, cosine.shape[1]), dim=1).values
+        nearest = cosine.topk(min(cfg.top_k, cosine.shape[1]), dim=1).values
         # Relative to the nearest one: a common factor, and no temperature is too low for exp.
-        weights = ((cosine - nearest[:, :1]) / temperature).exp()
+        weights = ((cosine - nearest[:, :1]) / cfg.temperature).exp()
         weights = weights.where(cosine >= nearest[:, -1:], 0)
         weights = weights / weights.sum(dim=1, keepdim=True)
-        result[row] = weights @ context_labels[:, reach].reshape(-1, channels)
+        result[row] = weights @ known[:, reach].reshape(-1, channels)
     return result
 
 

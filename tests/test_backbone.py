@@ -158,7 +158,7 @@ def test_official_files_give_the_tokens_of_an_independent_forward(tmp_path, kind
     if found.cls is not None:
         torch.testing.assert_close(found.cls, expected[:, 0], atol=1e-4, rtol=1e-4)
     assert backbone.image_side == (224 if name == "dinov2" else GRID * PATCH)
-    assert len(backbone.fingerprint) == 64 and "sha256" in backbone.summary()
+    assert len(backbone.fingerprint) == 64 and "sha256" in backbone.describe()
     # Also the name by which features are cached, for a file may hold both.
     assert backbone.name.endswith("-target") == (which == "target")
 
@@ -385,7 +385,7 @@ def test_mistakes_are_one_sentence(tmp_path):
         (path, {"layer": 3}, "layer=3: expected -1 .the last block. or 0 to 2"),
         (path, {"image_side": 30}, "image_side=30: expected a multiple of the patch size 4"),
         (path, {"pretrained_weights": "x"}, "pretrained_weights=x: expected with pretrained=timm"),
-        ("moco:x.pth", {}, "expected a path or a family: timm, mae, ijepa"),
+        ("moco:x.pth", {}, "pretrained=moco:x.pth: expected a checkpoint .*, mae:FILE, ijepa:FILE"),
         ("timm:vit_tinny_patch16_224", {}, "timm has no such model; did you mean vit_tiny_patch16"),
     ]:
         with pytest.raises((BackboneError, CheckpointError), match=expected) as caught:

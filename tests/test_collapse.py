@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval import features
-from eval.collapse import channel_std, mean_cosine, rank_me
+from eval.collapse import cosine_and_std, rank_me
 from tests.backbones import digits_checkpoint, run_command
 
 
@@ -26,16 +26,19 @@ def test_numbers_equal_their_definitions(rows):
     assert rank_me(found) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
     unit = array / np.linalg.norm(array, axis=1, keepdims=True)
     pairs = [unit[i] @ unit[j] for i in range(50) for j in range(50) if i != j]
-    assert mean_cosine(found) == pytest.approx(np.mean(pairs), abs=1e-12)
-    assert channel_std(found) == pytest.approx(unit.std(0).mean() * math.sqrt(12), rel=1e-9)
+    cosine, std = cosine_and_std(found).values()
+    assert cosine == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert std == pytest.approx(unit.std(0).mean() * math.sqrt(12), rel=1e-9)
 
 
 def test_the_extremes():
     same = torch.ones(20, 8)
     assert rank_me(same) == pytest.approx(1, abs=1e-5)
-    assert mean_cosine(same) == pytest.approx(1) and channel_std(same) == pytest.approx(0, abs=1e-6)
+    cosine, std = cosine_and_std(same).values()
+    assert cosine == pytest.approx(1) and std == pytest.approx(0, abs=1e-6)
     apart = torch.eye(8)
-    assert rank_me(apart) == pytest.approx(8) and mean_cosine(apart) == pytest.approx(0)
+    assert rank_me(apart) == pytest.approx(8)
+    assert cosine_and_std(apart)["mean_cosine"] == pytest.approx(0)
 
 
 def results(tmp_path, *overrides: str) -> dict[str, float]:

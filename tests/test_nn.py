@@ -15,6 +15,7 @@ from eval.features import Features
 from eval.nn import knn, leave_one_out, nearest
 from tests.backbones import digits_checkpoint, run_command
 from tests.runs import finish, run_together, start_process, torchrun
+from util.config import compose_config
 from util.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -97,7 +98,8 @@ def test_knn_equals_scikit_learn(source):
     bank, queries = digit_features()
     if source == "random":
         bank, queries = random_features(500, 3), random_features(200, 4)
-    ours = knn(bank, queries, [1, 10, 20], 0.07, ALONE)
+    cfg = compose_config("nn", ["neighbours=[1,10,20]", "temperature=0.07"])
+    ours = knn(bank, queries, cfg, ALONE)
     for k in (1, 10, 20):
         # Cosine distance is 1 - similarity.
         theirs = KNeighborsClassifier(

@@ -17,7 +17,7 @@ from torch import nn, tensor
 from data import datasets, davis, imagenet, masks, transforms
 from engine_pretrain import Training
 from eval import collapse, evaluate, families, finetune, linear_probe, segmentation
-from eval.backbone import OwnBackbone
+from eval.backbone import OwnBackbone, Tokens
 from eval.common import EvalRun, count_hits
 from eval.features import Features
 from eval.few_shot import Ridge, ridge_accuracies
@@ -345,13 +345,14 @@ def test_augmentation_of_finetuning(operations):
 
 def test_patch_head():
     config = composed("segmentation")
-    tokens, labels = tensor([[[1.0], [3.0]]]), tensor([[[0, 1]]], dtype=torch.uint8)
-    head, optimizer = segmentation.start(config, ALONE, tokens, 2)
+    labels = tensor([[[0, 1]]], dtype=torch.uint8)
+    tokens = Tokens(None, tensor([[[1.0], [3.0]]]), (1, 2))
+    head, optimizer = segmentation.start(config, ALONE, tokens.patches, 2)
     assert type(optimizer) is torch.optim.AdamW and not any(p.any() for p in head.parameters())
     group = optimizer.param_groups[0]
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 1e-4)
     for epoch, rate in {0: 1e-3, 10: 5e-4, 19: 6.155830e-6}.items():
-        segmentation.train_epoch(config, ALONE, head, optimizer, tokens, labels, (1, 2), epoch)
+        segmentation.train_epoch(config, head, optimizer, tokens, labels, epoch)
         assert group["lr"] == approx(rate)
 
 
@@ -361,7 +362,8 @@ def test_scores():
     assert count_hits(logits, labels).tolist() == [1, 2]
     bank = nn.functional.normalize(tensor([[1.0, n] for n in range(10)]), dim=1)
     queries = Features(bank[:1].expand(3, -1), labels)
-    found = knn(Features(bank, torch.arange(10)), queries, [10], 0.07, ALONE)
+    cfg = composed("nn", "neighbours=[10]")
+    found = knn(Features(bank, torch.arange(10)), queries, cfg, ALONE)
     assert found == approx({"k10_top1": 100 / 3, "k10_top5": 200 / 3})
     # Singular values of 3/4 and 1/4.
     assert collapse.rank_me(tensor([[3.0, 0], [0, 1]])) == approx(4 / 3**0.75)

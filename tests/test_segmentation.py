@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from data.base import DataError
 from data.masks import IGNORE
 from eval import segmentation
+from eval.backbone import Tokens
 from eval.metrics import (
     adjusted_rand_index,
     class_ious,
@@ -194,7 +195,7 @@ def test_the_head_finds_the_optimum_that_scikit_learn_finds():
     cfg = compose_config("segmentation", [*overrides, "patch_head.weight_decay=0"])
     head, optimizer = start(cfg, ALONE, tokens, classes=3)
     for epoch in range(150):
-        train_epoch(cfg, ALONE, head, optimizer, tokens, masks, (2, 2), epoch)
+        train_epoch(cfg, head, optimizer, Tokens(None, tokens, (2, 2)), masks, epoch)
     with torch.no_grad():
         ours = head(tokens.flatten(0, 1)).softmax(dim=1).numpy()
     vectors, numbers = tokens.flatten(0, 1).numpy(), labels[:, 0].numpy()

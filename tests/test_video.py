@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from data.base import DataError
@@ -154,7 +155,7 @@ def test_propagation_equals_a_slow_one(neighbourhood, top_k):
     labels = rng.random((3, 6, 9, 4)).astype(np.float32)
     settings = {"neighbourhood": neighbourhood, "top_k": top_k, "temperature": 0.1}
     arrays = map(torch.from_numpy, (np.ascontiguousarray(tokens), contexts, labels))
-    ours = propagate_labels(*arrays, **settings)
+    ours = propagate_labels(*arrays, OmegaConf.create(settings))
     assert np.allclose(ours, slow_propagation(tokens, contexts, labels, **settings), atol=1e-5)
 
 
@@ -162,7 +163,8 @@ def test_patches_that_are_alike_all_count():
     """Of equal similarity none is preferred: the order of the patches decides nothing."""
     tokens = torch.ones(1, 4, 2) / math.sqrt(2)
     labels = torch.eye(4)[None, None]
-    ours = propagate_labels(tokens, tokens[None], labels, neighbourhood=3, top_k=2, temperature=0.1)
+    settings = OmegaConf.create({"neighbourhood": 3, "top_k": 2, "temperature": 0.1})
+    ours = propagate_labels(tokens, tokens[None], labels, settings)
     assert torch.allclose(ours, torch.full((1, 4, 4), 0.25))
 
 
