@@ -14,23 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import EvalLoader, TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
-from engine_pretrain import Training, train_step
+from engine_pretrain import build_model, build_training, train_step
 from eval.nn import leave_one_out_accuracy
 from models.lmim import LatentMIM
-from models.losses import Objective
 from models.views import Geometry, Views, sample_views
 from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
-from util.distributed import Ranks, gather_objects, join_processes, leave_processes, synchronised
+from util.distributed import Ranks, gather_objects, join_processes, leave_processes
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, sum_over_processes, train
 from util.metrics import memory_in_use
-from util.optim import build_adamw
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
-from util.schedules import Schedule, peak_learning_rate
 from util.streams import Stream, seed_of
 
 
@@ -58,7 +55,10 @@ class Pretraining(Task):
         self.loader, self.evaluation = build_data(cfg, ranks, self.geometry)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg).to(ranks.device)
-        self.training = build_training(cfg, self.model, ranks)
+        precision = choose_precision(cfg.precision, ranks.device)
+        if ranks.device.type == "cpu":
+            tune_for_cpu(self.model, precision, compiled=cfg.compile)
+        self.training = build_training(cfg, self.model, ranks, precision)
         self.optimizer, self.scaler = self.training.optimizer, self.training.scaler
         self.draw_views = view_source(cfg, ranks, self.geometry)
 
@@ -172,57 +172,6 @@ def build_data(
         return loader, None
     centre = EvalTransform(geometry.side_without_gaps, cfg.dataset.crop_ratio)
     return loader, eval_loader(cfg, ranks, images, centre)
-
-
-def build_model(cfg: DictConfig) -> LatentMIM:
-    geometry = read_geometry(cfg)
-    return LatentMIM(
-        grid_size=geometry.grid_size,
-        patch_size=geometry.patch_size,
-        patch_gap=geometry.patch_gap,
-        embed_dim=cfg.encoder.embed_dim,
-        depth=cfg.encoder.depth,
-        num_heads=cfg.encoder.num_heads,
-        freeze_pe=cfg.freeze_pe,
-        mlp_dim=cfg.proj.mlp_dim,
-        mlp_depth=cfg.proj.mlp_depth,
-        decoder=cfg.decoder.name,
-        decoder_embed_dim=cfg.decoder_embed_dim,
-        decoder_depth=cfg.decoder_depth,
-        decoder_num_heads=cfg.decoder_num_heads,
-        avg_vis_mask_token=cfg.avg_vis_mask_token,
-        target=cfg.target.name,
-        target_depth=cfg.target_depth,
-        mask_target=cfg.mask_target,
-        recompute=cfg.recompute,
-    )
-
-
-def build_training(cfg: DictConfig, model: LatentMIM, ranks: Ranks) -> Training:
-    precision = choose_precision(cfg.precision, ranks.device)
-    if ranks.device.type == "cpu":
-        tune_for_cpu(model, precision, compiled=cfg.compile)
-    peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
-    return Training(
-        network=synchronised(model, ranks),
-        model=model,
-        optimizer=build_adamw(model, cfg.weight_decay),
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
-        objective=Objective(cfg.loss.name, cfg.tau, cfg.avg_sim_coeff),
-        schedule=Schedule(
-            peak_lr=peak_lr,
-            min_lr_frac=cfg.min_lr_frac,
-            warmup_epochs=cfg.warmup_epochs,
-            epochs=cfg.epochs,
-            target_mom=cfg.target_mom,
-            sim_init=cfg.sim_init,
-            sim_end=cfg.sim_end,
-        ),
-        device=ranks.device,
-        accum_iter=cfg.accum_iter,
-        precision=precision,
-        clip_grad=cfg.clip_grad,
-    )
 
 
 def view_source(

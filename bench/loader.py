@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from bench.step import RECIPE, command_line, median_ratio, read_config, show
+from bench.step import RECIPE, command_line, median_ratio, show
 from data.base import ImageDataset
 from data.datasets import build_dataset
 from data.loader import TrainLoader
@@ -32,7 +32,7 @@ from data.transforms import TrainTransform
 from util.distributed import Ranks
 
 SIDE, BATCH = 280, 16
-IMAGENET = read_config("dataset/imagenet")
+IMAGENET = RECIPE["dataset"]
 PHOTO_SIZES = [(500, 375), (375, 500), (500, 333)]  # the most frequent ones of ImageNet
 PHOTO_CLASSES = 10
 

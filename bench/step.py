@@ -21,28 +21,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine_pretrain import Training, begin_step, end_step, micro_step
-from models.lmim import LatentMIM
-from models.losses import Objective
+import engine_pretrain
+from engine_pretrain import Training, begin_step, build_model, end_step, micro_step
 from models.views import Views, sample_views
 from util.cpu import PixelProduct, tune_for_cpu, write_out_attention
-from util.distributed import (
-    Ranks,
-    all_reduce,
-    barrier,
-    join_processes,
-    leave_processes,
-    synchronised,
-)
+from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
 from util.metrics import memory_in_use
-from util.optim import build_adamw
-from util.schedules import Schedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MATRIX_SIDES = {"cpu": (1024, 1536, 2048, 3072), "cuda": (4096, 8192, 12288, 16384)}
@@ -55,11 +46,18 @@ def read_config(name: str) -> dict:
     return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
+def as_attributes(config: dict) -> SimpleNamespace:
+    nested = {key: as_attributes(value) for key, value in config.items() if isinstance(value, dict)}
+    return SimpleNamespace(**config | nested)
+
+
 RECIPE = read_config("lmim")
-for choice in RECIPE["defaults"]:  # which encoder, decoder, target and loss, by name
-    if isinstance(choice, dict):
-        RECIPE |= choice
-GRID = read_config(f"encoder/{RECIPE['encoder']}")["grid_size"]
+for choice in RECIPE["defaults"]:
+    for group in ("encoder", "decoder", "target", "loss", "dataset"):
+        if group in choice:
+            RECIPE[group] = read_config(f"{group}/{choice[group]}")
+RECIPE["blr"] = float(RECIPE["blr"])  # PyYAML takes 1e-4 for a text
+GRID = RECIPE["encoder"]["grid_size"]
 
 
 @dataclass
@@ -76,38 +74,16 @@ class Setting:
         return max(1, round(RECIPE["num_vis"] * (self.grid / GRID) ** 2))
 
 
-def of_recipe(*keys: str) -> dict:
-    return {key: RECIPE[key] for key in keys}
-
-
 def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Training:
+    """The published recipe, but for the setting."""
     encoder = read_config(f"encoder/{setting.encoder}") | {"grid_size": setting.grid}
-    del encoder["name"]
+    own = {"batch_size": setting.batch, "accum_iter": 1, "recompute": setting.recompute}
+    cfg = as_attributes(RECIPE | encoder | own | {"encoder": encoder})
     torch.manual_seed(0)
-    model = LatentMIM(
-        **encoder,
-        recompute=setting.recompute,
-        **RECIPE["proj"],
-        **of_recipe("patch_gap", "freeze_pe", "avg_vis_mask_token"),
-        **of_recipe("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
-        **of_recipe("target", "target_depth", "mask_target"),
-    ).to(ranks.device)
+    model = build_model(cfg).to(ranks.device)
     if tuned and ranks.device.type == "cpu":
         tune_for_cpu(model, setting.precision, setting.compile)
-    schedule = of_recipe("min_lr_frac", "warmup_epochs", "epochs", "target_mom")
-    schedule |= of_recipe("sim_init", "sim_end")
-    training = Training(
-        network=synchronised(model, ranks),
-        model=model,
-        optimizer=build_adamw(model, RECIPE["weight_decay"]),
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=setting.precision == "fp16"),
-        objective=Objective(**of_recipe("loss", "tau", "avg_sim_coeff")),
-        schedule=Schedule(peak_lr=float(RECIPE["blr"]), **schedule),  # PyYAML: 1e-4 is a text
-        device=ranks.device,
-        accum_iter=1,
-        precision=setting.precision,
-        clip_grad=RECIPE["clip_grad"],
-    )
+    training = engine_pretrain.build_training(cfg, model, ranks, setting.precision)
     if setting.compile:
         training.compile()
     return training
