@@ -89,12 +89,12 @@ class Pretraining(Task):
 
     def log_line(self, done: int, steps: int) -> Line:
         meters, schedule = self.training.meters, self.training.schedule
-        means = meters.read()
-        mine = torch.tensor([*means.values(), meters.count_faults()], dtype=torch.float64)
-        *sums, faults = sum_over_processes(mine.to(self.ranks.device), self.loader, self.ranks)
+        mine = meters.read()
+        numbers = torch.tensor([*mine.values(), meters.count_faults()], dtype=torch.float64)
+        *sums, faults = sum_over_processes(numbers.to(self.ranks.device), self.loader, self.ranks)
         if faults:
             self.check_faults()
-        means = {name: sum / self.ranks.world_size for name, sum in zip(means, sums, strict=True)}
+        means = {name: sum / self.ranks.world_size for name, sum in zip(mine, sums, strict=True)}
         # The schedules as they stood at the start of this step.
         epoch = (done - 1) / self.loader.steps_per_epoch
         values = {
@@ -150,8 +150,31 @@ class Pretraining(Task):
         training.optimizer.zero_grad(set_to_none=False)
 
     def finish(self, loop: Loop) -> None:
-        if self.ranks.is_main and loop.first_step < loop.total_steps:
-            summarise(self.cfg, loop)
+        """What the run has come to: results/JOB.json, and where to find the rest."""
+        if not self.ranks.is_main or loop.first_step >= loop.total_steps:
+            return
+        seconds = time.perf_counter() - loop.start
+        accuracies = loop.log.values_of("nn_accuracy")
+        before, after = accuracies.get(0), accuracies.get(loop.total_steps)
+        result = {
+            "before": before,
+            "after": after,
+            "seconds": round(seconds, 1),
+            "seed": self.cfg.seed,
+            "protocol": "nearest neighbour, leave-one-out inside the evaluation images, percent",
+            "steps": loop.total_steps,
+        }
+        path = loop.job / "results" / f"{self.cfg.job_name}.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        if before is not None and after is not None:
+            took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
+            loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")
+        loop.log.say(
+            f"checkpoint   {list_checkpoints(loop.job / 'checkpoints')[0]}\n"
+            f"log          {loop.job / 'log.txt'}\n"
+            f"tensorboard  tensorboard --logdir {loop.job / 'tensorboard'}\n"
+            f"result       {path}"
+        )
 
 
 # --- what is built ------------------------------------------------------------------------------
@@ -191,35 +214,6 @@ def view_source(
         )
 
     return draw_views
-
-
-# --- at the end ---------------------------------------------------------------------------------
-
-
-def summarise(cfg: DictConfig, loop: Loop) -> None:
-    seconds = time.perf_counter() - loop.start
-    accuracies = loop.log.values_of("nn_accuracy")
-    result = {
-        "before": accuracies.get(0),
-        "after": accuracies.get(loop.total_steps),
-        "seconds": round(seconds, 1),
-        "seed": cfg.seed,
-        "protocol": "nearest neighbour, leave-one-out inside the evaluation images, percent",
-        "steps": loop.total_steps,
-    }
-    path = loop.job / "results" / f"{cfg.job_name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    if accuracies.keys() >= {0, loop.total_steps}:
-        change = f"{result['before']:.2f} % -> {result['after']:.2f} %"
-        loop.log.say(f"\nnearest neighbour {change} in {seconds:.0f} s (seed {cfg.seed})")
-    newest = list_checkpoints(loop.job / "checkpoints")
-    loop.log.say(
-        f"checkpoint   {newest[0] if newest else 'none could be written'}\n"
-        f"log          {loop.job / 'log.txt'}\n"
-        f"tensorboard  tensorboard --logdir {loop.job / 'tensorboard'}\n"
-        f"result       {path}\n"
-        f"time spent on checkpoints: {loop.writer.seconds_waited:.1f} s"
-    )
 
 
 if __name__ == "__main__":

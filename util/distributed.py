@@ -39,13 +39,12 @@ class Ranks:
         return self.rank == 0
 
 
-def join_processes(device_type: str | None = None) -> Ranks:
-    """Join the others through env://, which torchrun and Slurm set; alone where nothing is.
-    device_type: cpu or cuda; None: cuda where there is one."""
+def join_processes() -> Ranks:
+    """Join the others through env://, which torchrun and Slurm set; alone where nothing is."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if device_type == "cuda" or (device_type is None and torch.cuda.is_available()):
+    if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -70,8 +69,8 @@ def end_with_parent() -> None:
 
 
 def share_cores(processes: int) -> None:
-    """Processes that each use all cores are ten times slower."""
-    # A user's setting counts; with several processes it is torchrun's, which is 1.
+    """Processes that each use all cores are ten times slower. A user's setting counts; with several
+    processes it is torchrun's, which is 1."""
     if processes > 1 or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, own_cores(processes)))
 
