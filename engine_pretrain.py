@@ -143,13 +143,12 @@ def end_step(training: Training, step: int) -> None:
     if training.clip_grad is not None:
         nn.utils.clip_grads_with_norm_(parameters, training.clip_grad, grad_norm, foreach=True)
     gradient_is_bad = ~grad_norm.isfinite()
-    if not training.scaler.is_enabled():
+    # A scaler leaves such steps out itself, routinely while it looks for its scale.
+    is_routine = training.scaler.is_enabled()
+    training.meters.add_gradient(step, gradient_is_bad, SCALER_SEARCHES if is_routine else 0)
+    if not is_routine:
         # The gradient is the same on all ranks by now, so they leave out the same steps.
         training.optimizer.found_inf = gradient_is_bad.float()  # type: ignore[attr-defined]
-        training.meters.add_gradient(step, gradient_is_bad)
-    else:
-        # The scaler leaves such steps out itself, routinely while it looks for its scale.
-        training.meters.add_gradient(step, gradient_is_bad, most_in_a_row=SCALER_SEARCHES)
     training.scaler.step(training.optimizer)
     training.scaler.update()
     # DistributedDataParallel keeps the gradients inside its buckets, and None would detach them.

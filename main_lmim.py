@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data.loader import EvalLoader, TrainBatch, TrainLoader
+from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
 from engine_pretrain import build_model, build_training, train_step
 from eval.nn import leave_one_out_accuracy
@@ -52,7 +52,10 @@ class Pretraining(Task):
     def __init__(self, cfg: DictConfig, ranks: Ranks):
         self.cfg, self.ranks = cfg, ranks
         self.geometry = read_geometry(cfg)
-        self.loader, self.evaluation = build_data(cfg, ranks, self.geometry)
+        crops = TrainTransform(self.geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
+        self.loader = train_loader(cfg, ranks, open_split(cfg, "train"), crops)
+        centre = EvalTransform(self.geometry.side_without_gaps, cfg.dataset.crop_ratio)
+        self.evaluation = eval_loader(cfg, ranks, open_split(cfg, "eval"), centre)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg).to(ranks.device)
         precision = choose_precision(cfg.precision, ranks.device)
@@ -127,7 +130,7 @@ class Pretraining(Task):
 
     def evaluate(self, epoch: int) -> Line | None:
         """Nearest neighbours, if the evaluation images have labels."""
-        if self.evaluation is None:
+        if self.evaluation.dataset.labels is None:
             return None
         # Not compiled: an evaluation has other shapes, and runs too rarely to pay for that.
         with torch.compiler.set_stance("force_eager"):
@@ -182,19 +185,6 @@ class Pretraining(Task):
 
 def read_geometry(cfg: DictConfig) -> Geometry:
     return Geometry(cfg.grid_size, cfg.patch_size, cfg.patch_gap, cfg.num_vis)
-
-
-def build_data(
-    cfg: DictConfig, ranks: Ranks, geometry: Geometry
-) -> tuple[TrainLoader, EvalLoader | None]:
-    """The training stream, and the evaluation images if they have labels."""
-    crops = TrainTransform(geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
-    loader = train_loader(cfg, ranks, open_split(cfg, "train"), crops)
-    images = open_split(cfg, "eval")
-    if images.labels is None:
-        return loader, None
-    centre = EvalTransform(geometry.side_without_gaps, cfg.dataset.crop_ratio)
-    return loader, eval_loader(cfg, ranks, images, centre)
 
 
 def view_source(

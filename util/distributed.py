@@ -49,7 +49,11 @@ def join_processes() -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # Processes that each use all cores are ten times slower. A user's setting counts; with
+        # several processes it is torchrun's, which is 1.
+        if processes > 1 or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, own_cores(processes)))
     if "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None:
         end_with_parent()
     if world_size > 1:
@@ -66,13 +70,6 @@ def end_with_parent() -> None:
     the launcher its processes would otherwise train on, alongside those of the next start."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def share_cores(processes: int) -> None:
-    """Processes that each use all cores are ten times slower. A user's setting counts; with several
-    processes it is torchrun's, which is 1."""
-    if processes > 1 or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, own_cores(processes)))
 
 
 def own_cores(processes: int) -> int:
