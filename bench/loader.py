@@ -14,8 +14,6 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -89,15 +87,6 @@ def make_tars(folder: Path, target: Path) -> None:
         with tarfile.open(target / "train" / f"{class_folder.name}.tar", "w") as tar:
             for path in sorted(class_folder.iterdir()):
                 tar.add(path, arcname=path.name)
-
-
-@contextmanager
-def photo_folder(data: Path | None, photos: int) -> Iterator[Path]:
-    """data or, without it, a temporary folder of generated files."""
-    with tempfile.TemporaryDirectory() as made:
-        if data is None:
-            write_photos(Path(made), photos)
-        yield data or Path(made)
 
 
 # ---- The loader. ---------------------------------------------------------------------------------
@@ -210,14 +199,17 @@ def main() -> None:
     setting = setting_of(options, options.batch, GRID)
     if not options.train:
         torch.set_num_threads(1)  # as in a loader process
-    with photo_folder(options.data, options.photos) as data, tempfile.TemporaryDirectory() as tars:
+    with tempfile.TemporaryDirectory() as made:
+        data, tars = options.data or Path(made, "photos"), Path(made, "tars")
+        if options.data is None:
+            write_photos(data, options.photos)
         if not options.train:
-            make_tars(data, Path(tars))
+            make_tars(data, tars)
         for workers in options.workers:
             if options.train:
                 result = train(data, setting, workers, options.steps, ranks)
             else:
-                result = measure(data, Path(tars), workers, options.images, options.rounds)
+                result = measure(data, tars, workers, options.images, options.rounds)
             if ranks.is_main:
                 show(result)
     leave_processes()

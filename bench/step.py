@@ -47,11 +47,6 @@ def read_config(name: str) -> dict:
     return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
-def as_attributes(config: dict) -> SimpleNamespace:
-    nested = {key: as_attributes(value) for key, value in config.items() if isinstance(value, dict)}
-    return SimpleNamespace(**config | nested)
-
-
 RECIPE = read_config("lmim")
 for choice in RECIPE["defaults"]:
     for group in ("encoder", "decoder", "target", "loss", "dataset"):
@@ -79,7 +74,8 @@ def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Traini
     """The published recipe, but for the setting."""
     encoder = read_config(f"encoder/{setting.encoder}") | {"grid_size": setting.grid}
     own = {"batch_size": setting.batch, "accum_iter": 1, "recompute": setting.recompute}
-    cfg = as_attributes(RECIPE | encoder | own | {"encoder": encoder})
+    keys = RECIPE | encoder | own | {"encoder": encoder}
+    cfg = json.loads(json.dumps(keys), object_hook=lambda section: SimpleNamespace(**section))
     torch.manual_seed(0)
     model = build_model(cfg).to(ranks.device)
     if tuned and ranks.device.type == "cpu":

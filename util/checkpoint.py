@@ -21,7 +21,6 @@ from util.job import checkpoint_name, list_checkpoints
 
 FORMAT = 2  # 1: views depended on the number of processes
 KEEP_ROLLING = 2
-ZIP_START = b"PK\x03\x04"
 
 
 class CheckpointError(UserError):
@@ -49,12 +48,11 @@ def first_words(error: Exception) -> str:
 def damaged_record(path: Path) -> str | None:
     """The first part of the zip file that differs from its CRC-32, which torch writes but does not
     compare. None: all are as they were written, or the file has no such values."""
-    with open(path, "rb") as file:
-        if file.read(4) != ZIP_START:
-            return None  # torch's format of before 1.6
-        with zipfile.ZipFile(file) as archive:
-            has_values = any(record.CRC for record in archive.infolist())
-            return archive.testzip() if has_values else None
+    if not zipfile.is_zipfile(path):
+        return None  # torch's format of before 1.6, or a file that torch will refuse
+    with zipfile.ZipFile(path) as archive:
+        has_values = any(record.CRC for record in archive.infolist())
+        return archive.testzip() if has_values else None
 
 
 def tensor_in(path: Path, record: str) -> str:
