@@ -5,7 +5,7 @@ Nothing in a step waits for the device: losses and similarities stay on it until
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.lmim import LatentMIM, Latents
 from models.losses import Objective
-from models.target import MovingAverage
 from models.views import Views
 from util.distributed import Ranks, synchronised
 from util.metrics import DeviceMeters
@@ -38,13 +37,10 @@ class Training:
     accum_iter: int
     precision: str
     clip_grad: float | None
-    # Filled by the constructor and the steps.
-    moving_average: MovingAverage | None = field(init=False)
-    similarity_goal: Tensor = field(init=False)  # on the device: compiled code takes it as it comes
-    meters: DeviceMeters = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.moving_average = self.model.moving_average()
+        # On the device: compiled code takes it as it comes.
         self.similarity_goal = torch.zeros((), device=self.device)
         self.meters = DeviceMeters(self.device)
 

@@ -115,9 +115,9 @@ class Pretraining(Task):
 
     def check_faults(self) -> None:
         """Steps with a loss or gradient that is not finite were left out: max_bad_steps of them."""
-        reports = gather_objects(self.training.meters.faults(), self.ranks)
-        found = [(*fault, rank) for rank, faults in enumerate(reports) for fault in faults]
-        step, what, count, rank = min(found)
+        reports = enumerate(gather_objects(self.training.meters.faults(), self.ranks))
+        found = [(*fault, rank) for rank, faults in reports for fault in faults]
+        step, what, _, rank = min(found)
         left_out = max(count for _, _, count, _ in found)
         if left_out <= self.cfg.max_bad_steps:
             return
