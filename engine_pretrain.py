@@ -1,21 +1,23 @@
-"""The training step of Latent MIM: accum_iter micro-steps and one update.
+"""The training step of Latent MIM: accum_iter micro-steps and one update; what it is made of.
 
-Nothing in here waits for the device: losses and similarities stay on it until they are logged.
+Nothing in a step waits for the device: losses and similarities stay on it until they are logged.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.lmim import LatentMIM, Latents
-from models.target import MovingAverage
+from models.losses import Objective
 from models.views import Views
+from util.distributed import Ranks, synchronised
 from util.metrics import DeviceMeters
-from util.schedules import Schedule
+from util.optim import build_adamw
+from util.schedules import Schedule, peak_learning_rate
 
 SCALER_SEARCHES = 20  # halvings of fp16's loss scale, from 65,536 to less than 1
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -35,13 +37,10 @@ class Training:
     accum_iter: int
     precision: str
     clip_grad: float | None
-    # Filled by the constructor and the steps.
-    moving_average: MovingAverage | None = field(init=False)
-    similarity_goal: Tensor = field(init=False)  # on the device: compiled code takes it as it comes
-    meters: DeviceMeters = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.moving_average = self.model.moving_average()
+        # On the device: compiled code takes it as it comes.
         self.similarity_goal = torch.zeros((), device=self.device)
         self.meters = DeviceMeters(self.device)
 
@@ -58,6 +57,53 @@ class Training:
     def autocast(self):
         dtype = AUTOCAST[self.precision]
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+
+
+def build_model(cfg) -> LatentMIM:
+    """cfg: a composed config, or anything with its keys as attributes."""
+    return LatentMIM(
+        grid_size=cfg.grid_size,
+        patch_size=cfg.patch_size,
+        patch_gap=cfg.patch_gap,
+        embed_dim=cfg.encoder.embed_dim,
+        depth=cfg.encoder.depth,
+        num_heads=cfg.encoder.num_heads,
+        freeze_pe=cfg.freeze_pe,
+        mlp_dim=cfg.proj.mlp_dim,
+        mlp_depth=cfg.proj.mlp_depth,
+        decoder=cfg.decoder.name,
+        decoder_embed_dim=cfg.decoder_embed_dim,
+        decoder_depth=cfg.decoder_depth,
+        decoder_num_heads=cfg.decoder_num_heads,
+        avg_vis_mask_token=cfg.avg_vis_mask_token,
+        target=cfg.target.name,
+        target_depth=cfg.target_depth,
+        mask_target=cfg.mask_target,
+        recompute=cfg.recompute,
+    )
+
+
+def build_training(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> Training:
+    return Training(
+        network=synchronised(model, ranks),
+        model=model,
+        optimizer=build_adamw(model, cfg.weight_decay),
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
+        objective=Objective(cfg.loss.name, cfg.tau, cfg.avg_sim_coeff),
+        schedule=Schedule(
+            peak_lr=peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size),
+            min_lr_frac=cfg.min_lr_frac,
+            warmup_epochs=cfg.warmup_epochs,
+            epochs=cfg.epochs,
+            target_mom=cfg.target_mom,
+            sim_init=cfg.sim_init,
+            sim_end=cfg.sim_end,
+        ),
+        device=ranks.device,
+        accum_iter=cfg.accum_iter,
+        precision=precision,
+        clip_grad=cfg.clip_grad,
+    )
 
 
 def begin_step(training: Training, epoch: float) -> None:
@@ -93,13 +139,12 @@ def end_step(training: Training, step: int) -> None:
     if training.clip_grad is not None:
         nn.utils.clip_grads_with_norm_(parameters, training.clip_grad, grad_norm, foreach=True)
     gradient_is_bad = ~grad_norm.isfinite()
-    if not training.scaler.is_enabled():
+    # A scaler leaves such steps out itself, routinely while it looks for its scale.
+    is_routine = training.scaler.is_enabled()
+    training.meters.add_gradient(step, gradient_is_bad, SCALER_SEARCHES if is_routine else 0)
+    if not is_routine:
         # The gradient is the same on all ranks by now, so they leave out the same steps.
         training.optimizer.found_inf = gradient_is_bad.float()  # type: ignore[attr-defined]
-        training.meters.add_gradient(step, gradient_is_bad)
-    else:
-        # The scaler leaves such steps out itself, routinely while it looks for its scale.
-        training.meters.add_gradient(step, gradient_is_bad, most_in_a_row=SCALER_SEARCHES)
     training.scaler.step(training.optimizer)
     training.scaler.update()
     # DistributedDataParallel keeps the gradients inside its buckets, and None would detach them.

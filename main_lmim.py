@@ -12,25 +12,22 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data.loader import EvalLoader, TrainBatch, TrainLoader
+from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
-from engine_pretrain import Training, train_step
+from engine_pretrain import build_model, build_training, train_step
 from eval.nn import leave_one_out_accuracy
 from models.lmim import LatentMIM
-from models.losses import Objective
 from models.views import Geometry, Views, sample_views
 from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
-from util.distributed import Ranks, gather_objects, join_processes, leave_processes, synchronised
+from util.distributed import Ranks, gather_objects, join_processes, leave_processes
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, sum_over_processes, train
 from util.metrics import memory_in_use
-from util.optim import build_adamw
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
-from util.schedules import Schedule, peak_learning_rate
 from util.streams import Stream, seed_of
 
 
@@ -55,10 +52,16 @@ class Pretraining(Task):
     def __init__(self, cfg: DictConfig, ranks: Ranks):
         self.cfg, self.ranks = cfg, ranks
         self.geometry = read_geometry(cfg)
-        self.loader, self.evaluation = build_data(cfg, ranks, self.geometry)
+        crops = TrainTransform(self.geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
+        self.loader = train_loader(cfg, ranks, open_split(cfg, "train"), crops)
+        centre = EvalTransform(self.geometry.side_without_gaps, cfg.dataset.crop_ratio)
+        self.evaluation = eval_loader(cfg, ranks, open_split(cfg, "eval"), centre)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg).to(ranks.device)
-        self.training = build_training(cfg, self.model, ranks)
+        precision = choose_precision(cfg.precision, ranks.device)
+        if ranks.device.type == "cpu":
+            tune_for_cpu(self.model, precision, compiled=cfg.compile)
+        self.training = build_training(cfg, self.model, ranks, precision)
         self.optimizer, self.scaler = self.training.optimizer, self.training.scaler
         self.draw_views = view_source(cfg, ranks, self.geometry)
 
@@ -89,12 +92,12 @@ class Pretraining(Task):
 
     def log_line(self, done: int, steps: int) -> Line:
         meters, schedule = self.training.meters, self.training.schedule
-        means = meters.read()
-        mine = torch.tensor([*means.values(), meters.count_faults()], dtype=torch.float64)
-        *sums, faults = sum_over_processes(mine.to(self.ranks.device), self.loader, self.ranks)
+        mine = meters.read()
+        numbers = torch.tensor([*mine.values(), meters.count_faults()], dtype=torch.float64)
+        *sums, faults = sum_over_processes(numbers.to(self.ranks.device), self.loader, self.ranks)
         if faults:
             self.check_faults()
-        means = {name: sum / self.ranks.world_size for name, sum in zip(means, sums, strict=True)}
+        means = {name: sum / self.ranks.world_size for name, sum in zip(mine, sums, strict=True)}
         # The schedules as they stood at the start of this step.
         epoch = (done - 1) / self.loader.steps_per_epoch
         values = {
@@ -112,9 +115,9 @@ class Pretraining(Task):
 
     def check_faults(self) -> None:
         """Steps with a loss or gradient that is not finite were left out: max_bad_steps of them."""
-        reports = gather_objects(self.training.meters.faults(), self.ranks)
-        found = [(*fault, rank) for rank, faults in enumerate(reports) for fault in faults]
-        step, what, count, rank = min(found)
+        reports = enumerate(gather_objects(self.training.meters.faults(), self.ranks))
+        found = [(*fault, rank) for rank, faults in reports for fault in faults]
+        step, what, _, rank = min(found)
         left_out = max(count for _, _, count, _ in found)
         if left_out <= self.cfg.max_bad_steps:
             return
@@ -127,7 +130,7 @@ class Pretraining(Task):
 
     def evaluate(self, epoch: int) -> Line | None:
         """Nearest neighbours, if the evaluation images have labels."""
-        if self.evaluation is None:
+        if self.evaluation.dataset.labels is None:
             return None
         # Not compiled: an evaluation has other shapes, and runs too rarely to pay for that.
         with torch.compiler.set_stance("force_eager"):
@@ -150,8 +153,31 @@ class Pretraining(Task):
         training.optimizer.zero_grad(set_to_none=False)
 
     def finish(self, loop: Loop) -> None:
-        if self.ranks.is_main and loop.first_step < loop.total_steps:
-            summarise(self.cfg, loop)
+        """What the run has come to: results/JOB.json, and where to find the rest."""
+        if not self.ranks.is_main or loop.first_step >= loop.total_steps:
+            return
+        seconds = time.perf_counter() - loop.start
+        accuracies = loop.log.values_of("nn_accuracy")
+        before, after = accuracies.get(0), accuracies.get(loop.total_steps)
+        result = {
+            "before": before,
+            "after": after,
+            "seconds": round(seconds, 1),
+            "seed": self.cfg.seed,
+            "protocol": "nearest neighbour, leave-one-out inside the evaluation images, percent",
+            "steps": loop.total_steps,
+        }
+        path = loop.job / "results" / f"{self.cfg.job_name}.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        if before is not None and after is not None:
+            took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
+            loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")
+        loop.log.say(
+            f"checkpoint   {list_checkpoints(loop.job / 'checkpoints')[0]}\n"
+            f"log          {loop.job / 'log.txt'}\n"
+            f"tensorboard  tensorboard --logdir {loop.job / 'tensorboard'}\n"
+            f"result       {path}"
+        )
 
 
 # --- what is built ------------------------------------------------------------------------------
@@ -159,70 +185,6 @@ class Pretraining(Task):
 
 def read_geometry(cfg: DictConfig) -> Geometry:
     return Geometry(cfg.grid_size, cfg.patch_size, cfg.patch_gap, cfg.num_vis)
-
-
-def build_data(
-    cfg: DictConfig, ranks: Ranks, geometry: Geometry
-) -> tuple[TrainLoader, EvalLoader | None]:
-    """The training stream, and the evaluation images if they have labels."""
-    crops = TrainTransform(geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
-    loader = train_loader(cfg, ranks, open_split(cfg, "train"), crops)
-    images = open_split(cfg, "eval")
-    if images.labels is None:
-        return loader, None
-    centre = EvalTransform(geometry.side_without_gaps, cfg.dataset.crop_ratio)
-    return loader, eval_loader(cfg, ranks, images, centre)
-
-
-def build_model(cfg: DictConfig) -> LatentMIM:
-    geometry = read_geometry(cfg)
-    return LatentMIM(
-        grid_size=geometry.grid_size,
-        patch_size=geometry.patch_size,
-        patch_gap=geometry.patch_gap,
-        embed_dim=cfg.encoder.embed_dim,
-        depth=cfg.encoder.depth,
-        num_heads=cfg.encoder.num_heads,
-        freeze_pe=cfg.freeze_pe,
-        mlp_dim=cfg.proj.mlp_dim,
-        mlp_depth=cfg.proj.mlp_depth,
-        decoder=cfg.decoder.name,
-        decoder_embed_dim=cfg.decoder_embed_dim,
-        decoder_depth=cfg.decoder_depth,
-        decoder_num_heads=cfg.decoder_num_heads,
-        avg_vis_mask_token=cfg.avg_vis_mask_token,
-        target=cfg.target.name,
-        target_depth=cfg.target_depth,
-        mask_target=cfg.mask_target,
-        recompute=cfg.recompute,
-    )
-
-
-def build_training(cfg: DictConfig, model: LatentMIM, ranks: Ranks) -> Training:
-    precision = choose_precision(cfg.precision, ranks.device)
-    if ranks.device.type == "cpu":
-        tune_for_cpu(model, precision, compiled=cfg.compile)
-    peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
-    return Training(
-        network=synchronised(model, ranks),
-        model=model,
-        optimizer=build_adamw(model, cfg.weight_decay),
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
-        objective=Objective(cfg.loss.name, cfg.tau, cfg.avg_sim_coeff),
-        schedule=Schedule(
-            peak_lr=peak_lr,
-            min_lr_frac=cfg.min_lr_frac,
-            warmup_epochs=cfg.warmup_epochs,
-            epochs=cfg.epochs,
-            target_mom=cfg.target_mom,
-            sim_init=cfg.sim_init,
-            sim_end=cfg.sim_end,
-        ),
-        device=ranks.device,
-        accum_iter=cfg.accum_iter,
-        precision=precision,
-        clip_grad=cfg.clip_grad,
-    )
 
 
 def view_source(
@@ -242,35 +204,6 @@ def view_source(
         )
 
     return draw_views
-
-
-# --- at the end ---------------------------------------------------------------------------------
-
-
-def summarise(cfg: DictConfig, loop: Loop) -> None:
-    seconds = time.perf_counter() - loop.start
-    accuracies = loop.log.values_of("nn_accuracy")
-    result = {
-        "before": accuracies.get(0),
-        "after": accuracies.get(loop.total_steps),
-        "seconds": round(seconds, 1),
-        "seed": cfg.seed,
-        "protocol": "nearest neighbour, leave-one-out inside the evaluation images, percent",
-        "steps": loop.total_steps,
-    }
-    path = loop.job / "results" / f"{cfg.job_name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    if accuracies.keys() >= {0, loop.total_steps}:
-        change = f"{result['before']:.2f} % -> {result['after']:.2f} %"
-        loop.log.say(f"\nnearest neighbour {change} in {seconds:.0f} s (seed {cfg.seed})")
-    newest = list_checkpoints(loop.job / "checkpoints")
-    loop.log.say(
-        f"checkpoint   {newest[0] if newest else 'none could be written'}\n"
-        f"log          {loop.job / 'log.txt'}\n"
-        f"tensorboard  tensorboard --logdir {loop.job / 'tensorboard'}\n"
-        f"result       {path}\n"
-        f"time spent on checkpoints: {loop.writer.seconds_waited:.1f} s"
-    )
 
 
 if __name__ == "__main__":

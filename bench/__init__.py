@@ -1,1 +1,1 @@
-"""Measurements: python -m bench.step, bench.loader, bench.train."""
+"""Measurements: python -m bench.step, bench.loader."""

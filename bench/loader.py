@@ -1,20 +1,20 @@
-"""How many images per second does one loader process deliver?
+"""How many images per second does one loader process deliver, and does training wait for it?
 
 python -m bench.loader                      # makes 300 JPEG files of ImageNet's sizes, reads them
 python -m bench.loader --data /path/to/imagenet --workers 1 2 4
+python -m bench.loader --train --encoder vit_small --batch 48 --precision bf16
 
 Pipelines, measured in turns: `pil float`, the customary one (Pillow decodes, crops and resizes;
 float32, normalised, in the worker); `pil`, this project's with decoder=pil (uint8, normalised on
-the device); `fast`, with decoder=fast; `tar`, the same out of tar files.
+the device); `fast`, with decoder=fast; `tar`, the same out of tar files. --train: loader and
+training step together.
 """
 
-import argparse
 import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -24,15 +24,31 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from bench.step import RECIPE, command_line, median_ratio, read_config, show
+from bench.step import (
+    GRID,
+    RECIPE,
+    Setting,
+    add_training_options,
+    build_training,
+    command_line,
+    device_name,
+    image_side,
+    median_ratio,
+    setting_of,
+    show,
+    view_source,
+)
 from data.base import ImageDataset
 from data.datasets import build_dataset
 from data.loader import TrainLoader
-from data.transforms import TrainTransform
-from util.distributed import Ranks
+from data.transforms import TrainTransform, normalise
+from engine_pretrain import train_step
+from util.distributed import Ranks, join_processes, leave_processes
+from util.metrics import Speed
 
 SIDE, BATCH = 280, 16
-IMAGENET = read_config("dataset/imagenet")
+WARM_UP = 3  # steps
+IMAGENET = RECIPE["dataset"]
 PHOTO_SIZES = [(500, 375), (375, 500), (500, 333)]  # the most frequent ones of ImageNet
 PHOTO_CLASSES = 10
 
@@ -73,20 +89,6 @@ def make_tars(folder: Path, target: Path) -> None:
                 tar.add(path, arcname=path.name)
 
 
-def add_photo_options(parser: argparse.ArgumentParser, photos: int) -> None:
-    parser.add_argument("--data", type=Path, help="a folder with train/CLASS/*.jpg; else made here")
-    parser.add_argument("--photos", type=int, default=photos, help="how many files to make")
-
-
-@contextmanager
-def photo_folder(options: argparse.Namespace) -> Iterator[Path]:
-    """--data or, without it, a temporary folder of generated files."""
-    with tempfile.TemporaryDirectory() as made:
-        if options.data is None:
-            write_photos(Path(made), options.photos)
-        yield options.data or Path(made)
-
-
 # ---- The loader. ---------------------------------------------------------------------------------
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -114,20 +116,7 @@ def build_loader(
 ) -> TrainLoader:
     sizes = {"batch_size": batch, "accum_iter": 1, "num_workers": workers}
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
-    return TrainLoader(dataset, transform, RECIPE["seed"], **sizes, **place)
-
-
-def pipelines(data: Path, tars: Path) -> dict[str, tuple[ImageDataset, object]]:
-    def files(decoder: str) -> ImageDataset:
-        return build_dataset("imagefolder", "train", str(data), {"decoder": decoder})
-
-    ours = recipe_transform(SIDE)
-    return {
-        "pil float": (files("pil"), customary_transform),
-        "pil": (files("pil"), ours),
-        "fast": (files("fast"), ours),
-        "tar": (build_dataset("tar", "train", str(tars)), ours),
-    }
+    return TrainLoader(dataset, transform, seed=RECIPE["seed"], **sizes, **place)
 
 
 def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
@@ -145,7 +134,17 @@ def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
 
 def measure(data: Path, tars: Path, workers: int, images: int, rounds: int) -> dict:
     """Images per second, medians over the rounds."""
-    kinds = pipelines(data, tars)
+    pillow, fast = (
+        build_dataset("imagefolder", "train", str(data), {"decoder": decoder})
+        for decoder in ("pil", "fast")
+    )
+    ours = recipe_transform(SIDE)
+    kinds = {
+        "pil float": (pillow, customary_transform),
+        "pil": (pillow, ours),
+        "fast": (fast, ours),
+        "tar": (build_dataset("tar", "train", str(tars)), ours),
+    }
     rates = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, (dataset, transform) in kinds.items():
@@ -158,18 +157,62 @@ def measure(data: Path, tars: Path, workers: int, images: int, rounds: int) -> d
     return result | {"tar, times fast": median_ratio(rates["tar"], rates["fast"])}
 
 
+# ---- Loader and step together. -------------------------------------------------------------------
+
+
+def train(data: Path, setting: Setting, workers: int, steps: int, ranks: Ranks) -> dict:
+    """Images per second, and the share of the time that the step waits for data."""
+    training = build_training(setting, ranks)
+    dataset = build_dataset("imagefolder", "train", str(data))
+    transform = recipe_transform(image_side(training, setting))
+    loader = build_loader(dataset, transform, setting.batch, workers, ranks)
+    speed, all_steps = Speed(), WARM_UP + steps
+    batches = (
+        normalise(batch.images, IMAGENET["mean"], IMAGENET["std"])
+        for batch in speed.timed(loader.stream(0, all_steps))
+    )
+    draw_views = view_source(setting, ranks)
+    for step in range(all_steps):
+        if step == WARM_UP:
+            training.meters.read()  # waits for the device, as a log point does
+            speed.read(WARM_UP, setting.batch, 0)
+        train_step(training, batches, lambda *_: draw_views(), step, step / all_steps)
+    training.meters.read()
+    measured = speed.read(steps, setting.batch * ranks.world_size, 0)
+    shown = {"images_per_second": measured["images_per_second"], "waiting": measured["data_wait"]}
+    return {**asdict(setting), "workers": workers, "device": device_name(ranks.device), **shown}
+
+
 def main() -> None:
     parser = command_line(__doc__)
-    add_photo_options(parser, photos=300)
-    parser.add_argument("--images", type=int, default=400, help="read in each round")
+    parser.add_argument("--data", type=Path, help="a folder with train/CLASS/*.jpg; else made here")
+    parser.add_argument("--photos", type=int, default=300, help="how many files to make")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--images", type=int, default=400, help="read in each round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--train", action="store_true", help="measure loader and step together")
+    add_training_options(parser)
+    parser.add_argument("--batch", type=int, default=48, help="with --train: images per process")
+    parser.add_argument("--steps", type=int, default=10, help="with --train")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # as in a loader process
-    with photo_folder(options) as data, tempfile.TemporaryDirectory() as tars:
-        make_tars(data, Path(tars))
+    ranks = join_processes()
+    setting = setting_of(options, options.batch, GRID)
+    if not options.train:
+        torch.set_num_threads(1)  # as in a loader process
+    with tempfile.TemporaryDirectory() as made:
+        data, tars = options.data or Path(made, "photos"), Path(made, "tars")
+        if options.data is None:
+            write_photos(data, options.photos)
+        if not options.train:
+            make_tars(data, tars)
         for workers in options.workers:
-            show(measure(data, Path(tars), workers, options.images, options.rounds))
+            if options.train:
+                result = train(data, setting, workers, options.steps, ranks)
+            else:
+                result = measure(data, tars, workers, options.images, options.rounds)
+            if ranks.is_main:
+                show(result)
+    leave_processes()
 
 
 if __name__ == "__main__":

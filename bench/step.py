@@ -21,28 +21,20 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine_pretrain import Training, begin_step, end_step, micro_step
-from models.lmim import LatentMIM
-from models.losses import Objective
+import engine_pretrain
+from engine_pretrain import Training, begin_step, build_model, end_step, micro_step
 from models.views import Views, sample_views
 from util.cpu import PixelProduct, tune_for_cpu, write_out_attention
-from util.distributed import (
-    Ranks,
-    all_reduce,
-    barrier,
-    join_processes,
-    leave_processes,
-    synchronised,
-)
+from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
 from util.metrics import memory_in_use
-from util.optim import build_adamw
-from util.schedules import Schedule
+from util.optim import parameter_groups
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MATRIX_SIDES = {"cpu": (1024, 1536, 2048, 3072), "cuda": (4096, 8192, 12288, 16384)}
@@ -56,10 +48,12 @@ def read_config(name: str) -> dict:
 
 
 RECIPE = read_config("lmim")
-for choice in RECIPE["defaults"]:  # which encoder, decoder, target and loss, by name
-    if isinstance(choice, dict):
-        RECIPE |= choice
-GRID = read_config(f"encoder/{RECIPE['encoder']}")["grid_size"]
+for choice in RECIPE["defaults"]:
+    for group in ("encoder", "decoder", "target", "loss", "dataset"):
+        if group in choice:
+            RECIPE[group] = read_config(f"{group}/{choice[group]}")
+RECIPE["blr"] = float(RECIPE["blr"])  # PyYAML takes 1e-4 for a text
+GRID = RECIPE["encoder"]["grid_size"]
 
 
 @dataclass
@@ -76,38 +70,17 @@ class Setting:
         return max(1, round(RECIPE["num_vis"] * (self.grid / GRID) ** 2))
 
 
-def of_recipe(*keys: str) -> dict:
-    return {key: RECIPE[key] for key in keys}
-
-
 def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Training:
+    """The published recipe, but for the setting."""
     encoder = read_config(f"encoder/{setting.encoder}") | {"grid_size": setting.grid}
-    del encoder["name"]
+    own = {"batch_size": setting.batch, "accum_iter": 1, "recompute": setting.recompute}
+    keys = RECIPE | encoder | own | {"encoder": encoder}
+    cfg = json.loads(json.dumps(keys), object_hook=lambda section: SimpleNamespace(**section))
     torch.manual_seed(0)
-    model = LatentMIM(
-        **encoder,
-        recompute=setting.recompute,
-        **RECIPE["proj"],
-        **of_recipe("patch_gap", "freeze_pe", "avg_vis_mask_token"),
-        **of_recipe("decoder", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"),
-        **of_recipe("target", "target_depth", "mask_target"),
-    ).to(ranks.device)
+    model = build_model(cfg).to(ranks.device)
     if tuned and ranks.device.type == "cpu":
         tune_for_cpu(model, setting.precision, setting.compile)
-    schedule = of_recipe("min_lr_frac", "warmup_epochs", "epochs", "target_mom")
-    schedule |= of_recipe("sim_init", "sim_end")
-    training = Training(
-        network=synchronised(model, ranks),
-        model=model,
-        optimizer=build_adamw(model, RECIPE["weight_decay"]),
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=setting.precision == "fp16"),
-        objective=Objective(**of_recipe("loss", "tau", "avg_sim_coeff")),
-        schedule=Schedule(peak_lr=float(RECIPE["blr"]), **schedule),  # PyYAML: 1e-4 is a text
-        device=ranks.device,
-        accum_iter=1,
-        precision=setting.precision,
-        clip_grad=RECIPE["clip_grad"],
-    )
+    training = engine_pretrain.build_training(cfg, model, ranks, setting.precision)
     if setting.compile:
         training.compile()
     return training
@@ -145,10 +118,7 @@ def our_step(setting: Setting, ranks: Ranks) -> Callable[[], None]:
 def make_plain(training: Training) -> Training:
     """In place."""
     write_out_attention(training.model)
-    groups = [
-        {"params": group["params"], "weight_decay": group["weight_decay"]}
-        for group in training.optimizer.param_groups
-    ]
+    groups = parameter_groups(training.model, RECIPE["weight_decay"])
     training.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     return training
 
@@ -201,32 +171,31 @@ def count_flops(setting: Setting) -> float:
     return counter.get_total_flops() / small.batch
 
 
-def seconds_of(action: Callable[[], object], repeat: int, device: torch.device) -> float:
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
-    for _ in range(repeat):
-        action()
+    action()
     wait()
-    return (time.perf_counter() - start) / repeat
+    return time.perf_counter() - start
 
 
 def measure_in_turns(
-    actions: dict[str, Callable], rounds: int, repeat: int, ranks: Ranks
+    actions: dict[str, Callable], rounds: int, ranks: Ranks
 ) -> dict[str, list[float]]:
     """-> for each action one time per round; the slowest process counts."""
-    for action in actions.values():
-        seconds_of(action, 2, ranks.device)  # compilation, first allocations
+    for action in [*actions.values()] * 2:
+        action()  # compilation, first allocations
     seconds = {name: [] for name in actions}
     for _ in range(rounds):
         for name, action in actions.items():
             barrier()
-            mine = torch.tensor(seconds_of(action, repeat, ranks.device), device=ranks.device)
+            mine = torch.tensor(seconds_of(action, ranks.device), device=ranks.device)
             seconds[name].append(float(all_reduce(mine, "max")))
     return seconds
 
 
-def measure(setting: Setting, plain: str | None, rounds: int, repeat: int, ranks: Ranks) -> dict:
+def measure(setting: Setting, plain: str | None, rounds: int, ranks: Ranks) -> dict:
     """plain: precision of the plain formulation to compare with; None: do not."""
     flops = count_flops(setting)
     if ranks.device.type == "cuda":
@@ -240,7 +209,7 @@ def measure(setting: Setting, plain: str | None, rounds: int, repeat: int, ranks
         actions["plain"] = plain_formulation(other, ranks)
     products = matrix_products(setting.precision, ranks.device)
     actions |= {name: product for name, (_, product) in products.items()}
-    seconds = measure_in_turns(actions, rounds, repeat, ranks)
+    seconds = measure_in_turns(actions, rounds, ranks)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     speeds = {name: 2 * side**3 / medians[name] for name, (side, _) in products.items()}
     peak_of = max(speeds, key=speeds.get)
@@ -289,23 +258,26 @@ def command_line(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=layout)
 
 
-def add_training_options(parser: argparse.ArgumentParser, precision: str) -> None:
-    """precision: the default"""
+def add_training_options(parser: argparse.ArgumentParser) -> None:
     encoders = sorted(path.stem for path in (CONFIGS / "encoder").glob("*.yaml"))
     parser.add_argument("--encoder", default="vit_small", choices=encoders)
-    parser.add_argument("--precision", default=precision, choices=MATRIX_TYPES)
+    parser.add_argument("--precision", default="fp32", choices=MATRIX_TYPES)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--recompute", action="store_true")
+
+
+def setting_of(options: argparse.Namespace, batch: int, grid: int) -> Setting:
+    given = {key: getattr(options, key) for key in ("encoder", "precision", "compile", "recompute")}
+    return Setting(batch=batch, grid=grid, **given)
 
 
 def main() -> None:
     parser = command_line(__doc__)
-    add_training_options(parser, precision="fp32")
+    add_training_options(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[48], help="images per process")
     parser.add_argument("--grid", type=int, nargs="+", default=[GRID], help="patches along a side")
-    parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--plain", choices=MATRIX_TYPES, help="compare with the plain formulation")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repeat", type=int, default=1, help="steps per round")
     parser.add_argument("--threads", type=int, help="of the CPU, per process")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
@@ -314,10 +286,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     results = []
     for batch, grid in product(options.batch, options.grid):
-        setting = Setting(
-            options.encoder, batch, grid, options.precision, options.compile, options.recompute
-        )
-        results.append(measure(setting, options.plain, options.rounds, options.repeat, ranks))
+        setting = setting_of(options, batch, grid)
+        results.append(measure(setting, options.plain, options.rounds, ranks))
         if ranks.is_main:
             show(results[-1])
     if ranks.is_main and options.json is not None:

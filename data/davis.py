@@ -28,7 +28,11 @@ class Video:
 
     def objects(self) -> np.ndarray:
         """uint8 [T, H, W], of all frames: 0 is background, then numbers of objects."""
-        annotations = [self.annotation(index) for index in range(len(self.frames))]
+        annotations = []
+        for frame, path in zip(self.frames, self.annotations, strict=True):
+            annotations.append(read_mask(path))
+            with opened(frame) as image:
+                require_same_size(frame, image, Image.fromarray(annotations[-1]))
         sizes = {annotation.shape[::-1] for annotation in annotations}
         if len(sizes) > 1:
             shown = " and ".join(f"{width} x {height}" for width, height in sorted(sizes))
@@ -36,12 +40,6 @@ class Video:
         if not set(np.unique(annotations[0]).tolist()) - {0, VOID}:
             raise DataError(f"{self.annotations[0]} marks no object: there is nothing to follow")
         return np.stack(annotations)
-
-    def annotation(self, index: int) -> np.ndarray:
-        objects = read_mask(self.annotations[index])
-        with opened(self.frames[index]) as image:
-            require_same_size(self.frames[index], image, Image.fromarray(objects))
-        return objects
 
     def palette(self) -> list[int]:
         """Red, green, blue of each number, as in the first annotation."""
@@ -73,9 +71,6 @@ def read_video(root: Path, name: str) -> Video:
 def voc_palette() -> list[int]:
     """Colours that PASCAL VOC and DAVIS give to numbers: bits 0, 3, 6 of a number are the highest
     bits of red, bits 1, 4, 7 those of green, bits 2, 5 those of blue."""
-    colours = []
-    for number in range(256):
-        for channel in range(3):
-            bits = [number >> (3 * place + channel) & 1 for place in range(3)]
-            colours.append(sum(bit << (7 - place) for place, bit in enumerate(bits)))
-    return colours
+    numbers, channels = np.arange(256)[:, None], np.arange(3)
+    bits = [numbers >> (3 * place + channels) & 1 for place in range(3)]  # each [256, 3]
+    return (bits[0] << 7 | bits[1] << 6 | bits[2] << 5).flatten().tolist()

@@ -17,25 +17,22 @@ SCAN_THREADS = 16
 
 
 class PathList:
-    """A list of paths kept in two arrays.
+    """A list of paths kept in one array.
 
     Reading a Python string writes its reference count, so a million strings would slowly be copied
-    into every forked worker. Arrays stay shared."""
+    into every forked worker. An array stays shared."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self.characters = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.encoded = np.array([os.fsencode(path) for path in paths], dtype=bytes)
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.encoded)
 
     def __getitem__(self, index: int) -> str:
-        start = self.ends[index - 1] if index > 0 else 0
-        return os.fsdecode(self.characters[start : self.ends[index]].tobytes())
+        return os.fsdecode(self.encoded[index])
 
     def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
+        return map(os.fsdecode, self.encoded)
 
 
 class FileDataset(ImageDataset):

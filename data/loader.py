@@ -96,16 +96,14 @@ class TrainLoader(StepOrder):
         self,
         dataset: ImageDataset,
         transform: Callable[[Picture, int, int], Tensor],
-        seed: int,
-        batch_size: int,
-        accum_iter: int,
-        rank: int,
-        world_size: int,
+        *,
         num_workers: int,
         device: torch.device | str,
         max_bad_images: float = 0.001,
+        **order: int,
     ) -> None:
-        super().__init__(len(dataset), seed, batch_size, accum_iter, rank, world_size)
+        """order: the other arguments of StepOrder."""
+        super().__init__(len(dataset), **order)
         self.dataset = dataset
         self.samples = _TrainSamples(dataset, transform)
         self.num_workers, self.device = num_workers, torch.device(device)

@@ -6,6 +6,7 @@ plain JPEG (PNG, CMYK, ...) goes through Pillow all the same. decoder=pil: all o
 """
 
 import io
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -22,22 +23,13 @@ JPEG = b"\xff\xd8\xff"
 def decode(contents: bytearray, decoder: str) -> Picture:
     """The contents of an image file. Raises one of UNREADABLE (data/base.py)."""
     if decoder == "fast" and contents[:3] == JPEG:
-        picture = decode_plain_jpeg(contents)
-        if picture is not None:
-            return picture
+        stored = torch.frombuffer(contents, dtype=torch.uint8)
+        with suppress(RuntimeError):  # Pillow knows more kinds, and names what is damaged
+            picture = decode_jpeg(stored, ImageReadMode.UNCHANGED)
+            if len(picture) in (1, 3):  # grey or RGB
+                return picture.expand(3, -1, -1)
     with Image.open(io.BytesIO(contents)) as image:
         return to_rgb(image)
-
-
-def decode_plain_jpeg(contents: bytearray) -> Tensor | None:
-    """None: let Pillow see to it, which knows more kinds and names what is damaged."""
-    try:
-        image = decode_jpeg(torch.frombuffer(contents, dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    except RuntimeError:
-        return None
-    if len(image) == 1:
-        return image.expand(3, -1, -1)
-    return image if len(image) == 3 else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ function of (seed, split, index), at any size, with an exact mask of the object.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -21,19 +22,7 @@ CONTRAST = 0.4
 # ---- Outlines: is the point (x, y) inside? Each fits the unit disc. ------------------------------
 
 
-def disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return x * x + y * y < 0.81
-
-
-def square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(x), np.abs(y)) < 0.7
-
-
-def triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (y < 0.5) & (math.sqrt(3) * np.abs(x) - y < 1)
-
-
-def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def in_star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Five tips at radius 1, five notches at radius 0.45."""
     # Fold the plane onto one tenth of the star, where the outline is one straight line.
     angle = np.abs((np.arctan2(y, x) % (2 * math.pi / 5)) - math.pi / 5)
@@ -43,34 +32,28 @@ def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (1 - along) * notch_across > across * (1 - notch_along)
 
 
-def ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    squared = x * x + y * y
-    return (squared < 0.9) & (squared > 0.3)
-
-
-def cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def in_cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x, y = np.abs(x), np.abs(y)
     return (np.maximum(x, y) < 0.9) & (np.minimum(x, y) < 0.28)
 
 
-def crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x * x + y * y < 0.95) & ((x - 0.42) ** 2 + y * y > 0.55)
-
-
-def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def in_heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x, y = 1.2 * x, 0.12 - 1.2 * y
     return (x * x + y * y - 1 + 0.25) ** 3 < x * x * y * y * y
 
 
-def half_disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x * x + (y + 0.4) ** 2 < 0.8) & (y > -0.4)
-
-
-def bar(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (np.abs(x) < 0.95) & (np.abs(y) < 0.27)
-
-
-OUTLINES = (disc, square, triangle, star, ring, cross, crescent, heart, half_disc, bar)
+OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "disc": lambda x, y: x * x + y * y < 0.81,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.7,
+    "triangle": lambda x, y: (y < 0.5) & (math.sqrt(3) * np.abs(x) - y < 1),
+    "star": in_star,
+    "ring": lambda x, y: (x * x + y * y < 0.9) & (x * x + y * y > 0.3),
+    "cross": in_cross,
+    "crescent": lambda x, y: (x * x + y * y < 0.95) & ((x - 0.42) ** 2 + y * y > 0.55),
+    "heart": in_heart,
+    "half_disc": lambda x, y: (x * x + (y + 0.4) ** 2 < 0.8) & (y > -0.4),
+    "bar": lambda x, y: (np.abs(x) < 0.95) & (np.abs(y) < 0.27),
+}
 
 
 # ---- Textures: a value in 0..1 for each pixel, from coordinates in 0..1. -------------------------
@@ -127,7 +110,7 @@ TEXTURES = (stripes, checks, spots, ramp, clouds, grain)
 class Shapes(MaskedImages):
     """`images` drawings of side `image_size`; classes take turns, so they are balanced."""
 
-    classes = [outline.__name__ for outline in OUTLINES]
+    classes = list(OUTLINES)
 
     def __init__(self, split: str, image_size: int, images: int, seed: int) -> None:
         self.split, self.image_size, self.seed = split, image_size, seed
@@ -166,8 +149,8 @@ class Shapes(MaskedImages):
         angle = rng.uniform(0, 2 * math.pi)
         x, y = (self.samples[0] - centre_x) / radius, (self.samples[1] - centre_y) / radius
         cosine, sine = math.cos(angle), math.sin(angle)
-        outline = OUTLINES[self.labels[index]]
-        inside = outline(cosine * x + sine * y, cosine * y - sine * x)
+        is_inside = OUTLINES[self.classes[self.labels[index]]]
+        inside = is_inside(cosine * x + sine * y, cosine * y - sine * x)
         side = self.image_size
         blocks = inside.reshape(side, SAMPLES_PER_PIXEL, side, SAMPLES_PER_PIXEL)
         return blocks.mean(axis=(1, 3), dtype=np.float32)

@@ -36,11 +36,6 @@ def random_resized_crop_box(
             left = int(rng.integers(width - crop_width + 1))
             top = int(rng.integers(height - crop_height + 1))
             return left, top, left + crop_width, top + crop_height
-    return central_crop_box(width, height)
-
-
-def central_crop_box(width: int, height: int) -> Box:
-    """The largest central crop of aspect ratio 3/4..4/3."""
     crop_width = min(width, round(height * WIDEST))
     crop_height = min(height, round(width / NARROWEST))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2

@@ -92,10 +92,9 @@ def patch_grid(axes, windows, shown, x, y, side, frame):
     """The cells of the grid, and in them the windows whose ids are in shown."""
     scale = side / (GRID * CELL)
     box(axes, x - 9, y - 9, side + 18, side + 18, "#edf0f5", frame, radius=12)
-    for line in range(GRID + 1):
-        at = line * CELL * scale
-        axes.plot([x, x + side], [y + at, y + at], color=FAINT, linewidth=1, zorder=1)
-        axes.plot([x + at, x + at], [y, y + side], color=FAINT, linewidth=1, zorder=1)
+    lines = np.linspace(0, side, GRID + 1)
+    axes.hlines(y + lines, x, x + side, colors=FAINT, linewidth=1, zorder=1)
+    axes.vlines(x + lines, y, y + side, colors=FAINT, linewidth=1, zorder=1)
     for number in shown:
         row, column, pixels = windows[number]
         picture(axes, pixels, x + column * scale, y + row * scale, PATCH * scale)

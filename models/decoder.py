@@ -5,6 +5,8 @@ stay as they are. `self` puts visible and mask tokens through the same self-atte
 does.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -71,12 +73,16 @@ def visual_cue(
 class Decoder(nn.Module):
     """What both share: embedding, positions, mask tokens with their visual cue, output layers."""
 
+    block: Callable[[int, int], nn.Module]
+
     def __init__(
         self,
         *,
         grid_size: int,
         encoder_dim: int,
         dim: int,
+        depth: int,
+        num_heads: int,
         visual_cue: bool,
         freeze_pe: bool,
         recompute: bool,
@@ -88,6 +94,8 @@ class Decoder(nn.Module):
         self.pos_embed = PositionTable(dim, grid_size, freeze_pe)
         self.norm = LayerNorm(dim)
         self.head = nn.Linear(dim, encoder_dim)
+        self.blocks = nn.ModuleList(self.block(dim, num_heads) for _ in range(depth))
+        self.apply(initialise_weights)
 
     def embed_visible(self, latents: Tensor, visible_ids: Tensor) -> tuple[Tensor, Tensor]:
         """latents [N, 1 + V, encoder_dim] -> [N, 1 + V, d] without and with position rows."""
@@ -106,11 +114,11 @@ class Decoder(nn.Module):
 
 
 class CrossDecoder(Decoder):
-    def __init__(self, *, depth: int, num_heads: int, dim: int, **shared):
-        super().__init__(dim=dim, **shared)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.blocks = nn.ModuleList(CrossBlock(dim, num_heads) for _ in range(depth))
-        self.apply(initialise_weights)
+    block = CrossBlock
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.cls_token = nn.Parameter(torch.empty_like(self.mask_token))
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
@@ -124,10 +132,7 @@ class CrossDecoder(Decoder):
 
 
 class SelfDecoder(Decoder):
-    def __init__(self, *, depth: int, num_heads: int, dim: int, **shared):
-        super().__init__(dim=dim, **shared)
-        self.blocks = nn.ModuleList(transformer_block(dim, num_heads) for _ in range(depth))
-        self.apply(initialise_weights)
+    block = staticmethod(transformer_block)
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
         """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the encoder's token first."""

@@ -24,15 +24,7 @@ class LatentMIM(nn.Module):
     def __init__(
         self,
         *,
-        grid_size: int,
-        patch_size: int,
         patch_gap: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        freeze_pe: bool,
-        mlp_dim: int,
-        mlp_depth: int,
         decoder: str,
         decoder_embed_dim: int,
         decoder_depth: int,
@@ -41,33 +33,24 @@ class LatentMIM(nn.Module):
         target: str,
         target_depth: int | None,
         mask_target: bool,
-        recompute: bool,
+        **encoder,
     ):
+        """encoder: the arguments of Encoder, of which the decoder shares four."""
         super().__init__()
-        self.patch_size, self.patch_gap = patch_size, patch_gap
+        self.patch_size, self.patch_gap = encoder["patch_size"], patch_gap
         self.target, self.target_depth, self.mask_target = target, target_depth, mask_target
-        self.encoder = Encoder(
-            grid_size=grid_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            freeze_pe=freeze_pe,
-            mlp_dim=mlp_dim,
-            mlp_depth=mlp_depth,
-            recompute=recompute,
-        )
+        self.encoder = Encoder(**encoder)
         if target in OWN_WEIGHTS:
             self.target_encoder = make_target(self.encoder, target_depth)
         self.decoder = DECODERS[decoder](
-            grid_size=grid_size,
-            encoder_dim=embed_dim,
+            grid_size=encoder["grid_size"],
+            encoder_dim=encoder["embed_dim"],
             dim=decoder_embed_dim,
             depth=decoder_depth,
             num_heads=decoder_num_heads,
             visual_cue=avg_vis_mask_token,
-            freeze_pe=freeze_pe,
-            recompute=recompute,
+            freeze_pe=encoder["freeze_pe"],
+            recompute=encoder["recompute"],
         )
 
     def moving_average(self) -> MovingAverage | None:

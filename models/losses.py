@@ -70,13 +70,9 @@ class Objective:
         """-> the loss to differentiate, and METRICS as one tensor, detached and on the device."""
         latents = Latents(*(tokens.float() for tokens in latents))
         loss = prediction_loss(self.loss, latents.predictions, latents.targets, self.tau)
+        predicted, target, visible = (average_similarity(tokens) for tokens in latents)
         # The constraint keeps the latents of an image from becoming all equal or all different.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.avg_sim_coeff > 0):
-            predicted = average_similarity(latents.predictions)
-            visible = average_similarity(latents.visible)
         if self.avg_sim_coeff > 0:
             constraint = (predicted - similarity_goal) ** 2 + (visible - similarity_goal) ** 2
             loss = loss + self.avg_sim_coeff * constraint
-        with torch.no_grad():
-            target = average_similarity(latents.targets)
-        return loss, torch.stack([loss.detach(), predicted.detach(), visible.detach(), target])
+        return loss, torch.stack([loss, predicted, visible, target]).detach()

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -54,10 +53,8 @@ class PositionTable(nn.Module):
 
     def grid_rows(self, grid: tuple[int, int]) -> Tensor:
         """Of all patches of rows x columns, [1, L, D]: interpolated unless that is the own grid."""
-        own, table = (self.grid_size, self.grid_size), self.pos_embeds[None, 1:]
-        if grid == own:
-            return table
-        return resample_abs_pos_embed(table, list(grid), list(own), num_prefix_tokens=0)
+        own, table = [self.grid_size, self.grid_size], self.pos_embeds[None, 1:]
+        return resample_abs_pos_embed(table, list(grid), own, num_prefix_tokens=0)
 
 
 def initialise_weights(module: nn.Module) -> None:
@@ -86,7 +83,7 @@ def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor, *context: Tensor, re
     return tokens
 
 
-class ProjectionHead(nn.Module):
+class ProjectionHead(nn.Sequential):
     """The MLP on top of the encoder while it is pre-trained; evaluations take it off.
 
     mlp_depth linear layers without bias, dim -> mlp_dim -> ... -> mlp_dim -> dim, each followed by
@@ -94,22 +91,14 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, dim: int, mlp_dim: int, mlp_depth: int):
         super().__init__()
-        self.depth = mlp_depth
         widths = [dim] + [mlp_dim] * (mlp_depth - 1) + [dim]
         # Named linear0, norm0, ...: the key names of the published checkpoint.
         for layer in range(mlp_depth):
+            if layer > 0:
+                self.add_module(f"gelu{layer}", nn.GELU())
             linear = nn.Linear(widths[layer], widths[layer + 1], bias=False)
             self.add_module(f"linear{layer}", linear)
             self.add_module(f"norm{layer}", nn.LayerNorm(widths[layer + 1], eps=1e-5))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [N, L, dim] -> [N, L, dim]"""
-        for layer in range(self.depth):
-            if layer > 0:
-                tokens = F.gelu(tokens)
-            tokens = self.get_submodule(f"linear{layer}")(tokens)
-            tokens = self.get_submodule(f"norm{layer}")(tokens)
-        return tokens
 
 
 class Encoder(nn.Module):

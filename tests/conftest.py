@@ -12,7 +12,7 @@ import torch
 
 from tests import runs
 
-os.environ["OMP_NUM_THREADS"] = "1"  # also for what sets its threads itself (share_cores)
+os.environ["OMP_NUM_THREADS"] = "1"  # also for what sets its threads itself (join_processes)
 torch.set_num_threads(1)
 
 

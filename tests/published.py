@@ -4,7 +4,7 @@ from functools import cache
 
 from omegaconf import DictConfig, OmegaConf
 
-from main_lmim import build_model
+from engine_pretrain import build_model
 from models.lmim import LatentMIM
 from models.losses import Objective
 from util.config import compose_config

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
+from engine_pretrain import build_model
 from eval.backbone import load_backbone
 from eval.common import load_for_all
 from eval.families import BackboneError
 from eval.features import pool
-from main_lmim import build_model
 from models.vit import sine_cosine_positions
 from tests.backbones import digits_checkpoint
 from tests.published import published_model

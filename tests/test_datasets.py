@@ -350,7 +350,7 @@ def test_shapes_have_ten_balanced_classes():
 def test_shape_outlines_fit_their_disc_and_differ():
     """The pose keeps the disc inside the image: an outline that fits it is never cut off."""
     x, y = np.meshgrid(np.linspace(-1.5, 1.5, 301), np.linspace(-1.5, 1.5, 301))
-    areas = [outline(x, y) for outline in OUTLINES]
+    areas = [outline(x, y) for outline in OUTLINES.values()]
     assert all(np.hypot(x, y)[area].max() <= 1 for area in areas)
     for first, second in combinations(areas, 2):
         assert (first & second).sum() < 0.85 * (first | second).sum()

@@ -15,7 +15,7 @@ from timm.layers import DropPath, Mlp
 from torch import nn, tensor
 
 from data import datasets, davis, imagenet, masks, transforms
-from engine_pretrain import Training
+from engine_pretrain import Training, build_model, build_training
 from eval import collapse, evaluate, families, finetune, linear_probe, segmentation
 from eval.backbone import OwnBackbone, Tokens
 from eval.common import EvalRun, count_hits
@@ -24,7 +24,6 @@ from eval.few_shot import Ridge, ridge_accuracies
 from eval.linear_probe import ProbeHead
 from eval.metrics import boundary_accuracy, score_object
 from eval.nn import knn
-from main_lmim import build_model, build_training
 from models.lmim import LatentMIM
 from models.losses import Objective, prediction_loss
 from models.vit import Encoder
@@ -189,7 +188,7 @@ def small_recipe(decoder: str = "cross"):
 
 
 def test_optimiser_schedules_and_objective():
-    training = build_training(*small_recipe(), ALONE)
+    training = build_training(*small_recipe(), ALONE, "fp32")
     assert type(training.optimizer) is torch.optim.AdamW
     for group, decay in zip(training.optimizer.param_groups, (0.05, 0), strict=True):
         found = [group[key] for key in ("betas", "eps", "amsgrad", "weight_decay")]

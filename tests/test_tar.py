@@ -192,7 +192,8 @@ def test_a_flat_validation_set_says_what_is_missing(imagenet):
 
 def batches(dataset, num_workers: int):
     transform = TrainTransform(side=8, min_crop=0.2, flip=True, seed=3)
-    loader = TrainLoader(dataset, transform, 3, 2, 1, 0, 1, num_workers, "cpu")
+    order = {"seed": 3, "batch_size": 2, "accum_iter": 1, "rank": 0, "world_size": 1}
+    loader = TrainLoader(dataset, transform, num_workers=num_workers, device="cpu", **order)
     return list(loader.stream(0, 14))  # more than two epochs
 
 

@@ -6,7 +6,6 @@ names. `epoch` and `step` count what is finished; resuming needs nothing else, b
 randomness is a function of the seed and these two.
 """
 
-import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,6 @@ from util.job import checkpoint_name, list_checkpoints
 
 FORMAT = 2  # 1: views depended on the number of processes
 KEEP_ROLLING = 2
-ZIP_START = b"PK\x03\x04"
 
 
 class CheckpointError(UserError):
@@ -33,26 +31,28 @@ def load_file(path: Path) -> dict:
     """weights_only: a file cannot run code. Raises CheckpointError where it cannot be read, and
     where any bit has changed since it was written."""
     try:
-        if record := damaged_record(path):
-            raise CheckpointError(f"{path} is damaged: {tensor_in(path, record)} has changed")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        record = damaged_record(path)
+        if record is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        changed = tensor_in(path, record)
     except Exception as error:  # an incomplete file fails in many ways, all of which mean the same
-        reason = " ".join(str(error).split())[:200]
-        kind = type(error).__name__
-        raise CheckpointError(f"{path} cannot be read ({kind}: {reason})") from error
+        reason = f"{type(error).__name__}: {first_words(error)}"
+        raise CheckpointError(f"{path} cannot be read ({reason})") from error
+    raise CheckpointError(f"{path} is damaged: {changed} has changed")
+
+
+def first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def damaged_record(path: Path) -> str | None:
     """The first part of the zip file that differs from its CRC-32, which torch writes but does not
     compare. None: all are as they were written, or the file has no such values."""
-    with open(path, "rb") as file:
-        if file.read(4) != ZIP_START:
-            return None  # torch's format of before 1.6
-        with zipfile.ZipFile(file) as archive:
-            has_values = any(record.CRC for record in archive.infolist())
-            return archive.testzip() if has_values else None
+    if not zipfile.is_zipfile(path):
+        return None  # torch's format of before 1.6, or a file that torch will refuse
+    with zipfile.ZipFile(path) as archive:
+        has_values = any(record.CRC for record in archive.infolist())
+        return archive.testzip() if has_values else None
 
 
 def tensor_in(path: Path, record: str) -> str:
@@ -62,8 +62,7 @@ def tensor_in(path: Path, record: str) -> str:
     if not number.isdecimal():
         return record
     names: dict[int, str] = {}  # by storage, which several tensors may share
-    contents = torch.load(path, map_location="meta", weights_only=True)
-    for name, tensor in named_tensors(contents):
+    for name, tensor in named_tensors(torch.load(path, map_location="meta", weights_only=True)):
         names.setdefault(tensor.untyped_storage()._cdata, name)
     return f"tensor {list(names.values())[int(number)]}"
 
@@ -91,8 +90,14 @@ def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
     return None
 
 
-def check_weights_fit(state_dict: dict[str, Tensor], expected: dict[str, Tensor], source) -> None:
-    """Raise CheckpointError listing the first keys that differ in name or shape."""
+def without_module_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published checkpoints carry DistributedDataParallel's prefix."""
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def load_weights(model: torch.nn.Module, state_dict: dict[str, Tensor], source) -> None:
+    """Raises CheckpointError listing the first keys that differ in name or shape."""
+    state_dict, expected = without_module_prefix(state_dict), model.state_dict()
     differences = [f"{key} is missing" for key in expected if key not in state_dict]
     differences += [f"{key} is unexpected" for key in state_dict if key not in expected]
     differences += [
@@ -104,16 +109,6 @@ def check_weights_fit(state_dict: dict[str, Tensor], expected: dict[str, Tensor]
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         first = "; ".join(differences[:5])
         raise CheckpointError(f"{source} holds another architecture: {first}{more}")
-
-
-def without_module_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published checkpoints carry DistributedDataParallel's prefix."""
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}
-
-
-def load_weights(model: torch.nn.Module, state_dict: dict[str, Tensor], source) -> None:
-    state_dict = without_module_prefix(state_dict)
-    check_weights_fit(state_dict, model.state_dict(), source)
     model.load_state_dict(state_dict)
 
 
@@ -126,18 +121,14 @@ class CheckpointWriter:
         self.folder, self.report = folder, report
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
-        self.seconds_waited = 0.0  # time that training spent on checkpoints
         self.failures = 0  # since the last one that was written
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
 
     def save(self, contents: dict, step: int, epoch: int | None = None) -> None:
-        start = time.perf_counter()
         self.wait()
-        contents = copy_to_cpu(contents)
         path = self.folder / checkpoint_name(step, epoch)
-        self.writing = self.background.submit(self.write, contents, path)
-        self.seconds_waited += time.perf_counter() - start
+        self.writing = self.background.submit(self.write, copy_to_cpu(contents), path)
 
     def wait(self) -> None:
         """Until the file is written. Errors other than write errors are raised here."""
@@ -149,16 +140,13 @@ class CheckpointWriter:
         try:
             write_whole(path, partial(torch.save, contents))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            reason = " ".join(str(error).split())[:200]
+            reason = first_words(error)
             self.report(f"checkpoint {path} could not be written ({reason}); training goes on")
             self.failures += 1
             return
         if self.failures:  # repeated, because a log on the same full disk has lost the reports
             self.report(f"checkpoint {path} is written; {self.failures} before it could not be")
             self.failures = 0
-        self.remove_old()
-
-    def remove_old(self) -> None:
         rolling = [p for p in list_checkpoints(self.folder) if p.name.startswith("step-")]
         for path in rolling[KEEP_ROLLING:]:
             path.unlink(missing_ok=True)

@@ -39,18 +39,21 @@ class Ranks:
         return self.rank == 0
 
 
-def join_processes(device_type: str | None = None) -> Ranks:
-    """Join the others through env://, which torchrun and Slurm set; alone where nothing is.
-    device_type: cpu or cuda; None: cuda where there is one."""
+def join_processes() -> Ranks:
+    """Join the others through env://, which torchrun and Slurm set; alone where nothing is."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if device_type == "cuda" or (device_type is None and torch.cuda.is_available()):
+    if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # Processes that each use all cores are ten times slower. A user's setting counts; with
+        # several processes it is torchrun's, which is 1.
+        if processes > 1 or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, own_cores(processes)))
     if "TORCHELASTIC_RUN_ID" in os.environ or multiprocessing.parent_process() is not None:
         end_with_parent()
     if world_size > 1:
@@ -67,13 +70,6 @@ def end_with_parent() -> None:
     the launcher its processes would otherwise train on, alongside those of the next start."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def share_cores(processes: int) -> None:
-    """Processes that each use all cores are ten times slower."""
-    # A user's setting counts; with several processes it is torchrun's, which is 1.
-    if processes > 1 or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, own_cores(processes)))
 
 
 def own_cores(processes: int) -> int:

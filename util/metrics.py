@@ -16,9 +16,8 @@ class DeviceMeters:
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.grad_norm, self.step_loss = torch.zeros(2, dtype=torch.float64, device=device)
         self.micro_steps = self.steps = 0
-        self.step_loss = torch.zeros((), dtype=torch.float64, device=device)
         # Since the start of the process. The loss is this rank's own; the gradient is common.
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.bad_losses = FaultCounter(device)
@@ -54,12 +53,8 @@ class DeviceMeters:
 
     def faults(self) -> list[tuple[int, str, int]]:
         """(first step, what, how many steps) for what went wrong on this rank."""
-        counters = {"loss": self.bad_losses, "gradient": self.bad_gradients}
-        return [
-            (int(counter.first_step), what, int(counter.count))
-            for what, counter in counters.items()
-            if counter.count
-        ]
+        counters = {"loss": self.bad_losses, "gradient": self.bad_gradients}.items()
+        return [(int(bad.first_step), what, int(bad.count)) for what, bad in counters if bad.count]
 
 
 class FaultCounter:
@@ -70,8 +65,7 @@ class FaultCounter:
         self.first_step = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, step: int, is_bad: Tensor) -> None:
-        is_first = is_bad & (self.count == 0)
-        self.first_step += is_first * step
+        self.first_step += (is_bad & (self.count == 0)) * step
         self.count += is_bad
 
 
@@ -84,14 +78,11 @@ class Speed:
 
     def timed(self, batches: Iterator) -> Iterator:
         """Pass batches through; the time until each is there counts as waiting."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        start = time.perf_counter()
+        for batch in batches:
             self.waited += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     def read(self, steps: int, images_per_step: int, steps_left: int) -> dict[str, float]:
         """Since the last call."""

@@ -130,19 +130,17 @@ class TensorBoardFile(AppendedFile):
         folder.mkdir(parents=True, exist_ok=True)
         unique = f"{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         super().__init__(folder / f"events.out.tfevents.{unique}")
-        now = time.time()
-        self.unwritten = as_record(Event(wall_time=now, file_version="brain.Event:2"))
+        self.unwritten = as_record(file_version="brain.Event:2")
         if first_step is not None:
             start = SessionLog(status=SessionLog.START)
-            self.unwritten += as_record(Event(wall_time=now, step=first_step, session_log=start))
+            self.unwritten += as_record(step=first_step, session_log=start)
 
     def add(self, values: dict[str, float], step: int) -> None:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
-        self.append(as_record(event))
+        self.append(as_record(step=step, summary=Summary(value=scalars)))
 
 
-def as_record(event: Event) -> bytes:
+def as_record(**fields) -> bytes:
     record = io.BytesIO()
-    RecordWriter(record).write(event.SerializeToString())
+    RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
     return record.getvalue()
