@@ -1,4 +1,4 @@
-"""The training step of Latent MIM: accum_iter micro-steps and one update; what it is made of.
+"""The training step of Latent MIM: accum_iter micro-steps and one update.
 
 Nothing in a step waits for the device: losses and similarities stay on it until they are logged.
 """
@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.lmim import LatentMIM, Latents
-from models.losses import Objective
 from models.views import Views
-from util.distributed import Ranks, synchronised
 from util.metrics import DeviceMeters
-from util.optim import build_adamw
-from util.schedules import Schedule, peak_learning_rate
+from util.schedules import Schedule
 
 SCALER_SEARCHES = 20  # halvings of fp16's loss scale, from 65,536 to less than 1
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -57,53 +54,6 @@ class Training:
     def autocast(self):
         dtype = AUTOCAST[self.precision]
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
-
-
-def build_model(cfg) -> LatentMIM:
-    """cfg: a composed config, or anything with its keys as attributes."""
-    return LatentMIM(
-        grid_size=cfg.grid_size,
-        patch_size=cfg.patch_size,
-        patch_gap=cfg.patch_gap,
-        embed_dim=cfg.encoder.embed_dim,
-        depth=cfg.encoder.depth,
-        num_heads=cfg.encoder.num_heads,
-        freeze_pe=cfg.freeze_pe,
-        mlp_dim=cfg.proj.mlp_dim,
-        mlp_depth=cfg.proj.mlp_depth,
-        decoder=cfg.decoder.name,
-        decoder_embed_dim=cfg.decoder_embed_dim,
-        decoder_depth=cfg.decoder_depth,
-        decoder_num_heads=cfg.decoder_num_heads,
-        avg_vis_mask_token=cfg.avg_vis_mask_token,
-        target=cfg.target.name,
-        target_depth=cfg.target_depth,
-        mask_target=cfg.mask_target,
-        recompute=cfg.recompute,
-    )
-
-
-def build_training(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> Training:
-    return Training(
-        network=synchronised(model, ranks),
-        model=model,
-        optimizer=build_adamw(model, cfg.weight_decay),
-        scaler=torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
-        objective=Objective(cfg.loss.name, cfg.tau, cfg.avg_sim_coeff),
-        schedule=Schedule(
-            peak_lr=peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size),
-            min_lr_frac=cfg.min_lr_frac,
-            warmup_epochs=cfg.warmup_epochs,
-            epochs=cfg.epochs,
-            target_mom=cfg.target_mom,
-            sim_init=cfg.sim_init,
-            sim_end=cfg.sim_end,
-        ),
-        device=ranks.device,
-        accum_iter=cfg.accum_iter,
-        precision=precision,
-        clip_grad=cfg.clip_grad,
-    )
 
 
 def begin_step(training: Training, epoch: float) -> None:

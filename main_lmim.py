@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
-from engine_pretrain import build_model, build_training, train_step
+from engine_pretrain import Training, train_step
 from eval.nn import leave_one_out_accuracy
 from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
+from util.build import build_model, read_geometry, training_parts
 from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
@@ -61,7 +62,7 @@ class Pretraining(Task):
         precision = choose_precision(cfg.precision, ranks.device)
         if ranks.device.type == "cpu":
             tune_for_cpu(self.model, precision, compiled=cfg.compile)
-        self.training = build_training(cfg, self.model, ranks, precision)
+        self.training = Training(**training_parts(cfg, self.model, ranks, precision))
         self.optimizer, self.scaler = self.training.optimizer, self.training.scaler
         self.draw_views = view_source(cfg, ranks, self.geometry)
 
@@ -178,13 +179,6 @@ class Pretraining(Task):
             f"tensorboard  tensorboard --logdir {loop.job / 'tensorboard'}\n"
             f"result       {path}"
         )
-
-
-# --- what is built ------------------------------------------------------------------------------
-
-
-def read_geometry(cfg: DictConfig) -> Geometry:
-    return Geometry(cfg.grid_size, cfg.patch_size, cfg.patch_gap, cfg.num_vis)
 
 
 def view_source(

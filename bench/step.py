@@ -28,9 +28,9 @@ import yaml
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import engine_pretrain
-from engine_pretrain import Training, begin_step, build_model, end_step, micro_step
+from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.views import Views, sample_views
+from util.build import build_model, training_parts
 from util.cpu import PixelProduct, tune_for_cpu, write_out_attention
 from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
 from util.metrics import memory_in_use
@@ -80,7 +80,7 @@ def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Traini
     model = build_model(cfg).to(ranks.device)
     if tuned and ranks.device.type == "cpu":
         tune_for_cpu(model, setting.precision, setting.compile)
-    training = engine_pretrain.build_training(cfg, model, ranks, setting.precision)
+    training = Training(**training_parts(cfg, model, ranks, setting.precision))
     if setting.compile:
         training.compile()
     return training

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from engine_pretrain import build_model
+from util.build import build_model
 from util.checkpoint import FORMAT
 from util.command import call, say_error
 from util.config import ConfigError, compose_config

@@ -4,9 +4,9 @@ from functools import cache
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine_pretrain import build_model
 from models.lmim import LatentMIM
 from models.losses import Objective
+from util.build import build_model
 from util.config import compose_config
 
 PLACES = {

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from engine_pretrain import build_model
 from eval.backbone import load_backbone
 from eval.common import load_for_all
 from eval.families import BackboneError
@@ -23,6 +22,7 @@ from models.vit import sine_cosine_positions
 from tests.backbones import digits_checkpoint
 from tests.published import published_model
 from tests.test_checkpoint import places_of_numbers
+from util.build import build_model
 from util.checkpoint import CheckpointError, load_file
 from util.config import compose_config
 from util.distributed import Ranks

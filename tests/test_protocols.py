@@ -15,7 +15,7 @@ from timm.layers import DropPath, Mlp
 from torch import nn, tensor
 
 from data import datasets, davis, imagenet, masks, transforms
-from engine_pretrain import Training, build_model, build_training
+from engine_pretrain import Training
 from eval import collapse, evaluate, families, finetune, linear_probe, segmentation
 from eval.backbone import OwnBackbone, Tokens
 from eval.common import EvalRun, count_hits
@@ -28,6 +28,7 @@ from models.lmim import LatentMIM
 from models.losses import Objective, prediction_loss
 from models.vit import Encoder
 from tests.test_config import PUBLISHED
+from util.build import build_model, training_parts
 from util.config import CONFIG_DIR, compose_config, flatten, parse_command_line, read_yaml
 from util.distributed import Ranks
 from util.lars import LARS
@@ -188,7 +189,7 @@ def small_recipe(decoder: str = "cross"):
 
 
 def test_optimiser_schedules_and_objective():
-    training = build_training(*small_recipe(), ALONE, "fp32")
+    training = Training(**training_parts(*small_recipe(), ALONE, "fp32"))
     assert type(training.optimizer) is torch.optim.AdamW
     for group, decay in zip(training.optimizer.param_groups, (0.05, 0), strict=True):
         found = [group[key] for key in ("betas", "eps", "amsgrad", "weight_decay")]

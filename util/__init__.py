@@ -1,3 +1,1 @@
-"""What surrounds the training loop: configuration, processes, schedules, optimiser, metrics,
-checkpoints.
-"""
+"""What surrounds the training loop."""
