@@ -6,12 +6,10 @@ python -m bench.loader --train --encoder vit_small --batch 48 --precision bf16
 
 Pipelines, measured in turns: `pil float`, the customary one (Pillow decodes, crops and resizes;
 float32, normalised, in the worker); `pil`, this project's with decoder=pil (uint8, normalised on
-the device); `fast`, with decoder=fast; `tar`, the same out of tar files. --train: loader and
-training step together.
+the device); `fast`, with decoder=fast. --train: loader and training step together.
 """
 
 import statistics
-import tarfile
 import tempfile
 import time
 from dataclasses import asdict
@@ -80,15 +78,6 @@ def write_photos(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(target, quality=int(rng.integers(90, 96)))
 
 
-def make_tars(folder: Path, target: Path) -> None:
-    """One uncompressed tar per class, as ImageNet ships them."""
-    (target / "train").mkdir(parents=True)
-    for class_folder in sorted((folder / "train").iterdir()):
-        with tarfile.open(target / "train" / f"{class_folder.name}.tar", "w") as tar:
-            for path in sorted(class_folder.iterdir()):
-                tar.add(path, arcname=path.name)
-
-
 # ---- The loader. ---------------------------------------------------------------------------------
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -132,7 +121,7 @@ def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
     return delivered / seconds
 
 
-def measure(data: Path, tars: Path, workers: int, images: int, rounds: int) -> dict:
+def measure(data: Path, workers: int, images: int, rounds: int) -> dict:
     """Images per second, medians over the rounds."""
     pillow, fast = (
         build_dataset("imagefolder", "train", str(data), {"decoder": decoder})
@@ -143,7 +132,6 @@ def measure(data: Path, tars: Path, workers: int, images: int, rounds: int) -> d
         "pil float": (pillow, customary_transform),
         "pil": (pillow, ours),
         "fast": (fast, ours),
-        "tar": (build_dataset("tar", "train", str(tars)), ours),
     }
     rates = {name: [] for name in kinds}
     for _ in range(rounds):
@@ -154,7 +142,7 @@ def measure(data: Path, tars: Path, workers: int, images: int, rounds: int) -> d
     for name, values in rates.items():
         result[name] = statistics.median(values)
         result[f"{name}, times pil float"] = median_ratio(values, rates["pil float"])
-    return result | {"tar, times fast": median_ratio(rates["tar"], rates["fast"])}
+    return result
 
 
 # ---- Loader and step together. -------------------------------------------------------------------
@@ -200,16 +188,14 @@ def main() -> None:
     if not options.train:
         torch.set_num_threads(1)  # as in a loader process
     with tempfile.TemporaryDirectory() as made:
-        data, tars = options.data or Path(made, "photos"), Path(made, "tars")
+        data = options.data or Path(made)
         if options.data is None:
             write_photos(data, options.photos)
-        if not options.train:
-            make_tars(data, tars)
         for workers in options.workers:
             if options.train:
                 result = train(data, setting, workers, options.steps, ranks)
             else:
-                result = measure(data, tars, workers, options.images, options.rounds)
+                result = measure(data, workers, options.images, options.rounds)
             if ranks.is_main:
                 show(result)
     leave_processes()

@@ -56,9 +56,6 @@ def evaluate(run: EvalRun) -> None:
     )
 
 
-# --- pooled features [N, D] ---------------------------------------------------------------------
-
-
 def rank_me(features: Tensor) -> float:
     """Singular values from the D x D products, so that any number of images fits."""
     products = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)

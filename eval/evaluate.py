@@ -104,9 +104,6 @@ def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:
     return own
 
 
-# --- the table ----------------------------------------------------------------------------------
-
-
 def markdown(found: dict[str, dict[str, dict]], with_references: bool) -> str:
     labels = list(next(iter(found.values())))
     rows = [["evaluation", "metric", *labels]]

@@ -74,9 +74,6 @@ def lives(owner: Owner, me: Owner) -> bool:
     return not has_ended(owner.slurm_job)
 
 
-# --- taking it, giving it back ------------------------------------------------------------------
-
-
 def lock(job: Path) -> None:
     """Raises JobBusy if another process has it. Held until unlock, or the end of the process."""
     unlock(job)

@@ -95,9 +95,6 @@ def keep_until_step(path: Path, last_step: int) -> None:
     write_whole(path, "".join(kept).encode())
 
 
-# --- files that a run adds to ---
-
-
 class AppendedFile:
     def __init__(self, path: Path):
         self.path = path
