@@ -120,7 +120,7 @@ def test_cfg_job_prints_the_config_as_yaml():
 )
 def test_flags_and_overrides_come_in_any_order(line):
     command = parse_command_line(line.split(), "")
-    assert command.show_config and command.overrides == ["epochs=3", "tau=1"]
+    assert command.cfg and command.overrides == ["epochs=3", "tau=1"]
     assert compose_config(command.config_name, command.overrides).epochs == 3
 
 
