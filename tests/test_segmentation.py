@@ -265,7 +265,7 @@ def white_objects(root: Path) -> None:
 
 
 DAMAGES = {
-    wrong_size: "the mask of .*val/0.png has 23 x 24 pixels: expected the size of .*, 24 x 24$",
+    wrong_size: "the mask of .*val/0.png has 23 x 24 pixels: expected 24 x 24, as the image$",
     colour_mask: "the mask .*0.png is stored as RGB: expected palette or 8-bit grey",
     truncated_mask: "cannot read .*masks/val/0.png",
     no_mask: "these masks are missing: .*masks/val/0.png$",
