@@ -208,6 +208,11 @@ def test_ways_to_name_a_config(composed, own, flags):
     assert composed(*flags.format(own).split())[0]["epochs"] == 99
 
 
+def test_a_config_without_defaults(error_of, own):
+    write(own / "bare.yaml", "defaults:\nepochs: 3\n")
+    assert error_of(f"-cd={own}", "-cn=bare").startswith("Invalid defaults list in 'bare'")
+
+
 def test_flags_that_mean_nothing_here(error_of, own):
     assert error_of("--cfg=hydra").startswith("--cfg=hydra: expected job")
     assert error_of("-c", "all").startswith("--cfg=all: expected job")

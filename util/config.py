@@ -131,7 +131,7 @@ def compose_config(
             config = compose(config_name, overrides)
             check_files(config_name, overrides, folders)
         OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(explain(error, config_dirs, worker)) from error
     check_keys(config)
     for key in PATHS:
@@ -290,7 +290,7 @@ def groups_of(worker: str | None) -> frozenset[str]:
 
 def choices_in(contents: dict) -> dict[str, str]:
     """Of each group in the defaults of a file, with `override` and `optional` or without."""
-    bases = [base for base in contents.get("defaults", []) if isinstance(base, dict)]
+    bases = [base for base in contents.get("defaults") or [] if isinstance(base, dict)]
     return {key.split()[-1].lstrip("/"): base[key] for base in bases for key in base}
 
 
@@ -302,7 +302,7 @@ def configs_of(worker: str | None) -> list[Path]:
 def worker_of(config_name: str, folders: list[Path]) -> str | None:
     """The worker that a config names, or that it takes over from the one it builds on."""
     contents = read_first(config_name, folders)
-    bases = [base for base in contents.get("defaults", []) if isinstance(base, str)]
+    bases = [base for base in contents.get("defaults") or [] if isinstance(base, str)]
     workers = (worker_of(base, folders) for base in bases if base not in ("_self_", config_name))
     return contents.get("worker") or next(filter(None, workers), None)
 
