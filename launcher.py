@@ -5,15 +5,20 @@ python launcher.py --config-name=lmim dataset=imagenet data_path=/path/to/imagen
 python launcher.py -m seed=1,2,3 ...    (a sweep: one run per value)
 """
 
+import os
+
 from omegaconf import DictConfig
 
 from util.command import leave, run_command_line
+from util.config import ConfigError
 
 
 def launch(configs: list[DictConfig]) -> int:
     """-> exit code. Torch is imported only where something runs on this machine."""
     cfg = configs[0]  # where to run is the same for all
     if cfg.env.slurm:
+        if "RANK" in os.environ:  # each process of torchrun would submit a job
+            raise ConfigError("env.slurm=True: expected to be started by python, not by torchrun")
         from util.slurm import submit
 
         return submit(configs)

@@ -36,15 +36,14 @@ def run_command_line(
     run: Callable[[list[DictConfig]], int], description: str, config_name: str = "lmim"
 ) -> int:
     """Compose and check the configs that the command line asks for, and run them. -> exit code"""
-    command = parse_command_line(sys.argv[1:], description, config_name)
     try:
+        command = parse_command_line(sys.argv[1:], description, config_name)
         configs = compose_all(command)
         if command.cfg:
-            print("---\n".join(OmegaConf.to_yaml(cfg) for cfg in configs), end="")
-            return 0
+            print("---\n".join(OmegaConf.to_yaml(cfg) for cfg in configs), end="", flush=True)
         for cfg in configs:
             check_config(cfg)
-        return run(configs)
+        return 0 if command.cfg else run(configs)
     except ConfigError as error:
         say_error(error)
         return error.exit_code

@@ -2,7 +2,9 @@
 that `--help`, `--cfg job` and submission answer at once."""
 
 import argparse
+import os
 import re
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -10,16 +12,19 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-LOCAL_GROUP = "local"  # the user's own settings, not shipped
-# The only sections where a key may be added with +key=value: what they hold is passed through.
+EXPERIMENT = "experiment"  # applied last, after the config's own values
+USER_GROUPS = ("local", EXPERIMENT)  # the user's own settings, not shipped
+# The only sections where a key may be added: what they hold is passed through.
 OPEN_SECTIONS = ("dataset.options", "env.slurm_extra", "env.nccl")
+PATHS = ("output_dir", "data_path", "pretrained", "pretrained_weights", "cache_dir")
 
 
 class UserError(Exception):
@@ -45,29 +50,43 @@ def parse_command_line(
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=describe_configs(),
+        add_help=False,
     )
+    parser.add_argument("--help", "-h", action="store_true", help="what can be chosen")
     parser.add_argument("--config-name", "-cn", default=config_name, metavar="NAME")
     parser.add_argument(
-        "--config-dir",
-        "-cd",
+        *("--config-dir", "-cd", "--config-path", "-cp"),
         default=CONFIG_DIR,
-        type=lambda folder: Path(folder).resolve(),
+        type=lambda folder: Path(folder).expanduser().resolve(),
         metavar="DIR",
         help="a folder of your own, laid out like configs/ and searched as well",
     )
-    parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
+    parser.add_argument("--cfg", "-c", metavar="job", help="print the composed config and stop")
+    parser.add_argument("--resolve", action="store_true", help="always so: values are resolved")
     parser.add_argument("--multirun", "-m", action="store_true", help="one run per value of a,b,c")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args(arguments)
+    command = parser.parse_intermixed_args(arguments)
+    if "/" in command.config_name:  # a file
+        if command.config_dir != CONFIG_DIR:
+            valid = "a name without '/' next to --config-dir"
+            raise ConfigError(f"--config-name={command.config_name}: expected {valid}")
+        path = Path(command.config_name).expanduser().resolve()
+        command.config_dir, command.config_name = path.parent, path.name
+    if command.help:
+        parser.epilog = describe_configs([command.config_dir, CONFIG_DIR])
+        parser.print_help()
+        parser.exit()
+    if command.cfg not in (None, "job"):
+        raise ConfigError(f"--cfg={command.cfg}: expected job; Hydra's own settings are not used")
+    return command
 
 
-def describe_configs() -> str:
+def describe_configs(config_dirs: list[Path]) -> str:
     """The epilog of --help: what can be chosen."""
-    lines = ["configs (--config-name):", "  " + "  ".join(yaml_names([CONFIG_DIR])), ""]
+    lines = ["configs (--config-name):", "  " + "  ".join(yaml_names(config_dirs)), ""]
     lines.append("groups (group=choice):")
-    for group in group_names([CONFIG_DIR]):
-        lines.append(f"  {group:8} " + "  ".join(group_choices(group, [CONFIG_DIR])))
+    for group in group_names(config_dirs):
+        lines.append(f"  {group:8} " + "  ".join(group_choices(group, config_dirs)))
     lines.append("\nkeys: python launcher.py --config-name=NAME --cfg job")
     return "\n".join(lines)
 
@@ -98,63 +117,109 @@ def compose_config(
     if config_name not in yaml_names(config_dirs):
         valid = f"a config of {config_dir}, one of {', '.join(yaml_names(config_dirs))}"
         raise ConfigError(f"--config-name={config_name}: expected {valid}")
-    for override in overrides:
-        check_override(override, config_dirs)
     # Of two files with the same name, the one next to the named config counts.
-    first, second = sorted(config_dirs, key=lambda d: not (d / f"{config_name}.yaml").is_file())
+    folders = sorted(config_dirs, key=lambda d: not (d / f"{config_name}.yaml").is_file())
     GlobalHydra.instance().clear()
+    worker = None
     try:
-        with initialize_config_dir(str(first), version_base="1.3"):
-            config = compose(config_name, [*overrides, f'hydra.searchpath=["file://{second}"]'])
+        worker = worker_of(config_name, folders)
+        overrides = [check_override(text, config_dirs, worker) for text in overrides]
+        if EXPERIMENT in choices_in(read_first(config_name, folders)):  # whose place it takes
+            overrides = [text.replace(f"+{EXPERIMENT}=", f"{EXPERIMENT}=", 1) for text in overrides]
+        overrides.append(f'hydra.searchpath=["file://{folders[1]}"]')
+        with initialize_config_dir(str(folders[0]), version_base="1.3"):
+            config = compose(config_name, overrides)
+            check_files(config_name, overrides, folders)
         OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(explain(error, config_dirs)) from error
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(explain(error, config_dirs, worker)) from error
     check_keys(config)
+    for key in PATHS:
+        if isinstance(path := config.get(key), str):
+            # Of pretrained=FAMILY:FILE the file.
+            family, colon, file = path.rpartition(":" if key == "pretrained" else "\0")
+            config[key] = family + colon + os.path.expanduser(file)
     return config
 
 
-def check_override(text: str, config_dirs: list[Path]) -> None:
-    """Catch what Hydra would ignore, or answer with a traceback."""
+def check_override(text: str, config_dirs: list[Path], worker: str | None) -> str:
+    """Catch what Hydra would ignore, or answer with a traceback. -> as Hydra reads it"""
     override = parse_override(text)
     key = override.key_or_group
+    is_experiment = key == EXPERIMENT and not override.is_delete()
     if override.package is not None or key.split(".")[0].split("/")[0] == "hydra":
-        raise ConfigError(unknown_key(text.split("=")[0], config_dirs))
-    if (override.is_add() or override.is_delete()) and not is_open(key):
+        raise ConfigError(unknown_key(text.split("=")[0], config_dirs, worker))
+    if (override.is_add() or override.is_delete()) and not is_experiment and not is_open(key):
         raise ConfigError(f"{text}: keys can be set (key=value) but neither added nor removed")
     if override.is_sweep_override():
-        valid = f"one value; a list is written {key}=[a,b], a text with a comma \"{key}='a,b'\""
-        raise ConfigError(f"{text}: expected {valid}")
-    if key in group_names(config_dirs):
+        a_list = "" if key.startswith("env.") else f"; a list is written {key}=[a,b]"
+        a_text = f"a text with a comma is written \"{key}='{text.partition('=')[2]}'\""
+        raise ConfigError(f"{text}: expected one value{a_list}; {a_text}")
+    if is_experiment or key in group_names(config_dirs):
         choices = group_choices(key, config_dirs)
         if override.value() not in choices:
-            raise ConfigError(f"{text}: expected one of {', '.join(choices)}")
+            valid = ", ".join(choices) or f"configs/{key}/*.yaml (there is none)"
+            raise ConfigError(f"{text}: expected one of {valid}")
+    return override.input_line or text
 
 
 def is_open(key: str) -> bool:
-    return key.startswith(tuple(f"{section}." for section in OPEN_SECTIONS))
+    return f"{key}.".startswith(tuple(f"{section}." for section in OPEN_SECTIONS))
 
 
 def parse_override(text: str) -> Override:
-    key, equals, _ = text.partition("=")
+    """Texts that Hydra would want in quotes are put in quotes. Where keys may be added, the + is
+    implied."""
+    key, equals, value = text.partition("=")
     if not key.strip("+~") or (not equals and not key.startswith("~")):
         raise ConfigError(f"'{text}' is not of the form key=value")
-    try:
-        return OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        valid = f"\"{key}='...'\" where it holds brackets, commas, colons or quotes"
-        raise ConfigError(f"{text}: the value cannot be read; expected {valid}") from error
+    if key.lstrip("+") == EXPERIMENT:
+        key = f"+{EXPERIMENT}"
+    elif is_open(key.lstrip("+")):
+        key = f"++{key.lstrip('+')}"
+    items = re.split(r",(?![^\[\](){}]*[\])}])", value)  # not at commas inside brackets
+    for readable in (value, ",".join(map(quote, items))):
+        with suppress(HydraException):
+            return OverridesParser.create().parse_override(key + equals + readable)
+    valid = f"{key.lstrip('+')}=VALUE with its quotes and brackets closed"
+    raise ConfigError(f"{text}: the value cannot be read; expected {valid}")
 
 
-def explain(error: Exception, config_dirs: list[Path]) -> str:
+def quote(value: str) -> str:
+    """A plain word needs no quotes; a broken list or quotation stays one."""
+    broken = value.startswith(tuple("[{'\"")) or any(value.count(mark) % 2 for mark in "'\"")
+    if broken or re.fullmatch(r"[\w./:-]*", value):
+        return value
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+def check_files(config_name: str, overrides: list[str], folders: list[Path]) -> None:
+    """Catch what Hydra would ignore in files."""
+    loader = GlobalHydra.instance().config_loader()
+    used = loader.compute_defaults_list(config_name, overrides, RunMode.RUN)
+    for name in [entry.config_path or "" for entry in used.defaults]:
+        contents = read_first(name, folders)
+        if "hydra" in contents:
+            raise ConfigError(f"{name}.yaml: expected no section 'hydra', which would do nothing")
+        if not name.startswith(f"{EXPERIMENT}/"):
+            continue
+        for group, choice in choices_in(contents).items():
+            wins = used.overrides.override_choices.get(group, choice)
+            if wins != choice and not any(text.startswith(f"{group}=") for text in overrides):
+                valid = f"{group}={choice} on the command line as well"
+                raise ConfigError(f"{name}: expected {valid}, because {config_name} overrides it")
+
+
+def explain(error: Exception, config_dirs: list[Path], worker: str | None) -> str:
     """Hydra's and OmegaConf's errors in one sentence."""
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
     for message in map(str, causes):
         if unknown := re.search(r"(?s)is not in struct.*full_key: (\S+)", message):
-            return unknown_key(unknown.group(1), config_dirs)
+            return unknown_key(unknown.group(1), config_dirs, worker)
         if no_group := re.search(r"Could not override '([^'@]+)'", message):
-            return unknown_key(no_group.group(1), config_dirs)
+            return unknown_key(no_group.group(1), config_dirs, worker)
         if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
             group, choice = missing.groups()
             choices = ", ".join(group_choices(group, config_dirs))
@@ -167,54 +232,90 @@ def explain(error: Exception, config_dirs: list[Path]) -> str:
 
 def check_keys(config: DictConfig) -> None:
     """Hydra knows the keys on the command line; those in a user's own files are checked here."""
-    known = shipped_keys(config.get("worker"))
-    if not known:
+    worker = config.get("worker")
+    if not shipped_keys(worker):
         return  # the user's own worker has keys of its own
+    known = shipped_keys(worker) | group_keys()  # local settings may be meant for another worker
     for key, value in flatten(OmegaConf.to_container(config)).items():
-        if key in OPEN_SECTIONS or is_open(key):
+        if is_open(key):
             continue
         inside = sorted(name for name in known if name.startswith(f"{key}."))
         if inside:
             raise ConfigError(f"{key}={value}: expected its keys one by one: {', '.join(inside)}")
         if key not in known:
-            raise ConfigError(unknown_key(key, [CONFIG_DIR]))
+            raise ConfigError(unknown_key(key, [CONFIG_DIR], worker))
 
 
-def unknown_key(key: str, config_dirs: list[Path]) -> str:
-    known = [*shipped_keys(), *group_names(config_dirs)]
-    close = get_close_matches(key, known, n=3)
+def unknown_key(key: str, config_dirs: list[Path], worker: str | None) -> str:
+    """With keys to choose from that this worker has."""
+    others = {*group_names([CONFIG_DIR]), *USER_GROUPS} - groups_of(worker)
+    known = {*(shipped_keys(worker) or shipped_keys()), *group_names(config_dirs)} - others - {key}
+    close = get_close_matches(key, sorted(known), n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "see --cfg job for the valid ones"
-    if key.startswith(f"{LOCAL_GROUP}."):
-        hint = "the first line of configs/local/default.yaml must be '# @package _global_'"
+    group = key.split(".")[0]
+    if key in group_names(config_dirs):
+        hint = f"the config has no {group} in its defaults"
+    elif group in USER_GROUPS:
+        hint = f"the first line of configs/{group}/*.yaml must be '# @package _global_'"
     return f"{key}: unknown key; {hint}"
 
 
 @cache
 def shipped_keys(worker: str | None = None) -> dict[str, object]:
     """The keys of the shipped configs that name this worker (of all, without one) and of every
-    choice of every group, with a shipped value. Empty where no shipped config names it."""
-    configs = [path for path in CONFIG_DIR.glob("*.yaml") if worker in (None, worker_of(path))]
+    choice of their groups, with a shipped value. Empty where no shipped config names it."""
     keys = {}
-    for path in configs:
+    for path in configs_of(worker):
         keys |= flatten(read_yaml(path))
-    if not configs:
-        return keys
+    return keys | group_keys(groups_of(worker)) if keys else {}
+
+
+@cache
+def group_keys(groups: frozenset[str] | None = None) -> dict[str, object]:
+    """The keys of every choice of these groups, or of all that are shipped."""
+    keys = {}
     for path in CONFIG_DIR.glob("*/*.yaml"):
-        if path.parent.name != LOCAL_GROUP:
+        group = path.parent.name
+        if group not in USER_GROUPS and (groups is None or group in groups):
             is_global = path.read_text().startswith("# @package _global_")
-            keys |= flatten(read_yaml(path), "" if is_global else f"{path.parent.name}.")
+            keys |= flatten(read_yaml(path), "" if is_global else f"{group}.")
     return keys
 
 
-def worker_of(path: Path) -> str | None:
-    """The worker that a shipped config names, or that it takes over from the one it builds on."""
-    contents = read_yaml(path)
-    bases = [name for name in contents["defaults"] if isinstance(name, str) and name != "_self_"]
-    return contents.get("worker") or next((worker_of(path.with_stem(base)) for base in bases), None)
+@cache
+def groups_of(worker: str | None) -> frozenset[str]:
+    """The groups in the defaults of the shipped configs of this worker."""
+    return frozenset(group for path in configs_of(worker) for group in choices_in(read_yaml(path)))
 
 
+def choices_in(contents: dict) -> dict[str, str]:
+    """Of each group in the defaults of a file, with `override` and `optional` or without."""
+    bases = [base for base in contents.get("defaults") or [] if isinstance(base, dict)]
+    return {key.split()[-1].lstrip("/"): base[key] for base in bases for key in base}
+
+
+def configs_of(worker: str | None) -> list[Path]:
+    paths = CONFIG_DIR.glob("*.yaml")
+    return [path for path in paths if worker in (None, worker_of(path.stem, [CONFIG_DIR]))]
+
+
+def worker_of(config_name: str, folders: list[Path]) -> str | None:
+    """The worker that a config names, or that it takes over from the one it builds on."""
+    contents = read_first(config_name, folders)
+    bases = [base for base in contents.get("defaults") or [] if isinstance(base, str)]
+    workers = (worker_of(base, folders) for base in bases if base not in ("_self_", config_name))
+    return contents.get("worker") or next(filter(None, workers), None)
+
+
+def read_first(name: str, folders: list[Path]) -> dict:
+    files = (folder / f"{name}.yaml" for folder in folders)
+    return next((read_yaml(file) for file in files if file.is_file()), {})
+
+
+@cache
 def read_yaml(path: Path) -> dict:
-    return OmegaConf.to_container(OmegaConf.load(path))
+    contents = OmegaConf.to_container(OmegaConf.load(path))
+    return contents if isinstance(contents, dict) else {}
 
 
 def flatten(section: dict, prefix: str = "") -> dict[str, object]:

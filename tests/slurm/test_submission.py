@@ -86,7 +86,7 @@ def test_a_sweep_is_one_array(tmp_path):
     for job_id in ids:
         assert wait_for_end(job_id, 120) == "COMPLETED"
     folders = sorted(path.parent.name for path in tmp_path.glob("*/log.txt"))
-    assert folders == ["demo-seed=1", "demo-seed=2", "demo-seed=3"]
+    assert folders == ["demo-seed1", "demo-seed2", "demo-seed3"]
     finished = succeed(LAUNCHER, *ON_SLURM, *arguments)
     assert finished.count("already finished") == 3
     assert not squeue("demo")
