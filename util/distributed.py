@@ -21,11 +21,6 @@ from data.loader import share_of
 TIMEOUT = timedelta(minutes=10)
 ROWS = 65536  # that are sent at a time: bounds the memory
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-STEP = ("STEP_NUM_TASKS", "STEP_TASKS_PER_NODE", "STEP_NODELIST", "STEP_ID", "JOB_ID") + (
-    "PROCID",
-    "LOCALID",
-    "NODEID",
-)
 # Newer versions of torch have renamed it.
 BUFFER_OPTION = (
     "forward_sync_buffers"
@@ -48,8 +43,9 @@ class Ranks:
 def read_slurm_step() -> None:
     """The tasks of an srun are processes of one run, unless torchrun has said who is who. Of the
     step, not of the job: what a batch script starts without srun is alone."""
-    step = {name: os.environ.get(f"SLURM_{name}", "") for name in STEP}
-    if "RANK" in os.environ or int(step["STEP_NUM_TASKS"] or 1) == 1:
+    names = [name for name in os.environ if name.startswith("SLURM_")]
+    step = {name.removeprefix("SLURM_"): os.environ[name] for name in names}
+    if "RANK" in os.environ or int(step.get("STEP_NUM_TASKS", 1)) == 1:
         return
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", step["STEP_TASKS_PER_NODE"])  # 2(x3),1
     per_node = [count for count, times in counts for _ in range(int(times or 1))]

@@ -27,7 +27,7 @@ from util.config import ConfigError, TrainingStopped, job_directory, processes_p
 from util.files import write_whole
 from util.job import is_finished, is_restart, refuse_to_start_over
 from util.lock import JobBusy
-from util.slurm_queue import OVER, job_state, read_note, read_queue, why_waiting
+from util.slurm_queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "Makefile", "requirements.txt", "configs", "data", "eval", "models", "util")
@@ -77,11 +77,11 @@ def submit_group(configs: list[DictConfig]) -> list[dict[str, str]]:
 
 
 def say_if_stuck(job_id: str) -> None:
-    """Wait for Slurm's opinion, but no longer than it takes."""
+    """Until the job has started, or waits for what is usual: its first reason may change."""
     deadline = time.monotonic() + FIRST_WORD_SECONDS
     while time.monotonic() < deadline:
         record = job_state(job_id)
-        if record["JobState"] != "PENDING" or record.get("Reason", "None") != "None":
+        if record["JobState"] != "PENDING" or record.get("Reason") in USUAL - {"None"}:
             break
         time.sleep(0.3)
     if reason := why_waiting(record):

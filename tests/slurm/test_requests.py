@@ -139,7 +139,12 @@ def test_a_request_that_cannot_start(tmp_path):
 
 def test_names_of_signs_that_slurm_reads(tmp_path):
     for name in ("""x%A_%a %j 'a' "b" 100%""", "語" * 66 + "x"):
-        settings = [*ON_SLURM, f"output_dir={tmp_path}", HELD, f"job_name={json.dumps(name)}"]
+        settings = [
+            *ON_SLURM,
+            f"output_dir={tmp_path}",
+            HELD,
+            f"job_name={json.dumps(name, ensure_ascii=False)}",
+        ]
         (job_id,) = ids(succeed(LAUNCHER, *settings))
         assert job_info(job_id)["StdOut"].endswith(f"/{job_id}_0_log.out")
         code, output = run(LAUNCHER, *settings)
