@@ -98,7 +98,7 @@ def test_preemption_by_a_job_of_higher_priority(tmp_path, undisturbed_pair):
     )
     assert wait_for_end(submission.stdout.strip(), 60) == "COMPLETED"
     assert_undisturbed(job, job_id, undisturbed_pair)
-    assert "SIGUSR2: this job is to be started again" in error_text(job)
+    assert "SIGUSR2: this job is to be started again" in log_text(job, job_id)
 
 
 def processes_of(job_id: str) -> list[int]:
