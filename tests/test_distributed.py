@@ -15,6 +15,7 @@ from util.distributed import (
     broadcast_object,
     default_workers,
     gather_objects,
+    read_slurm_step,
     share_rows,
 )
 
@@ -50,6 +51,25 @@ def test_loader_processes_are_counted_from_the_cores(
     if given:
         monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(given))
     assert default_workers() == workers
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "node", "given", "expected"),
+    [
+        ("gpu[07-08,11]", "2(x2),1", 2, {}, "4 0 5 1 gpu07 20501"),
+        ("a[1-2]-b[3,5],c", "1(x3)", 1, {"MASTER_ADDR": "here"}, "4 0 3 1 here 20501"),
+        ("nameless", "3", 0, {"MASTER_PORT": "7"}, "4 0 3 3 127.0.0.1 7"),
+    ],
+)
+def test_ranks_are_read_from_a_step_of_srun(monkeypatch, nodes, tasks, node, given, expected):
+    world = {"gpu[07-08,11]": "5"}.get(nodes, "3")
+    step = {"STEP_NUM_TASKS": world, "STEP_TASKS_PER_NODE": tasks, "STEP_NODELIST": nodes}
+    step |= {"STEP_ID": "1", "JOB_ID": "39504", "PROCID": "4", "LOCALID": "0", "NODEID": str(node)}
+    variables = {f"SLURM_{name}": value for name, value in step.items()} | given
+    monkeypatch.setattr("os.environ", variables)
+    read_slurm_step()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert " ".join(map(variables.get, names)) == expected
 
 
 def count_reductions(ranks: Ranks, folder) -> None:

@@ -189,3 +189,14 @@ def test_a_second_interrupt_leaves_at_once():
     ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert ran.stdout == "still here\n"
     assert ran.returncode == -signal.SIGINT
+
+
+def test_what_torchrun_starts_again_resumes(tmp_path):
+    program = [sys.executable, "main_lmim.py", *TINY, "resume=False", "epochs=1"]
+    command = [*program, "warmup_epochs=0", f"output_dir={tmp_path}"]
+    code, output = finish(start_process(command))
+    assert code == 0, output
+    code, output = finish(start_process(command))
+    assert code == 2 and "already holds" in output
+    code, output = finish(start_process(command, TORCHELASTIC_RESTART_COUNT="1"))
+    assert code == 0, output

@@ -13,6 +13,7 @@ from typing import NoReturn
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, UserError, job_directory, parse_command_line
+from util.job import is_restart
 from util.sweep import compose_all
 from util.validate import check_config
 
@@ -78,6 +79,8 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     process is writing in the job's folder, so the same command may succeed later."""
     from data.base import DataError
 
+    if is_restart() and "resume" in cfg:
+        cfg.resume = True
     try:
         main(cfg)
     except (UserError, DataError) as error:

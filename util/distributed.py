@@ -4,6 +4,7 @@ import ctypes
 import inspect
 import multiprocessing
 import os
+import re
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,13 +40,38 @@ class Ranks:
         return self.rank == 0
 
 
+def read_slurm_step() -> None:
+    """The tasks of an srun are processes of one run, unless torchrun has said who is who. Of the
+    step, not of the job: what a batch script starts without srun is alone."""
+    names = [name for name in os.environ if name.startswith("SLURM_")]
+    step = {name.removeprefix("SLURM_"): os.environ[name] for name in names}
+    if "RANK" in os.environ or int(step.get("STEP_NUM_TASKS", 1)) == 1:
+        return
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", step["STEP_TASKS_PER_NODE"])  # 2(x3),1
+    per_node = [count for count, times in counts for _ in range(int(times or 1))]
+    first_node = re.sub(r"\[(\w+)[^]]*\]", r"\1", step["STEP_NODELIST"]).split(",")[0]
+    port = 20000 + (int(step["JOB_ID"]) + 997 * int(step["STEP_ID"])) % 40000
+    os.environ |= {
+        "RANK": step["PROCID"],
+        "LOCAL_RANK": step["LOCALID"],
+        "WORLD_SIZE": step["STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": per_node[int(step["NODEID"])],
+    }
+    # A node need not know its own name.
+    os.environ.setdefault("MASTER_ADDR", first_node if len(per_node) > 1 else "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
 def join_processes() -> Ranks:
-    """Join the others through env://, which torchrun and Slurm set; alone where nothing is."""
+    """Join the others through env://, which torchrun sets, or as Slurm says; alone where neither
+    does."""
+    read_slurm_step()
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        # Slurm may have given each process a GPU of its own, and then it sees no others.
+        device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

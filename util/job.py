@@ -27,8 +27,9 @@ def checkpoint_name(step: int, epoch: int | None = None) -> str:
 
 
 def is_restart() -> bool:
-    """Slurm has started this job before."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    """Slurm or torchrun has started this job before."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(int(os.environ.get(name, 0)) > 0 for name in counts)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from util.distributed import Ranks
 
-# USR2 comes from Slurm (through submitit): save, then ask for a requeue.
+# USR2 comes from Slurm: save, then ask for a requeue.
 # TERM comes from Slurm, torchrun or a person: save, and leave it to them.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 # One Ctrl-C comes twice where torchrun passes on what the terminal has sent to all.
@@ -82,7 +82,7 @@ class StopFlag(Signals):
         requeue = self.previous[signal.SIGUSR2]
         if number == signal.SIGUSR2 and callable(requeue):
             if self.ranks.is_main:
-                requeue(number, None)  # submitit's: asks Slurm to start this job again, and exits
+                requeue(number, None)  # util/slurm.py: asks to be started again, and exits
             # Leaving before the first process has asked would end the job for good.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(60)

@@ -4,27 +4,38 @@ Imports no torch on the submitting side. submitit writes the batch script and th
 pickle holds is the resolved config and nothing else.
 """
 
+import codecs
 import contextlib
 import io
+import itertools
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 import submitit
 from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
 from util.config import ConfigError, TrainingStopped, job_directory, processes_per_node
+from util.files import write_whole
 from util.job import is_finished, is_restart, refuse_to_start_over
 from util.lock import JobBusy
-from util.slurm_queue import OVER, job_state, read_queue
+from util.slurm_queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "Makefile", "requirements.txt", "configs", "data", "eval", "models", "util")
+CODE_FILES = {".py", ".yaml", ".yml", ".json", ".toml", ".txt", ".csv", ".npz", ".so", ".cu"}
+# Of what the surrounding job (salloc, Jupyter) or torchrun has set, only this reaches Slurm.
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+FIRST_WORD_SECONDS = 3  # until Slurm has had a look at a new job
+ASK_SECONDS = 15  # between two questions about a job that is followed
 
 
 # --- submission ---------------------------------------------------------------------------------
@@ -34,24 +45,47 @@ def submit(configs: list[DictConfig]) -> int:
     """One job, or an array of jobs (a sweep). -> exit code"""
     if shutil.which("sbatch") is None:
         raise ConfigError("env.slurm=True: there is no sbatch on this machine; expected False")
+    for name in os.environ:
+        if name in ("RANK", "WORLD_SIZE") or (name.startswith("SLURM_") and name not in KEPT):
+            del os.environ[name]
     queue = read_queue()
     waiting = [cfg for cfg in configs if needs_to_run(cfg, queue, single=len(configs) == 1)]
-    if not waiting:
-        return 0
     for cfg in waiting:
         make_paths_absolute(cfg)
         (job_directory(cfg) / "logs").mkdir(parents=True, exist_ok=True)
-    folder = submission_folder(waiting)
-    tasks = [SlurmTask(OmegaConf.to_container(cfg)) for cfg in waiting]
-    jobs = submit_tasks(build_executor(waiting[0], folder), tasks)
+    groups: dict[str, list[DictConfig]] = {}  # one array asks for the same resources for all
+    for cfg in waiting:
+        groups.setdefault(OmegaConf.to_yaml(cfg.env), []).append(cfg)
+    notes = [note for group in groups.values() for note in submit_group(group)]
+    return max(map(follow, notes)) if waiting and waiting[0].env.wait else 0
+
+
+def submit_group(configs: list[DictConfig]) -> list[dict[str, str]]:
+    """-> what is noted of each job"""
+    folder = submission_folder(configs)
+    tasks = [SlurmTask(OmegaConf.to_container(cfg)) for cfg in configs]
+    jobs = submit_tasks(build_executor(configs[0], folder), tasks)
     notes = []
-    for cfg, job in zip(waiting, jobs, strict=True):
+    for cfg, job in zip(configs, jobs, strict=True):
         log = folder / f"{job.job_id}_0_log.out"  # of the first process
         notes.append({"job_id": job.job_id, "log": str(log)})
-        note_file(cfg).write_text(json.dumps(notes[-1]) + "\n")
+        file = job_directory(cfg) / "logs" / "slurm.json"
+        write_whole(file, json.dumps(notes[-1]).encode())
         describe(cfg, job.job_id, log)
-    cfg = waiting[0]
-    return max(map(follow, notes)) if cfg.env.wait else 0
+    say_if_stuck(jobs[0].job_id)
+    return notes
+
+
+def say_if_stuck(job_id: str) -> None:
+    """Until the job has started, or waits for what is usual: its first reason may change."""
+    deadline = time.monotonic() + FIRST_WORD_SECONDS
+    while time.monotonic() < deadline:
+        record = job_state(job_id)
+        if record["JobState"] != "PENDING" or record.get("Reason") in USUAL - {"None"}:
+            break
+        time.sleep(0.3)
+    if reason := why_waiting(record):
+        print(f"  job {job_id} does not start: Slurm says {reason}", flush=True)
 
 
 def submit_tasks(executor: submitit.AutoExecutor, tasks: list["SlurmTask"]) -> list[submitit.Job]:
@@ -85,9 +119,9 @@ def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
 
 
 def make_paths_absolute(cfg: DictConfig) -> None:
-    """The job runs in another folder."""
+    """The job runs in another folder. A path that begins with a variable means the node's."""
     for key in ("output_dir", "data_path", "pretrained_weights", "cache_dir"):
-        if cfg.get(key) is not None:
+        if cfg.get(key) is not None and not cfg[key].startswith("$"):
             cfg[key] = str(Path(cfg[key]).absolute())
     if cfg.get("pretrained") is not None:
         family, colon, file = cfg.pretrained.rpartition(":")
@@ -97,22 +131,28 @@ def make_paths_absolute(cfg: DictConfig) -> None:
 
 def submission_folder(configs: list[DictConfig]) -> Path:
     """Where submitit's files, Slurm's logs and the copy of the code go."""
-    if len(configs) == 1:
-        return job_directory(configs[0]) / "logs"
-    return Path(configs[0].output_dir) / "sweeps" / time.strftime("%Y%m%d-%H%M%S")
+    logs = job_directory(configs[0]) / "logs"
+    sweeps = Path(configs[0].output_dir) / "sweeps" / time.strftime("%Y%m%d-%H%M%S")
+    if "%" in configs[0].output_dir:  # %j and the like mean something in Slurm's --output
+        raise ConfigError(f"output_dir={configs[0].output_dir}: expected a path without '%'")
+    if len(configs) == 1 and "%" not in configs[0].job_name:
+        return logs
+    free = (sweeps.with_name(f"{sweeps.name}-{number}") for number in itertools.count())
+    return next(folder for folder in free if not folder.exists())
 
 
 def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
     folder.mkdir(parents=True, exist_ok=True)
-    code = copy_code(folder) if cfg.env.snapshot else REPOSITORY
-    # A long training runs into its time limit any number of times.
-    executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=1_000_000)
+    extra = {key.replace("-", "_"): value for key, value in cfg.env.slurm_extra.items()}
+    code = copy_code(folder, "dependency" in extra) if cfg.env.snapshot else REPOSITORY
+    executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_python=cfg.env.python)
     executor.update_parameters(  # None: not set
         name=cfg.job_name,
         nodes=cfg.env.world_size,
         tasks_per_node=processes_per_node(cfg),
         cpus_per_task=cfg.env.workers,
-        gpus_per_node=cfg.env.ngpu or None,
+        gpus_per_node=None if cfg.env.gres else cfg.env.ngpu or None,
+        slurm_gres=None if cfg.env.gres == "none" else cfg.env.gres,
         mem_gb=cfg.env.mem,
         timeout_min=cfg.env.timeout,
         slurm_partition=cfg.env.partition,
@@ -124,48 +164,77 @@ def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
         slurm_comment=cfg.env.comment,
         slurm_signal_delay_s=cfg.env.signal_delay,
         slurm_array_parallelism=cfg.env.array_parallelism,
-        slurm_additional_parameters={"requeue": True, **cfg.env.slurm_extra},
+        # False: an option that is not wanted
+        slurm_additional_parameters={
+            key: value for key, value in {"requeue": True, **extra}.items() if value is not False
+        },
+        slurm_stderr_to_stdout=True,
         slurm_setup=[
+            *cfg.env.setup,
             f"cd {shlex.quote(str(code))}",
-            f"export PYTHONPATH={shlex.quote(str(code))}",
+            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            # As in the name of the log. Each element of an array has files of its own.
+            "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+            f"export LMIM_MARKS={shlex.quote(str(folder))}/${{id:-$SLURM_JOB_ID}}",
+            'rm -f "$LMIM_MARKS.again" "$LMIM_MARKS.ended"',
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # Slurm does not pass it on by itself
             *(f"export {name}={shlex.quote(str(value))}" for name, value in cfg.env.nccl.items()),
         ],
         # One lost process ends all, which would otherwise wait for it until the time limit.
-        slurm_srun_args=["--kill-on-bad-exit=1"],
-        slurm_teardown=requeue_after_a_crash(folder, cfg.env.max_restarts),
+        slurm_srun_args=["--kill-on-bad-exit=1", *cfg.env.srun_args],
+        slurm_teardown=start_again_or_end(cfg.env.max_restarts),
     )
+    executor._executor.parameters["wckey"] = None  # submitit's default, which some clusters refuse
     return executor
 
 
-def copy_code(folder: Path) -> Path:
-    """Later edits in the working tree must not reach a job that is requeued."""
-    code = folder / "code"
-    shutil.rmtree(code, ignore_errors=True)
-    code.mkdir()
+def copy_code(folder: Path, keep: bool) -> Path:
+    """Later edits in the working tree must not reach a job that is requeued. keep: that of an
+    earlier job, which this one waits for."""
+    for earlier in [] if keep else folder.glob("code*"):
+        shutil.rmtree(earlier, ignore_errors=True)
+    code = folder / time.strftime("code-%Y%m%d-%H%M%S")
+    code.mkdir(exist_ok=True)
     for pattern in CODE:
         for path in REPOSITORY.glob(pattern):
             if path.is_dir():
-                shutil.copytree(
-                    path, code / path.name, ignore=shutil.ignore_patterns("__pycache__")
-                )
+                copy_code_folder(path, code / path.name)
             else:
                 shutil.copy2(path, code / path.name)
     return code
 
 
-def requeue_after_a_crash(folder: Path, max_restarts: int) -> list[str]:
+def copy_code_folder(source: Path, target: Path) -> None:
+    """Neither data that lie in it, nor what links lead to."""
+    entries = list(source.iterdir())
+    files = [path for path in entries if path.suffix in CODE_FILES and path.is_file()]
+    if files and source.name != "__pycache__":
+        target.mkdir(exist_ok=True)
+        for path in files:
+            shutil.copy2(path, target / path.name)
+        for path in entries:
+            if path.is_dir() and not path.is_symlink():
+                copy_code_folder(path, target / path.name)
+
+
+def start_again_or_end(max_restarts: int) -> list[str]:
     """Shell lines after srun. Slurm's own restart count has preemptions in it, so crashes are
-    counted in a file. A process that fails for good (bad config, missing data) leaves a file that
-    says so. After a requeue by signal these lines do not run: Slurm ends the batch script."""
+    counted in a file. The first process leaves another when it has saved and wants to be started
+    again, or fails for good (bad config, missing data)."""
     return [
         "rc=$?",
-        f"marks={shlex.quote(str(folder))}/$SLURM_JOB_ID",
-        'crashes=$(cat "$marks.crashes" 2>/dev/null || echo 0)',
-        f'if [ $rc -ne 0 ] && [ ! -e "$marks.final" ] && [ "$crashes" -lt {max_restarts} ]; then',
-        '  echo $((crashes + 1)) > "$marks.crashes"',
+        'again=; crashes=$(cat "$LMIM_MARKS.crashes" 2>/dev/null || echo 0)',
+        'if [ $rc -eq 0 ] || [ -e "$LMIM_MARKS.final" ]; then :',
+        'elif [ -e "$LMIM_MARKS.again" ]; then again=1',
+        f'elif [ "$crashes" -lt {max_restarts} ]; then',
+        '  again=1; echo $((crashes + 1)) > "$LMIM_MARKS.crashes"',
         f'  echo "exit status $rc: restart $((crashes + 1)) of {max_restarts}"',
-        "  scontrol requeue $SLURM_JOB_ID",
         "fi",
+        "tries=30  # for minutes: Slurm's controller may be away",
+        'while [ "$again" ] && ! scontrol requeue $SLURM_JOB_ID; do',
+        "  tries=$((tries - 1)); [ $tries -gt 0 ] || break; sleep 10",
+        "done",
+        '[ "$again" ] || touch "$LMIM_MARKS.ended"',
         "exit $rc",
     ]
 
@@ -191,13 +260,10 @@ class SlurmTask:
         self.config = config
 
     def __call__(self) -> None:
-        # GPUs are chosen by local rank among those that Slurm has given (util/distributed.py);
-        # submitit's own choice would ignore what was given.
-        environment = submitit.helpers.TorchDistributedEnvironment()
-        environment.export(set_cuda_visible_devices=False, overwrite=True)
-        # After a requeue Slurm starts the pickle of the submission again.
-        if is_restart() and "resume" in self.config:
-            self.config["resume"] = True
+        signal.signal(signal.SIGUSR2, ask_for_another_start)
+        for key in ("data_path", "cache_dir", "pretrained_weights"):
+            if self.config.get(key) is not None:
+                self.config[key] = os.path.expandvars(self.config[key])
         if self.config["env"]["ngpu"] == 0:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from util.command import leave, run_configured_worker
@@ -206,50 +272,71 @@ class SlurmTask:
         # Again would be the same. Busy: a second submission; after a restart, the last start's end.
         final = [ConfigError.exit_code, TrainingStopped.exit_code]
         if exit_code in final or (exit_code == JobBusy.exit_code and not is_restart()):
-            mark = Path(os.environ["SUBMITIT_FOLDER"]) / f"{os.environ['SLURM_JOB_ID']}.final"
-            mark.touch()
+            leave_mark("final")
         if exit_code:
             leave(exit_code)
 
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called when a signal requeues the job, after the training has saved."""
-        return submitit.helpers.DelayedSubmission(SlurmTask(self.config))
+
+def leave_mark(name: str) -> None:
+    """For the end of the batch script."""
+    Path(f"{os.environ['LMIM_MARKS']}.{name}").touch()
+
+
+def ask_for_another_start(number: int, frame: FrameType | None) -> None:
+    """The batch script does it: in a container there is no scontrol."""
+    from util.preemption import NOT_DONE
+
+    if os.environ["SLURM_PROCID"] == "0":
+        leave_mark("again")
+        print(f"{signal.Signals(number).name}: this job is to be started again", flush=True)
+        sys.exit(NOT_DONE)
 
 
 # --- the queue ----------------------------------------------------------------------------------
 
 
-def note_file(cfg: DictConfig) -> Path:
-    return job_directory(cfg) / "logs" / "slurm.json"
-
-
 def job_in_queue(cfg: DictConfig, queue: dict[str, str]) -> str | None:
-    """By name, or (elements of an array share a name) by the id noted at submission."""
+    """The job of this folder: by the id noted at submission, or by name and log. (Elements of an
+    array share a name, and several folders may have jobs of one name.) None too if the new job is
+    to wait for its end."""
+    noted = read_note(job_directory(cfg)).get("job_id")
+    logs = (job_directory(cfg) / "logs").resolve()
+    ids = [noted] if noted in queue else []
     for job_id, name in queue.items():
-        if name == cfg.job_name:
-            return job_id
-    with contextlib.suppress(FileNotFoundError):
-        noted = json.loads(note_file(cfg).read_text())["job_id"]
-        return noted if noted in queue else None
-    return None
+        if name == cfg.job_name and job_id not in ids:
+            log = job_state(job_id).get("StdOut", "")
+            ids += [job_id] if Path(log).parent.resolve() == logs else []
+    dependency = str(cfg.env.slurm_extra.get("dependency", ""))
+    kinds = re.findall(r"(after(?:any|ok|notok|corr)):([\d:_]+)", dependency)
+    awaited = {job_id for _, waited_for in kinds for job_id in waited_for.split(":")}
+    if not ids or dependency == "singleton" or any({i, i.split("_")[0]} & awaited for i in ids):
+        return None
+    return ids[0]
 
 
 def follow(note: dict) -> int:
     """Copy the log to this terminal until the job has ended. -> its exit status"""
-    path, position = Path(note["log"]), 0
+    job_id, log, position = note["job_id"], Path(note["log"]), 0
+    ended = log.with_name(f"{job_id}.ended")  # by the batch script: the answer is near
+    text = codecs.getincrementaldecoder("utf-8")("replace")
+    record, reason, asked_at = {"JobState": "unknown"}, None, -float(ASK_SECONDS)
     while True:
         # The state is read before the log, so that the log's last lines are not missed.
-        state = job_state(note["job_id"]).get("JobState", "UNKNOWN")
-        if path.exists():
-            with open(path) as log:
-                log.seek(position)
-                print(log.read(), end="", flush=True)
-                position = log.tell()
-        if state in {*OVER, "UNKNOWN"}:
+        if ended.exists() or time.monotonic() - asked_at >= ASK_SECONDS:
+            record, asked_at = job_state(job_id), time.monotonic()
+        if log.exists():
+            with open(log, "rb") as file:
+                file.seek(position)
+                print(text.decode(file.read()), end="", flush=True)
+                position = file.tell()
+        state = record["JobState"]
+        if state in OVER or state == "forgotten":
             break
+        if (now := why_waiting(record)) and now != reason:
+            print(f"job {job_id} does not start: Slurm says {now}", file=sys.stderr, flush=True)
+        reason = now
         time.sleep(1)
     if state == "COMPLETED":
         return 0
-    status, _ = job_state(note["job_id"]).get("ExitCode", "1:0").split(":")
-    print(f"job {note['job_id']} ended as {state}", file=sys.stderr)
-    return int(status) or 1
+    print(f"job {job_id} ended as {state}", file=sys.stderr)
+    return int(record.get("ExitCode", "1:0").split(":")[0]) or 1

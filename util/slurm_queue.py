@@ -1,12 +1,20 @@
 """What Slurm says about jobs. Never through a shell: job names are free text."""
 
+import json
+import re
 import subprocess
+from pathlib import Path
 
 from util.config import ConfigError
 
 OVER = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED"),
     *("BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY"),
+}
+# Reasons for which a job waits without anybody having to do something.
+USUAL = {
+    *("None", "Priority", "Resources", "Dependency", "BeginTime", "JobHeldUser"),
+    *("JobArrayTaskLimit", "Licenses", "Reservation", "Cleaning", "Prolog"),
 }
 
 
@@ -25,12 +33,31 @@ def read_queue() -> dict[str, str]:
 
 
 def job_state(job_id: str) -> dict[str, str]:
-    """Slurm's record of a job; empty if it has forgotten it."""
+    """Slurm's record of a job: forgotten some minutes after its end; unknown if nobody answers."""
     try:
-        line = slurm_command("scontrol", "--oneliner", "show", "job", job_id)
-    except subprocess.CalledProcessError:
+        text = slurm_command("scontrol", "show", "job", job_id)
+    except subprocess.CalledProcessError as error:
+        return {"JobState": "forgotten" if "Invalid job id" in error.stderr else "unknown"}
+    except (OSError, subprocess.TimeoutExpired):
+        return {"JobState": "unknown"}
+    # A job's name, which may look like anything, comes first: of two values the last one counts.
+    record = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    return record | dict(re.findall(r"^ *(StdOut)=(.*)$", text, re.MULTILINE))
+
+
+def why_waiting(record: dict[str, str]) -> str | None:
+    """Slurm's reason, if the job may wait for ever unless somebody does something."""
+    reason = record.get("Reason", "None")
+    return None if record["JobState"] != "PENDING" or reason in USUAL else reason
+
+
+def read_note(job: Path) -> dict[str, str]:
+    """What was noted at the last submission; nothing if that cannot be read."""
+    try:
+        note = json.loads((job / "logs" / "slurm.json").read_text())
+        return note if isinstance(note["job_id"], str) and isinstance(note["log"], str) else {}
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
-    return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
 def has_ended(job_id: str) -> bool:

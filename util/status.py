@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from util.config import ConfigError
 from util.job import list_checkpoints
-from util.slurm_queue import job_state
+from util.slurm_queue import job_state, read_note, why_waiting
 
 COLUMNS = ("job", "slurm", "state", "epoch", "loss", "images/s", "last checkpoint", "restarts")
 
@@ -42,12 +42,13 @@ def describe_job(job: Path) -> tuple[str, ...]:
 
 def in_slurm(job: Path) -> tuple[str, str, str]:
     """Job id, state, restarts; dashes for what did not run there."""
-    note = job / "logs" / "slurm.json"
-    if not note.exists() or shutil.which("scontrol") is None:
+    note = read_note(job)
+    if not note or shutil.which("scontrol") is None:
         return "-", "-", "-"
-    job_id = json.loads(note.read_text())["job_id"]
-    record = job_state(job_id)
-    return job_id, record.get("JobState", "forgotten"), record.get("Restarts", "-")
+    record = job_state(note["job_id"])
+    reason = why_waiting(record)
+    state = record["JobState"] + (f" ({reason})" if reason else "")
+    return note["job_id"], state, record.get("Restarts", "-")
 
 
 def last_training_record(log: Path) -> dict | None:

@@ -60,7 +60,7 @@ def squeue(name: str | None = None) -> list[QueuedJob]:
     """My jobs that have not ended, or those of this name."""
     chosen = [] if name is None else ["--name", name]
     fields = "JobArrayID:64,State:32,RestartCnt:16,Name:256"
-    table = _run("squeue", "--noheader", "--me", "--Format", fields, *chosen)
+    table = _run("squeue", "--noheader", "--me", "--array", "--Format", fields, *chosen)
     rows = [line.split(maxsplit=3) for line in table.splitlines()]
     return [QueuedJob(row[0], row[1], int(row[2]), row[3].strip()) for row in rows]
 

@@ -41,7 +41,7 @@ def test_a_truncated_newest_checkpoint(tmp_path, undisturbed_pair):
     newest.write_bytes(newest.read_bytes()[:5000])
     job_id = submit(*settings)
     assert_undisturbed(job, job_id, undisturbed_pair)
-    assert f"{newest} cannot be read" in error_text(job)
+    assert f"{newest} cannot be read" in log_text(job, job_id)
     resumed_step = int(before.stem.rpartition("-")[2])
     assert f"from step {resumed_step}\n" in log_text(job, job_id)
 

@@ -18,7 +18,7 @@ def test_two_tasks_on_slurm_give_the_number_of_one_process_here(tmp_path):
     assert code == 0, output
     job_id = output.split("submitted as job ")[1].split()[0]
     logs = there / "nn" / "logs"
-    assert wait_for_end(job_id, 60) == "COMPLETED", next(logs.glob("*.err")).read_text()
+    assert wait_for_end(job_id, 60) == "COMPLETED", next(logs.glob("*.out")).read_text()
     ours, expected = results(there, "nn"), results(here, "nn")
     assert ours["results"] == expected["results"]
     assert ours["processes"] == 2

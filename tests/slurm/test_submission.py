@@ -164,7 +164,7 @@ def test_of_two_submissions_that_start_together_one_runs(tmp_path):
     (refused,) = [job_id for job_id, state in states.items() if state == "FAILED"]
     assert job_info(refused)["ExitCode"] == "4:0" and job_info(refused)["Restarts"] == "0"
     (runs,) = set(ids) - {refused}
-    said = (job / "logs" / f"{refused}_0_log.err").read_text()
+    said = (job / "logs" / f"{refused}_0_log.out").read_text()
     assert f"of Slurm job {runs} is running in" in said, said
     assert [r["step"] for r in records(job)] == [*range(5, 516, 5), 516]
 
