@@ -32,7 +32,7 @@ from util.slurm_queue import OVER, USUAL, job_state, read_note, read_queue, why_
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "Makefile", "requirements.txt", "configs", "data", "eval", "models", "util")
 CODE_FILES = {".py", ".yaml", ".yml", ".json", ".toml", ".txt", ".csv", ".npz", ".so", ".cu"}
-# Of what the surrounding job (salloc, Jupyter) or torchrun has set, only this reaches Slurm.
+# Of what the surrounding job (salloc, Jupyter) has set, only this reaches Slurm.
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 FIRST_WORD_SECONDS = 3  # until Slurm has had a look at a new job
 ASK_SECONDS = 15  # between two questions about a job that is followed
@@ -46,7 +46,7 @@ def submit(configs: list[DictConfig]) -> int:
     if shutil.which("sbatch") is None:
         raise ConfigError("env.slurm=True: there is no sbatch on this machine; expected False")
     for name in os.environ:
-        if name in ("RANK", "WORLD_SIZE") or (name.startswith("SLURM_") and name not in KEPT):
+        if name.startswith("SLURM_") and name not in KEPT:
             del os.environ[name]
     queue = read_queue()
     waiting = [cfg for cfg in configs if needs_to_run(cfg, queue, single=len(configs) == 1)]

@@ -81,7 +81,7 @@ def test_what_reaches_the_node(tmp_path):
     ran = subprocess.run(
         [*LAUNCHER, *TINY, *ON_SLURM, *settings],
         cwd=ROOT,
-        env=environment(PYTHONPATH=own_path, RANK="3", **surrounding),
+        env=environment(PYTHONPATH=own_path, **surrounding),
         capture_output=True,
         text=True,
     )
@@ -106,7 +106,7 @@ def test_of_a_sweep_only_what_is_missing_is_submitted(tmp_path):
     cancel(jobs[1])
     again = succeed(LAUNCHER, *ON_SLURM, *arguments, f"output_dir={tmp_path / 'a'}")
     assert again.count("nothing submitted") == 2
-    assert "demo-seed=2: submitted" in again and len(ids(again)) == 1
+    assert "demo-seed2: submitted" in again and len(ids(again)) == 1
     # Jobs of one name in two folders are two jobs.
     elsewhere = succeed(LAUNCHER, *ON_SLURM, *arguments, f"output_dir={tmp_path / 'b'}")
     assert len(ids(elsewhere)) == 3
