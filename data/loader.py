@@ -5,7 +5,9 @@ batches it would have seen, and neither the number of workers nor the split into
 accumulation steps changes the images of a step.
 """
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -238,6 +240,16 @@ def _start_worker(worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@atexit.register
+def _kill_workers() -> None:
+    """Those still there when the process ends, after an error: multiprocessing would send a
+    SIGTERM and wait for them forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as lost
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 # ---- From the workers to the device. -------------------------------------------------------------
 
 
@@ -263,7 +275,8 @@ def _load(
 
 def _raise_error(batch: tuple | DataError) -> tuple[Tensor, Tensor, tuple]:
     if isinstance(batch, DataError):
-        raise batch
+        # Not batch itself: it would hold this frame, and with it the workers, in a cycle.
+        raise DataError(*batch.args)
     return batch
 
 

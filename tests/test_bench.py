@@ -32,6 +32,7 @@ def run(*command: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_the_plain_formulation_takes_the_same_step():
     ours, plain = build_training(SMALL, ALONE), make_plain(build_training(SMALL, ALONE))
     generator = torch.Generator().manual_seed(0)
@@ -51,6 +52,7 @@ def test_the_plain_formulation_takes_the_same_step():
     assert (weights - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.slow
 def test_work_is_counted_as_by_hand():
     """Multiplications and additions of all matrix products; backward twice what has gradients."""
 
@@ -100,6 +102,7 @@ def test_step_bench_reports_what_it_measured_on_two_processes(tmp_path):
         assert result["gflop_per_second"] == pytest.approx(work)
 
 
+@pytest.mark.slow
 def test_step_bench_runs_where_only_torch_and_timm_are():
     others = {"hydra", "omegaconf", "submitit", "tensorboard", "sklearn"}
     probe = f"import sys, bench.step; sys.exit(len({others} & set(sys.modules)))"

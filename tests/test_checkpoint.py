@@ -200,6 +200,7 @@ def write_for_ever(folder) -> None:
         writer.save({"weight": weight, "step": step}, step)
 
 
+@pytest.mark.slow
 def test_kill_during_writing_always_leaves_a_whole_newest_file(tmp_path):
     """kill -9 at 20 moments of a process that does nothing but write checkpoints."""
     found_half_written = 0

@@ -9,6 +9,7 @@ from tests.backbones import digits_checkpoint, run_command
 from util.config import compose_config
 
 
+@pytest.mark.slow
 def test_one_table_of_several_evaluations(tmp_path, capfd):
     common = [f"output_dir={tmp_path}", f"pretrained={digits_checkpoint(tmp_path)}"]
     overrides = ["evals=[nn,knn,collapse]", "beside_random_init=True", "batch_size=512"]

@@ -41,6 +41,7 @@ def test_a_trained_position_of_the_class_token_carries_over(tmp_path):
     assert run_command("export", f"output_dir={tmp_path}", f"pretrained={path}") == 0
 
 
+@pytest.mark.slow
 def test_the_readme_of_the_folder_runs(tmp_path):
     path = digits_checkpoint(tmp_path)
     assert run_command("export", f"output_dir={tmp_path}", f"pretrained={path}") == 0

@@ -134,6 +134,7 @@ def test_unknown_flags_are_refused():
 # ---- One process. --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_process_runs_in_the_launcher_itself(run_own_worker):
     result = run_own_worker()
     assert result.returncode == 0 and result.stderr == ""

@@ -1,9 +1,13 @@
 """The loaders' promises: the same batches for any workers, any split into processes, any resume."""
 
+import gc
 import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -263,6 +267,32 @@ def test_a_folder_without_any_readable_image_is_one_clear_error(tmp_path, worker
     loader = train_loader(build_dataset("folder", "train", tmp_path), num_workers=workers)
     with pytest.raises(DataError, match="^20 images in a row .* cannot identify image file"):
         list(loader.stream(0, 1))
+
+
+def test_an_error_in_a_worker_does_not_keep_the_workers(tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    loader = train_loader(build_dataset("folder", "train", tmp_path), batch_size=1, num_workers=2)
+    gc.collect()
+    others = set(multiprocessing.active_children())
+    gc.disable()  # which would free them in an order in which they are waited for
+    with suppress(DataError):
+        list(loader.stream(0, 1))
+    gc.enable()
+    assert set(multiprocessing.active_children()) <= others
+
+
+HOLDS_ITS_WORKERS = """
+from tests.test_loader import train_loader
+stream = train_loader(num_workers=2).stream(0, 10_000)
+print(next(stream).unreadable)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_although_something_holds_its_workers():
+    command = [sys.executable, "-c", HOLDS_ITS_WORKERS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
 def test_a_bug_is_not_taken_for_an_unreadable_image():

@@ -184,6 +184,7 @@ print("survived")
 """
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once():
     command = [sys.executable, "-c", IMPATIENT]
     ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
@@ -191,6 +192,7 @@ def test_a_second_interrupt_leaves_at_once():
     assert ran.returncode == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_what_torchrun_starts_again_resumes(tmp_path):
     program = [sys.executable, "main_lmim.py", *TINY, "resume=False", "epochs=1"]
     command = [*program, "warmup_epochs=0", f"output_dir={tmp_path}"]

@@ -153,7 +153,12 @@ def moved_by_more_than_rounding(item: tuple[str, torch.Tensor]) -> torch.Tensor:
     return value.chunk(2)[1] if name.endswith("kv_proj.bias") else value.flatten()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+ONE, *OTHERS = VARIANTS
+
+
+@pytest.mark.parametrize(
+    "variant", [ONE, *(pytest.param(v, marks=pytest.mark.slow) for v in OTHERS)]
+)
 def test_ten_steps_equal_those_written_by_hand(tmp_path, variant):
     keys = COMMON | VARIANTS[variant]
     model = pretrain(configured(keys, tmp_path))

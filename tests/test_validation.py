@@ -207,6 +207,7 @@ def test_an_option_that_a_dataset_does_not_have(error_of):
 # ---- Checkpoints. --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
     exit_code, output, _ = run_here()
     checkpoint = tmp_path / "demo" / "checkpoints" / "epoch-0001-step-00000005.pth"
