@@ -4,6 +4,7 @@ torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,7 +27,7 @@ from util.distributed import Ranks, gather_objects, join_processes, leave_proces
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, sum_over_processes, train
-from util.metrics import memory_in_use
+from util.metrics import describe_nodes, memory_in_use
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
 from util.streams import Stream, seed_of
@@ -51,7 +52,7 @@ class Pretraining(Task):
     evaluates_at_end = False
 
     def __init__(self, cfg: DictConfig, ranks: Ranks):
-        self.cfg, self.ranks = cfg, ranks
+        self.cfg, self.ranks, self.max_steps = cfg, ranks, cfg.max_steps
         self.geometry = read_geometry(cfg)
         crops = TrainTransform(self.geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
         self.loader = train_loader(cfg, ranks, open_split(cfg, "train"), crops)
@@ -129,7 +130,7 @@ class Pretraining(Task):
             f"out and max_bad_steps={self.cfg.max_bad_steps}"
         )
 
-    def evaluate(self, epoch: int) -> Line | None:
+    def evaluate(self) -> Line | None:
         """Nearest neighbours, if the evaluation images have labels."""
         if self.evaluation.dataset.labels is None:
             return None
@@ -154,8 +155,11 @@ class Pretraining(Task):
         training.optimizer.zero_grad(set_to_none=False)
 
     def finish(self, loop: Loop) -> None:
-        """What the run has come to: results/JOB.json, and where to find the rest."""
-        if not self.ranks.is_main or loop.first_step >= loop.total_steps:
+        """What the run has come to and what it took: results/JOB.json, and where the rest is."""
+        if loop.first_step >= loop.total_steps:
+            return
+        nodes = describe_nodes(self.ranks)
+        if not self.ranks.is_main:
             return
         seconds = time.perf_counter() - loop.start
         accuracies = loop.log.values_of("nn_accuracy")
@@ -173,8 +177,16 @@ class Pretraining(Task):
         if before is not None and after is not None:
             took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
             loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")
+        last = list_checkpoints(loop.job / "checkpoints")[0]
+        speed, waited = (
+            loop.log.values_of(name)[loop.total_steps]
+            for name in ("images_per_second", "data_wait")
+        )
         loop.log.say(
-            f"checkpoint   {list_checkpoints(loop.job / 'checkpoints')[0]}\n"
+            f"nodes        {nodes}\n"
+            f"speed        {speed:.0f} images/s, waiting for data {waited:.0%}, at the end\n"
+            f"checkpoint   {last} ({last.stat().st_size / 1e9:.3g} GB; "
+            f"{shutil.disk_usage(loop.job).free / 1e9:.3g} GB are free)\n"
             f"log          {loop.job / 'log.txt'}\n"
             f"tensorboard  tensorboard --logdir {loop.job / 'tensorboard'}\n"
             f"result       {path}"

@@ -258,7 +258,7 @@ class Classification(Task):
 
     def finish(self, loop: Loop) -> None:
         if self.accuracies is None:  # the run that is resumed had come to its end
-            self.evaluate(self.cfg.epochs)
+            self.evaluate()
 
     @torch.no_grad()
     def measure(self) -> None:

@@ -161,7 +161,7 @@ class Finetuning(Classification):
                 logits = self.model(self.run.normalised(batch.images))
             yield [logits], batch.labels
 
-    def evaluate(self, epoch: int) -> Line:
+    def evaluate(self) -> Line:
         self.measure()
         top1, top5 = self.accuracies[0].tolist()
         return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"

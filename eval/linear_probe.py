@@ -118,7 +118,7 @@ class Probe(Classification):
         for part in self.evaluation_parts():
             yield [head(part.features) for head in self.model.values()], part.labels
 
-    def evaluate(self, epoch: int) -> Line:
+    def evaluate(self) -> Line:
         self.measure()
         first = dict(zip(self.names, self.accuracies[:, 0].tolist(), strict=True))
         summary = "  ".join(f"{name} {value:.2f} %" for name, value in first.items())

@@ -72,8 +72,9 @@ RECIPE = (
     "grid_size=14 patch_size=16 patch_gap=4 num_vis=20 min_crop=0.2 freeze_pe=True "
     "proj.mlp_dim=4096 proj.mlp_depth=3 decoder_depth=3 decoder_embed_dim=512 "
     "decoder_num_heads=16 avg_vis_mask_token=True target_depth=null mask_target=True tau=0.2 "
-    "avg_sim_coeff=0.1 sim_init=0.75 sim_end=0.25 target_mom=0.99 epochs=800 warmup_epochs=40 "
-    "blr=1.5e-4 min_lr_frac=0.25 weight_decay=0.05 batch_size=256 accum_iter=2 clip_grad=null "
+    "avg_sim_coeff=0.1 sim_init=0.75 sim_end=0.25 target_mom=0.99 epochs=800 max_steps=null "
+    "warmup_epochs=40 blr=1.5e-4 min_lr_frac=0.25 weight_decay=0.05 batch_size=256 accum_iter=2 "
+    "clip_grad=null "
 )
 RHYTHM = "eval_freq=10 save_freq=50 print_freq=100 worker=main_lmim "
 EVALUATION = (

@@ -1,7 +1,10 @@
 """A run that was killed at any moment and started again ends with the weights of a run that
 was never disturbed."""
 
+import json
 import random
+import re
+import socket
 
 import pytest
 
@@ -12,11 +15,13 @@ from tests.runs import (
     final_state,
     kill_at_step,
     records,
+    run,
     start,
     succeed,
     succeed_together,
     torchrun,
 )
+from util.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +76,31 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     before = final_state(tmp_path / "demo")
     succeed(LAUNCHER, *arguments)
     assert_same_state(final_state(tmp_path / "demo"), before)
+
+
+def test_a_trial_ends_like_a_run_and_can_be_continued(tmp_path, undisturbed):
+    """Inside an epoch, on two processes."""
+    arguments = (*share(2), f"output_dir={tmp_path}", "eval_freq=2")
+    output = succeed_together(2, *arguments, "max_steps=14")
+    job = tmp_path / "demo"
+    (name,) = [path.name for path in list_checkpoints(job / "checkpoints")]
+    assert name == "step-00000014.pth" and final_state(job)["step"] == 14
+    evaluated = [r for r in records(job) if "nn_accuracy" in r]
+    assert [(r["step"], r["epoch"]) for r in evaluated] == [(14, 1.4)]
+    assert json.loads((job / "results" / "demo.json").read_text())["steps"] == 14
+    last = [r for r in records(job) if "loss" in r][-1]
+    size = (job / "checkpoints" / name).stat().st_size / 1e9
+    nodes = re.escape(f"{socket.gethostname()}: 2 x cpu; at most ")
+    speed = f"{last['images_per_second']:.0f} images/s, waiting for data {last['data_wait']:.0%}"
+    assert re.search(f"nodes +{nodes}[0-9.]+ GB on one\n", output)
+    assert re.search(f"speed +{speed}, at the end\n", output)
+    assert re.search(rf"checkpoint .*{name} \({size:.3g} GB; [0-9.e+]+ GB are free\)\n", output)
+    code, refused = run(LAUNCHER, f"output_dir={tmp_path}", "resume=False")
+    assert code == 2 and f"already holds {name}" in refused
+    output = succeed_together(2, *arguments)
+    assert "30 steps, from step 14\n" in output
+    assert_same_state(final_state(job), undisturbed(2))
+    assert [r["step"] for r in records(job) if "loss" in r] == list(range(1, 31))
 
 
 def test_twenty_kills_while_checkpoints_are_written(tmp_path):

@@ -32,6 +32,7 @@ class Task:
 
     loader: StepOrder
     evaluates_at_end = True  # also where eval_freq is 0
+    max_steps: int | None = None  # at which a run ends as if that were all
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
@@ -56,7 +57,7 @@ class Task:
         only place that waits for the device."""
         raise NotImplementedError
 
-    def evaluate(self, epoch: int) -> Line | None:
+    def evaluate(self) -> Line | None:
         raise NotImplementedError
 
     def finish(self, loop: "Loop") -> None:
@@ -120,14 +121,14 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
         task.step(step, batches)
         step += 1
         loop.after_step(step)
-        if step % per_epoch:
+        at_end = step == loop.total_steps
+        if step % per_epoch and not at_end:
             loop.between_steps(step)
             continue
-        epoch = step // per_epoch
-        at_end = epoch == cfg.epochs and (task.evaluates_at_end or cfg.eval_freq)
-        if at_end or (cfg.eval_freq and epoch % cfg.eval_freq == 0):
-            loop.evaluate(epoch)
-        loop.after_epoch(epoch)
+        at_end = at_end and (task.evaluates_at_end or cfg.eval_freq)
+        if at_end or (cfg.eval_freq and step % (cfg.eval_freq * per_epoch) == 0):
+            loop.evaluate(step)
+        loop.after_epoch(step)
     loop.finish()
 
 
@@ -174,6 +175,8 @@ class Loop:
         self.stop_flag, self.first_step = stop, first_step
         self.steps_per_epoch = task.loader.steps_per_epoch
         self.total_steps = cfg.epochs * self.steps_per_epoch
+        if task.max_steps is not None:
+            self.total_steps = min(self.total_steps, task.max_steps)
         self.images_per_step = task.loader.batch_size * task.loader.accum_iter * ranks.world_size
         self.last_logged = self.last_saved_step = first_step
         self.last_saved = time.monotonic()
@@ -207,20 +210,24 @@ class Loop:
         )
         self.log.record({"epoch": epoch, **numbers, **speed}, done, summary)
 
-    def evaluate(self, epoch: int) -> None:
+    def evaluate(self, done: int) -> None:
         with self.speed.pause():
-            found = self.task.evaluate(epoch)
+            found = self.task.evaluate()
         if found is not None:
             numbers, summary = found
-            step = epoch * self.steps_per_epoch
-            self.log.record({"epoch": epoch, **numbers}, step, f"epoch {epoch}: {summary}")
+            epoch = done / self.steps_per_epoch
+            self.log.record({"epoch": epoch, **numbers}, done, f"epoch {epoch:.4g}: {summary}")
 
-    def after_epoch(self, epoch: int) -> None:
-        done = epoch * self.steps_per_epoch
-        if epoch % self.cfg.save_freq == 0 or done == self.total_steps:
-            self.save(done, epoch)
+    def after_epoch(self, done: int) -> None:
+        """Or at the end, where max_steps is inside one."""
+        if done == self.total_steps or done % (self.cfg.save_freq * self.steps_per_epoch) == 0:
+            self.save(done, self.whole_epoch(done))
         if done < self.total_steps:
             self.between_steps(done)
+
+    def whole_epoch(self, done: int) -> int | None:
+        epoch, steps = divmod(done, self.steps_per_epoch)
+        return None if steps else epoch
 
     def between_steps(self, done: int) -> None:
         """Save now and then; stop if asked to. Not between an epoch's last step and its evaluation:
@@ -258,7 +265,8 @@ class Loop:
     def finish(self) -> None:
         """Without its last checkpoint a job is not finished, however far training has come."""
         self.finish_writing()
-        last = self.job / "checkpoints" / checkpoint_name(self.total_steps, self.cfg.epochs)
+        name = checkpoint_name(self.total_steps, self.whole_epoch(self.total_steps))
+        last = self.job / "checkpoints" / name
         if self.ranks.is_main and not last.exists():
             raise TrainingStopped(
                 f"training has ended, but its last checkpoint {last} could not be written: make "

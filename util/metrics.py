@@ -1,7 +1,10 @@
 """Numbers of a run: sums that stay on the device until they are read, speed, memory."""
 
+import os
 import resource
+import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.losses import METRICS
+from util.distributed import Ranks, gather_objects
 
 
 class DeviceMeters:
@@ -109,6 +113,17 @@ def memory_in_use(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def describe_nodes(ranks: Ranks) -> str:
+    """The devices of each node, and how much memory was used. All processes together."""
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    is_gpu = ranks.device.type == "cuda"
+    name = torch.cuda.get_device_name(ranks.device) if is_gpu else "cpu"
+    found = gather_objects((node, name, memory_in_use(ranks.device)), ranks)
+    counts = Counter((node, name) for node, name, _ in found)
+    nodes = ", ".join(f"{node}: {count} x {name}" for (node, name), count in counts.items())
+    return f"{nodes}; at most {max(gb for *_, gb in found):.1f} GB on one"
 
 
 def readable_time(seconds: float) -> str:

@@ -139,7 +139,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (whole(1), "env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers"),
     (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
     (whole(1), "draws frame_side top_k patch_head.epochs patch_head.batch_images"),
-    (or_null(whole(1)), "target_depth image_side"),
+    (or_null(whole(1)), "target_depth image_side max_steps"),
     (whole(2), "grid_size encoder.grid_size"),
     (whole(4), "probe_images"),
     (whole(8), "dataset.options.image_size"),

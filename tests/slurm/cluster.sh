@@ -75,7 +75,7 @@ SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket=$DIR/munge.socket,cred_expire=5
 FirstJobId=$(($(date +%s) % 60000000))
-KillWait=5
+KillWait=2
 MinJobAge=3600
 ReturnToService=2
 ProctrackType=proctrack/linuxproc

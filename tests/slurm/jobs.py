@@ -6,8 +6,8 @@ from tests.runs import LAUNCHER, assert_same_state, final_state, records, succee
 from tests.slurm.cluster import job_info, wait_for
 from util.checkpoint import list_checkpoints
 
-# Long enough to be interrupted: about ten seconds. Checkpoints every second.
-LONG = ["epochs=20", "batch_size=32", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
+# Long enough to be interrupted: 600 steps. Checkpoints every second.
+LONG = ["epochs=14", "batch_size=32", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
 ON_SLURM = ["env.slurm=True", "env.ngpu=0", "env.workers=1", "env.timeout=60"]
 
 

@@ -172,8 +172,9 @@ def test_of_two_submissions_that_start_together_one_runs(tmp_path):
 def test_of_two_runs_inside_one_allocation_one_runs(tmp_path):
     command = shlex.join([*LAUNCHER, *TINY, *LONG, "epochs=12", f"output_dir={tmp_path}"])
     script = f"cd {ROOT}; {command} & one=$!; {command}; echo $?; wait $one; echo $?"
-    options = ["--parsable", "--wait", f"--output={tmp_path}/log"]
-    subprocess.run(["sbatch", *options, f"--wrap={script}"], check=True, timeout=120)
+    options = ["--parsable", f"--output={tmp_path}/log", f"--wrap={script}"]
+    job_id = subprocess.check_output(["sbatch", *options], text=True).strip()
+    assert wait_for_end(job_id, 120) == "COMPLETED"
     log = (tmp_path / "log").read_text()
     assert {line for line in log.splitlines() if line.isdecimal()} == {"0", "4"}, log
     assert log.count("is running in") == 1

@@ -134,7 +134,7 @@ def is_signalled(pid: int) -> bool:
 
 def test_one_of_four_processes_on_two_nodes_is_killed(tmp_path):
     shape = ["env.world_size=2", "env.tasks_per_node=2"]
-    shorter = ["epochs=12", "batch_size=16", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
+    shorter = ["epochs=6", "batch_size=16", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
     succeed_together(4, *shorter, f"output_dir={tmp_path / 'whole'}")
     job_id = submit(*shorter, *shape, f"output_dir={tmp_path / 'broken'}")
     job = tmp_path / "broken" / "demo"
