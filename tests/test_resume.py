@@ -90,9 +90,9 @@ def test_a_trial_ends_like_a_run_and_can_be_continued(tmp_path, undisturbed):
     assert json.loads((job / "results" / "demo.json").read_text())["steps"] == 14
     last = [r for r in records(job) if "loss" in r][-1]
     size = (job / "checkpoints" / name).stat().st_size / 1e9
-    nodes = re.escape(f"{socket.gethostname()}: 2 x cpu; at most ")
+    nodes = re.escape(f"{socket.gethostname()}: 2 x cpu; ")
     speed = f"{last['images_per_second']:.0f} images/s, waiting for data {last['data_wait']:.0%}"
-    assert re.search(f"nodes +{nodes}[0-9.]+ GB on one\n", output)
+    assert re.search(f"nodes +{nodes}[0-9.]+ GB at most per process\n", output)
     assert re.search(f"speed +{speed}, at the end\n", output)
     assert re.search(rf"checkpoint .*{name} \({size:.3g} GB; [0-9.e+]+ GB are free\)\n", output)
     code, refused = run(LAUNCHER, f"output_dir={tmp_path}", "resume=False")

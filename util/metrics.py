@@ -123,7 +123,7 @@ def describe_nodes(ranks: Ranks) -> str:
     found = gather_objects((node, name, memory_in_use(ranks.device)), ranks)
     counts = Counter((node, name) for node, name, _ in found)
     nodes = ", ".join(f"{node}: {count} x {name}" for (node, name), count in counts.items())
-    return f"{nodes}; at most {max(gb for *_, gb in found):.1f} GB on one"
+    return f"{nodes}; {max(gb for *_, gb in found):.1f} GB at most per process"
 
 
 def readable_time(seconds: float) -> str:

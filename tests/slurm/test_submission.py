@@ -93,9 +93,10 @@ def test_a_sweep_is_one_array(tmp_path):
 
 
 def test_wait_follows_the_log_and_returns_the_exit_status(tmp_path):
-    code, output = run(LAUNCHER, *ON_SLURM, "env.wait=True", f"output_dir={tmp_path}")
+    trial = ["env.wait=True", "max_steps=14", f"output_dir={tmp_path}"]
+    code, output = run(LAUNCHER, *ON_SLURM, *trial)
     assert code == 0, output
-    assert "epoch 3.00/3" in output
+    assert "epoch 1.40/3" in output and "nodes        lmim0: 1 x cpu; " in output
     failing = ["env.wait=True", f"output_dir={tmp_path / 'bad'}", "batch_size=2000"]
     code, output = run(LAUNCHER, *ON_SLURM, *failing)
     assert code == 2, output
