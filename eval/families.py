@@ -7,7 +7,6 @@ are resampled as timm does it, which for DINOv2 is close to the official way and
 
 import hashlib
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -128,33 +127,30 @@ SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 14
 
 
 class Family(NamedTuple):
-    """sections: where the file keeps the encoder for which=encoder and which=target, the first that
-    is there; a file of the encoder alone has no section. prefix: what its keys start with there.
-    other: keys outside the encoder. renamed: a pattern and what replaces it."""
+    """encoder, target: where the file keeps what which=encoder and which=target ask for, the first
+    section that is there; a file of the encoder alone has none. prefix: what its keys start with
+    there. other: keys outside the encoder. renamed: a pattern and what replaces it."""
 
-    sections: Mapping[str, tuple[str, ...]]
+    encoder: tuple[str, ...]
+    target: tuple[str, ...]
     prefix: str = ""
     other: str = ""
     renamed: tuple[tuple[str, str], ...] = ()
     image_side: int | None = None  # None: that of the position table
 
 
-TEACHER = {"encoder": ("student", "state_dict"), "target": ("teacher", "state_dict")}
+STUDENT, TEACHER = ("student", "state_dict"), ("teacher", "state_dict")
 
 FAMILIES = {
-    "mae": Family(
-        sections={"encoder": ("model",), "target": ("model",)},
-        other=r"decoder|mask_token|head\.",
-    ),
-    "ijepa": Family(
-        sections={"encoder": ("encoder",), "target": ("target_encoder",)}, prefix=r"module\."
-    ),
-    "dino": Family(sections=TEACHER, prefix=r"(module\.)?(backbone\.)?", other=r"head\."),
+    "mae": Family(("model",), ("model",), other=r"decoder|mask_token|head\."),
+    "ijepa": Family(("encoder",), ("target_encoder",), prefix=r"module\."),
+    "dino": Family(STUDENT, TEACHER, prefix=r"(module\.)?(backbone\.)?", other=r"head\."),
     "ibot": Family(
-        sections=TEACHER, prefix=r"(module\.)?(backbone\.)?", other=r"head\.|masked_embed"
+        STUDENT, TEACHER, prefix=r"(module\.)?(backbone\.)?", other=r"head\.|masked_embed"
     ),
     "dinov2": Family(
-        sections=TEACHER,
+        STUDENT,
+        TEACHER,
         prefix=r"(backbone\.)?",
         other=r"dino_head\.|ibot_head\.|mask_token",
         renamed=(
@@ -186,7 +182,7 @@ def build_from_file(name: str, path: Path, which: str, random_init: bool) -> tup
 def encoder_weights(family: Family, contents: dict, which: str, path: Path) -> StateDict:
     """The encoder's tensors under timm's names."""
     found = {}
-    for key, value in unwrap(contents, family.sections[which], path).items():
+    for key, value in unwrap(contents, getattr(family, which), path).items():
         match = re.match(family.prefix, key)
         key = key[match.end() :] if match else ""
         if not key or (family.other and re.match(family.other, key)):

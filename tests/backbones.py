@@ -1,4 +1,4 @@
-"""Checkpoints for the tests of evaluations: small, made on the spot, never trained."""
+"""Checkpoints and images for the tests of evaluations: small, made on the spot, never trained."""
 
 import importlib
 from pathlib import Path
@@ -42,6 +42,15 @@ def digits_checkpoint(folder: Path, *overrides: str, seed: int = 0) -> Path:
     }
     torch.save(contents, path)
     return path
+
+
+def images(side: int, columns: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, side, columns or side, generator=generator)
+
+
+def prefixed(weights: dict, prefix: str) -> dict:
+    return {prefix + key: value for key, value in weights.items()}
 
 
 def run_command(config_name: str, *overrides: str) -> int:

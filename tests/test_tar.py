@@ -25,7 +25,7 @@ from tests.tars import (
     write,
     write_class_tars,
 )
-from tests.test_datasets import WNIDS, write_devkit
+from tests.test_imagenet import WNIDS, write_devkit
 
 
 @pytest.fixture

@@ -10,6 +10,10 @@ import torch
 from PIL import Image
 
 import launcher
+from data.datasets import DATASETS
+from models.decoder import DECODERS
+from models.losses import LOSSES
+from models.target import TARGETS
 from tests.runs import ROOT
 from util.command import run_command_line
 from util.config import ConfigError
@@ -93,10 +97,10 @@ def error_of(run_here):
         ("output_dir=", "a text that is not empty"),
         ("worker=nope", "a Python module with main(cfg), such as main_lmim"),
         ("worker=nope.nope", "a Python module with main(cfg), such as main_lmim"),
-        ("decoder.name=nope", "one of cross, self"),
-        ("target.name=nope", "one of ema, frozen, joint, stopgrad"),
-        ("loss.name=nope", "one of cosine, infonce_patches, l1, l2, norm_l2, smooth_l1"),
-        ("dataset.name=nope", "one of cifar10, cifar100, digits, folder"),
+        ("decoder.name=nope", f"one of {', '.join(sorted(DECODERS))}"),
+        ("target.name=nope", f"one of {', '.join(sorted(TARGETS))}"),
+        ("loss.name=nope", f"one of {', '.join(sorted(LOSSES))}"),
+        ("dataset.name=nope", f"one of {', '.join(sorted(DATASETS))}"),
         ("dataset.mean=3", "a list of three numbers (red, green, blue)"),
         ("dataset.mean=[1,2]", "a list of three numbers (red, green, blue)"),
         ("dataset.std=[1,1,0]", "a list of three numbers above 0 (red, green, blue)"),
