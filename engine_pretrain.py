@@ -37,6 +37,8 @@ class Training:
 
     def __post_init__(self) -> None:
         self.moving_average = self.model.moving_average()
+        self.target_is_ahead = False  # from when it moves to the end of the step
+        self.half_done = False  # while networks and optimiser are between two steps
         # On the device: compiled code takes it as it comes.
         self.similarity_goal = torch.zeros((), device=self.device)
         self.meters = DeviceMeters(self.device)
@@ -57,13 +59,17 @@ class Training:
 
 
 def begin_step(training: Training, epoch: float) -> None:
-    """Step 1: the schedules at this fractional epoch; the target moves towards the encoder."""
+    """Step 1: the schedules at this fractional epoch; the target moves towards the encoder, unless
+    it did so before this step failed."""
     learning_rate = training.schedule.learning_rate(epoch)
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate
     training.similarity_goal.fill_(training.schedule.similarity_goal(epoch))
-    if training.moving_average is not None:
+    if training.moving_average is not None and not training.target_is_ahead:
+        training.half_done = True
         training.moving_average.step(training.schedule.target_momentum(epoch))
+        training.half_done = False
+    training.target_is_ahead = True
 
 
 def micro_step(training: Training, images: Tensor, views: Views, last_of_step: bool) -> Tensor:
@@ -95,8 +101,10 @@ def end_step(training: Training, step: int) -> None:
     if not is_routine:
         # The gradient is the same on all ranks by now, so they leave out the same steps.
         training.optimizer.found_inf = gradient_is_bad.float()  # type: ignore[attr-defined]
+    training.half_done = True
     training.scaler.step(training.optimizer)
     training.scaler.update()
+    training.half_done = training.target_is_ahead = False
     # DistributedDataParallel keeps the gradients inside its buckets, and None would detach them.
     is_alone = not isinstance(training.network, DistributedDataParallel)
     training.optimizer.zero_grad(set_to_none=is_alone)

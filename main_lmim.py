@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -77,6 +78,14 @@ class Pretraining(Task):
             f"{self.ranks.world_size} x {self.ranks.device.type}"
         )
 
+    def state(self) -> dict:
+        ahead = {"target_is_ahead": True} if self.training.target_is_ahead else {}
+        return super().state() | ahead
+
+    def restore(self, contents: dict, source: Path) -> None:
+        super().restore(contents, source)
+        self.training.target_is_ahead = "target_is_ahead" in contents
+
     def prepare(self) -> None:
         if self.cfg.compile:
             self.training.compile()
@@ -90,7 +99,10 @@ class Pretraining(Task):
     def step(self, step: int, batches: Iterator[TrainBatch]) -> None:
         images = (self.normalised(batch.images) for batch in batches)
         epoch = step / self.loader.steps_per_epoch
-        train_step(self.training, images, self.draw_views, step, epoch)
+        try:
+            train_step(self.training, images, self.draw_views, step, epoch)
+        finally:
+            self.half_done = self.training.half_done
 
     def log_line(self, done: int, steps: int) -> Line:
         meters, schedule = self.training.meters, self.training.schedule

@@ -23,6 +23,12 @@ class DataError(ValueError):
     """The data or its settings are unusable; the message says what would be valid."""
 
 
+class DataTimeout(Exception):
+    """An image has not come in time. Not a DataError, which would make it a bad image."""
+
+    exit_code = 1  # as of a crash: the same command may succeed later
+
+
 class ImageDataset:
     """Numbered images, with or without labels."""
 

@@ -9,16 +9,18 @@ import atexit
 import logging
 import multiprocessing
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from types import FrameType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from data.base import UNREADABLE, DataError, ImageDataset, first_few
+from data.base import UNREADABLE, DataError, DataTimeout, ImageDataset, first_few
 from data.picture import Picture
 from util.streams import Stream, generator
 
@@ -26,6 +28,11 @@ logger = logging.getLogger("lmim.data")
 
 # More unreadable images in a row mean that the file server is gone, or that the code is wrong.
 MOST_NEIGHBOURS = 20
+FOREVER = 1e8  # seconds
+# The most urgent first. USR2 comes from Slurm: save, then ask for a requeue. After the others a run
+# saves and leaves: TERM from Slurm, torchrun or a person, HUP from a terminal that was closed, USR1
+# from schedulers that were asked for it.
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 NO_LABEL = -1
 
 
@@ -102,13 +109,14 @@ class TrainLoader(StepOrder):
         num_workers: int,
         device: torch.device | str,
         max_bad_images: float = 0.001,
+        data_timeout: float = 0,
         **order: int,
     ) -> None:
         """order: the other arguments of StepOrder."""
         super().__init__(len(dataset), **order)
         self.dataset = dataset
         self.samples = _TrainSamples(dataset, transform)
-        self.num_workers, self.device = num_workers, torch.device(device)
+        self.workers = (num_workers, torch.device(device), data_timeout)
         self.max_bad_images = max_bad_images
 
     def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
@@ -117,7 +125,7 @@ class TrainLoader(StepOrder):
             [(epoch, index) for index in indices]
             for epoch, indices in self.micro_steps(first_step, last_step)
         )
-        batches = _load(self.samples, micro_steps, self.num_workers, self.device)
+        batches = _load(self.samples, micro_steps, *self.workers)
         for images, labels, unreadable in batches:
             batch = TrainBatch(images, labels, list(chain.from_iterable(unreadable)))
             for description in set(batch.unreadable) - self.bad_images:
@@ -153,6 +161,7 @@ class EvalLoader:
         num_workers: int,
         device: torch.device | str,
         indices: Sequence[int] | None = None,
+        data_timeout: float = 0,
     ) -> None:
         self.dataset = dataset
         self.samples, self.batch_size = _EvalSamples(dataset, transform), batch_size
@@ -160,13 +169,14 @@ class EvalLoader:
         starts = range(0, len(indices), batch_size)
         own = starts[share_of(len(starts), rank, world_size)]
         self.batches = [indices[start : start + batch_size] for start in own]
-        self.num_workers, self.device = num_workers, torch.device(device)
+        self.device = torch.device(device)
+        self.workers = (num_workers, self.device, data_timeout)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        batches = _load(self.samples, self.batches, self.num_workers, self.device)
+        batches = _load(self.samples, self.batches, *self.workers)
         for images, labels, indices in batches:
             labels = None if self.dataset.labels is None else labels
             yield EvalBatch(images, labels, torch.tensor(indices).to(self.device))
@@ -180,6 +190,16 @@ class EvalLoader:
 class _Samples(Dataset):
     def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
         self.dataset, self.transform = dataset, transform
+        self.being_read: Tensor | None = None  # by each worker the index of an image, or -1
+
+    def load(self, index: int) -> Picture:
+        worker = get_worker_info()
+        place = worker.id if worker else 0
+        assert self.being_read is not None
+        self.being_read[place] = index
+        picture = self.dataset.load(index)
+        self.being_read[place] = -1
+        return picture
 
     def label(self, index: int) -> int:
         return NO_LABEL if self.dataset.labels is None else int(self.dataset.labels[index])
@@ -197,7 +217,7 @@ class _TrainSamples(_Samples):
             try:
                 # Crop with the numbers of the image asked for: the neighbour itself may have its
                 # own turn in this epoch, with another crop.
-                image = self.transform(self.dataset.load(position), epoch, index)
+                image = self.transform(self.load(position), epoch, index)
                 return image, self.label(position), unreadable
             except UNREADABLE as error:
                 unreadable.append(self.dataset.describe(position))
@@ -214,7 +234,7 @@ class _EvalSamples(_Samples):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError:
         """(image, label, index)"""
         try:
-            image = self.transform(self.dataset.load(index))
+            image = self.transform(self.load(index))
         except DataError as error:
             return error  # it says itself what is wrong
         except UNREADABLE as error:
@@ -236,7 +256,7 @@ def _collate(samples: list) -> tuple | DataError:
 def _start_worker(worker_id: int) -> None:
     """The main process alone decides when to stop: a signal to the whole job must not kill workers.
     They cannot outlive it: torch's workers end when their parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -244,7 +264,6 @@ def _start_worker(worker_id: int) -> None:
 def _kill_workers() -> None:
     """Those still there when the process ends, after an error: multiprocessing would send a
     SIGTERM and wait for them forever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as lost
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -254,9 +273,10 @@ def _kill_workers() -> None:
 
 
 def _load(
-    samples: Dataset, batches: Iterable, num_workers: int, device: torch.device
+    samples: _Samples, batches: Iterable, num_workers: int, device: torch.device, timeout: float
 ) -> Iterator[tuple[Tensor, Tensor, tuple]]:
     """Decode `batches` (each a list of keys of `samples`) and bring them to the device."""
+    samples.being_read = torch.full((max(num_workers, 1),), -1).share_memory_()
     loader = DataLoader(
         samples,
         batch_sampler=batches,
@@ -269,8 +289,40 @@ def _load(
         # torch draws a seed for each set of workers: not from the generator that others use.
         generator=torch.Generator(),
     )
-    batches = map(_raise_error, loader)
+    batches = map(_raise_error, _in_time(loader, timeout or FOREVER, samples))
     yield from batches if device.type == "cpu" else _one_ahead(batches, device)
+
+
+def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Iterator:
+    """Raises a DataTimeout where a batch takes longer, also inside a read that does not return. A
+    signal that asks a run to stop shortens the wait (util/preemption.py)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield from loader  # no signals there
+        return
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        indices = sorted(set(samples.being_read.tolist()) - {-1})
+        names = first_few([samples.dataset.describe(index) for index in indices], 5)
+        raise DataTimeout(f"waited in vain for {names or 'the next batch'} (data_timeout)")
+
+    batches = iter(loader)
+    # With torch's own handler a lost worker would be an error wherever the program is just then;
+    # without it is one where its batch is waited for, at most five seconds later.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        handler = signal.signal(signal.SIGALRM, give_up)
+        timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            batch = next(batches, None)
+        except DataTimeout:
+            _kill_workers()  # one that waits for a file does not hear that it is to end
+            raise
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+            signal.signal(signal.SIGALRM, handler)
+        if batch is None:
+            return
+        yield batch
 
 
 def _raise_error(batch: tuple | DataError) -> tuple[Tensor, Tensor, tuple]:

@@ -109,8 +109,10 @@ class Finetuning(Classification):
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.bad_steps.add(step, bad)
+        self.half_done = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.half_done = False
         self.optimizer.zero_grad(set_to_none=True)
 
     def micro_step(self, step: int, micro: int, batch: TrainBatch) -> None:

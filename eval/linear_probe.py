@@ -94,7 +94,9 @@ class Probe(Classification):
             for pooling in self.cfg.poolings
         }
         data = StepData(features, torch.cat([part.labels for part in parts]))
+        self.half_done = True  # batch norm moves before the optimiser does
         self.losses += train_step(self.model, self.optimizer, data, self.ranks)
+        self.half_done = False
 
     def log_line(self, done: int, steps: int) -> Line:
         losses = sum_over_processes(self.losses, self.loader, self.ranks)

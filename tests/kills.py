@@ -1,15 +1,30 @@
-"""kill -9 while checkpoints are being written, many times in one run:
+"""Runs that are ended again and again, and started again: kill -9 while checkpoints are written (in
+the suite, too), and, by hand, kill -9 at any moment, closed terminals, killed loader workers:
 
-python -m tests.kills FOLDER
+python -m tests.kills FOLDER     # about half an hour
 """
 
+import os
 import random
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.forked import Forked
-from tests.runs import LAUNCHER, assert_same_state, final_state, kill, records, start, succeed
+from tests.runs import (
+    LAUNCHER,
+    assert_same_state,
+    descendants,
+    final_state,
+    finish,
+    kill,
+    records,
+    start,
+    succeed,
+    wait_until,
+)
 from util.checkpoint import list_checkpoints, load_file
 from util.job import checkpoint_name
 
@@ -61,6 +76,71 @@ def kill_and_compare(folder: Path) -> None:
     assert [r["step"] for r in records(folder / "killed/demo")] == list(range(1, 61))
 
 
+# ---- By hand: at any moment, with one process and with two. --------------------------------------
+
+
+def end_again_and_again(folder: Path, processes: int, times: int, end: Callable) -> None:
+    """Half of the ends come some steps after the start, the others at a random time, which may be
+    before the first step. What is then left to its end equals a run that was never ended."""
+    settings = ["epochs=60", "num_workers=1", f"batch_size={128 // processes}", "save_minutes=1e-4"]
+    command = [*LAUNCHER, f"env.tasks_per_node={processes}"]
+    job, chance = folder / "demo", random.Random(processes * times)
+    without_any = 0
+    for number in range(times):
+        process = start(command, *settings, f"output_dir={folder}")
+        if number % 2 or end is kill_worker:
+            until = last_step(job) + chance.randrange(1, 5)
+            wait_until(lambda until=until: last_step(job) >= until, process)
+        else:
+            time.sleep(chance.uniform(0, 8))
+        end(process, job)
+        without_any += not list_checkpoints(job / "checkpoints")
+    succeed(command, *settings, f"output_dir={folder}")
+    succeed(command, *settings, f"output_dir={folder / 'whole'}")
+    assert_same_state(final_state(job), final_state(folder / "whole" / "demo"))
+    steps = [record["step"] for record in records(job)]
+    assert steps == list(range(1, len(steps) + 1)), "the log has lost or doubled a step"
+    what = f"{end.__name__}, {processes} processes: {times} times"
+    print(f"{what}, {without_any} of them before the first checkpoint", flush=True)
+
+
+def last_step(job: Path) -> int:
+    return max((record["step"] for record in records(job)), default=0)
+
+
+def kill_all(process: Forked, job: Path) -> None:
+    kill(process)
+
+
+def hang_up(process: Forked, job: Path) -> None:
+    """As a terminal that is closed."""
+    os.killpg(process.pid, signal.SIGHUP)
+    check_all_saved(process, job, {128 + signal.SIGHUP, -signal.SIGHUP})
+
+
+def kill_worker(process: Forked, job: Path) -> None:
+    workers = [pid for pid in descendants(process.pid) if is_loader_worker(pid)]
+    os.kill(random.choice(workers), signal.SIGKILL)
+    check_all_saved(process, job, {1})
+
+
+def is_loader_worker(pid: int) -> bool:
+    """A rank has descendants, and the tracker of multiprocessing another command line."""
+    command = Path(f"/proc/{pid}/cmdline").read_text()
+    return not descendants(pid) and "resource_tracker" not in command
+
+
+def check_all_saved(process: Forked, job: Path, codes: set[int]) -> None:
+    code, output = finish(process, timeout=90)
+    assert code in codes, output
+    if step := last_step(job):
+        assert final_state(job)["step"] >= step, output
+
+
 if __name__ == "__main__":
-    kill_and_compare(Path(sys.argv[1]))
-    print(f"{KILLS} kills")
+    folder = Path(sys.argv[1])
+    kill_and_compare(folder / "writing")
+    for processes in (1, 2):
+        end_again_and_again(folder / f"killed-{processes}", processes, 50, kill_all)
+        end_again_and_again(folder / f"hung-up-{processes}", processes, 10, hang_up)
+        end_again_and_again(folder / f"workers-{processes}", processes, 10, kill_worker)

@@ -21,6 +21,9 @@ from util.checkpoint import (
     load_weights,
     newest_readable,
 )
+from util.config import compose_config
+from util.job import prepare_job_directory
+from util.lock import unlock
 
 
 def contents(value: float) -> dict:
@@ -173,9 +176,11 @@ def test_a_failed_write_is_reported_and_leaves_the_older_file(tmp_path):
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
-    leftover = tmp_path / "step-00000009.writing"
+    cfg = compose_config("demo", [f"output_dir={tmp_path}"])
+    leftover = tmp_path / "demo" / "checkpoints" / "step-00000009.writing"
+    leftover.parent.mkdir(parents=True)
     leftover.write_bytes(b"half")
-    CheckpointWriter(tmp_path, print)
+    unlock(prepare_job_directory(cfg))
     assert not leftover.exists()
 
 

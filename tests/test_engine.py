@@ -231,3 +231,17 @@ def test_a_step_takes_its_batches_and_draws_its_views():
     assert drawn == [(5, 0), (5, 1), (6, 0), (6, 1), (7, 0), (7, 1)]
     assert torch.equal(next(batches), draw(6, 4)[0])
     assert training.optimizer.param_groups[0]["lr"] == training.schedule.learning_rate(7 / 4)
+
+
+def test_a_step_that_failed_is_begun_again_without_moving_the_target_twice():
+    once, twice = build_training(), build_training()
+    for training in (once, twice):
+        run_steps(training, 1)
+        assert not training.target_is_ahead
+        begin_step(training, 0.25)
+    assert once.target_is_ahead and not once.half_done
+    begin_step(twice, 0.25)
+    for ours, expected in zip(
+        twice.model.target_encoder.parameters(), once.model.target_encoder.parameters(), strict=True
+    ):
+        assert torch.equal(ours, expected)

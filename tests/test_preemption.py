@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data.loader import STOP_SIGNALS
 from tests.runs import (
     LAUNCHER,
     ROOT,
@@ -42,10 +43,11 @@ def stop_flag():
     flag.close()
 
 
-def test_the_handler_only_sets_a_flag(stop_flag):
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_handler_only_sets_a_flag(stop_flag, number):
     assert stop_flag.agreed() == 0
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop_flag.agreed() == signal.SIGTERM
+    os.kill(os.getpid(), number)
+    assert stop_flag.agreed() == number
 
 
 def test_a_requeue_is_not_forgotten_because_of_a_later_term(stop_flag):
@@ -57,7 +59,7 @@ def test_a_requeue_is_not_forgotten_because_of_a_later_term(stop_flag):
 def test_forked_children_ignore_what_their_parent_handles(stop_flag):
     child = os.fork()
     if child == 0:
-        handlers = {signal.getsignal(n) for n in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+        handlers = {signal.getsignal(number) for number in STOP_SIGNALS}
         os._exit(0 if handlers == {signal.SIG_IGN} else 1)
     assert os.waitpid(child, 0)[1] == 0
 

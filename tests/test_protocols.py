@@ -95,8 +95,8 @@ TABLE = {
 # There the size of a batch changes results.
 TRAINED = ("lmim", "imagenet100", "demo", "linear_probe", "finetune")
 CHANGES_NO_RESULT = set(
-    "worker job_name output_dir data_path resume overwrite num_workers max_bad_images recompute "
-    "max_bad_steps print_freq save_freq save_minutes eval_freq eval_at_start cache_dir "
+    "worker job_name output_dir data_path resume overwrite num_workers data_timeout max_bad_images "
+    "recompute max_bad_steps print_freq save_freq save_minutes eval_freq eval_at_start cache_dir "
     "save_masks".split()
 )
 

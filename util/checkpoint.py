@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from util.config import UserError
-from util.files import remove_unfinished, write_whole
+from util.files import write_whole
 from util.job import checkpoint_name, list_checkpoints
 
 FORMAT = 2  # 1: views depended on the number of processes
@@ -122,8 +122,6 @@ class CheckpointWriter:
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
         self.failures = 0  # since the last one that was written
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
 
     def save(self, contents: dict, step: int, epoch: int | None = None) -> None:
         self.wait()

@@ -75,15 +75,16 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
-    """-> exit code. 0: done; 1: a crash; 2: bad input; 3: a training that cannot go on; 4: another
-    process is writing in the job's folder, so the same command may succeed later."""
-    from data.base import DataError
+    """-> exit code. 0: done; 1: a crash, or data that did not come; 2: bad input; 3: a training
+    that cannot go on; 4: another process is writing in the job's folder. After 1 and 4 the same
+    command may succeed later."""
+    from data.base import DataError, DataTimeout
 
     if is_restart() and "resume" in cfg:
         cfg.resume = True
     try:
         main(cfg)
-    except (UserError, DataError) as error:
+    except (UserError, DataError, DataTimeout) as error:
         say_error(error)
         return getattr(error, "exit_code", UserError.exit_code)
     except SystemExit as stopped:  # by a signal. Caught, so that its frames let go of the workers

@@ -79,7 +79,7 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
     lock(job)
     try:
         refuse_to_start_over(cfg)
-        for folder in (job, job / "logs", job / "results"):
+        for folder in (job, job / "logs", job / "results", job / "checkpoints"):
             remove_unfinished(folder)
         if not cfg.resume:
             remove_checkpoints(job)

@@ -48,4 +48,5 @@ def for_both(cfg: DictConfig, ranks: Ranks) -> dict:
         "world_size": ranks.world_size,
         "num_workers": default_workers() if cfg.num_workers is None else cfg.num_workers,
         "device": ranks.device,
+        "data_timeout": cfg.data_timeout,
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data.loader import StepOrder
 from util import checkpoint
+from util.checkpoint import first_words
 from util.config import TrainingStopped
 from util.distributed import Ranks, all_reduce, barrier, gather_objects, on_main
 from util.job import checkpoint_name, list_checkpoints, prepare_job_directory
@@ -33,6 +34,7 @@ class Task:
     loader: StepOrder
     evaluates_at_end = True  # also where eval_freq is 0
     max_steps: int | None = None  # at which a run ends as if that were all
+    half_done = False  # while networks and optimiser are between two steps
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None = None
@@ -118,9 +120,11 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
         loop.evaluate(0)
     batches = loop.speed.timed(task.batches(step, loop.total_steps))
     while step < loop.total_steps:
-        task.step(step, batches)
+        with loop.rescue(step):
+            task.step(step, batches)
         step += 1
-        loop.after_step(step)
+        with loop.rescue(step):
+            loop.after_step(step)
         at_end = step == loop.total_steps
         if step % per_epoch and not at_end:
             loop.between_steps(step)
@@ -183,9 +187,10 @@ class Loop:
         self.start = time.perf_counter()
         self.speed = Speed()
         self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
-        self.writer = None
+        self.writer: checkpoint.CheckpointWriter | None = None
+        self.folder = job / "checkpoints"
         if ranks.is_main:
-            self.writer = checkpoint.CheckpointWriter(job / "checkpoints", report=self.log.say)
+            self.writer = checkpoint.CheckpointWriter(self.folder, report=self.log.say)
 
     def after_step(self, done: int) -> None:
         if done % self.cfg.print_freq == 0 or done == self.total_steps:
@@ -199,10 +204,12 @@ class Loop:
         except TrainingStopped as stopped:
             if self.writer is not None:
                 self.writer.wait()
-            saved = [*list_checkpoints(self.job / "checkpoints"), "none was written yet"]
+            saved = [*list_checkpoints(self.folder), "none was written yet"]
             raise TrainingStopped(f"{stopped}; last good checkpoint: {saved[0]}") from stopped
         speed = self.speed.read(steps, self.images_per_step, self.total_steps - done)
         epoch = done / self.steps_per_epoch
+        if steps < min(self.cfg.print_freq, done):  # at the end, or since a resume
+            summary = f"(mean of {steps} steps)  {summary}"
         summary = (
             f"epoch {epoch:.2f}/{self.cfg.epochs}  step {done}/{self.total_steps}  {summary}  "
             f"{speed['images_per_second']:.0f} images/s  waiting {speed['data_wait']:.0%}  "
@@ -229,6 +236,34 @@ class Loop:
         epoch, steps = divmod(done, self.steps_per_epoch)
         return None if steps else epoch
 
+    @contextmanager
+    def rescue(self, done: int) -> Iterator[None]:
+        """An error inside: the last whole step is saved by each process that meets one, since all
+        hold the same and the first may not be among them."""
+        try:
+            yield
+        except TrainingStopped:  # names the last good checkpoint itself
+            raise
+        except Exception as error:
+            if not self.task.half_done:
+                self.writer = self.writer or checkpoint.CheckpointWriter(self.folder, print_error)
+                self.save(done)
+                self.writer.wait()
+                if done:
+                    print_error(f"step {done + 1} has failed; {done} steps are saved")
+            if number := self.stop_flag.own():  # it was not waited for any longer
+                raise Interrupted(number) from error
+            if is_out_of_memory(error):
+                raise TrainingStopped(self.how_to_need_less(error)) from error
+            raise
+
+    def how_to_need_less(self, error: Exception) -> str:
+        cfg = self.cfg
+        ways = [f"batch_size below {cfg.batch_size}, with accum_iter above {cfg.accum_iter}"]
+        if "recompute" in cfg:
+            ways += ["recompute=True", f"a smaller encoder than {cfg.encoder.name}"]
+        return f"out of memory ({first_words(error)}): expected {', or '.join(ways)}"
+
     def between_steps(self, done: int) -> None:
         """Save now and then; stop if asked to. Not between an epoch's last step and its evaluation:
         a run that resumes there would leave the evaluation out."""
@@ -243,9 +278,11 @@ class Loop:
     def save(self, done: int, epoch: int | None = None) -> None:
         """epoch: given at the end of one whose checkpoint is kept for good."""
         self.last_saved = time.monotonic()
-        if self.writer is None or done == self.last_saved_step:
+        if done == self.last_saved_step:
             return
         self.last_saved_step = done
+        if self.writer is None:
+            return
         contents = {
             **self.task.state(),
             "epoch": done // self.steps_per_epoch,
@@ -266,7 +303,7 @@ class Loop:
         """Without its last checkpoint a job is not finished, however far training has come."""
         self.finish_writing()
         name = checkpoint_name(self.total_steps, self.whole_epoch(self.total_steps))
-        last = self.job / "checkpoints" / name
+        last = self.folder / name
         if self.ranks.is_main and not last.exists():
             raise TrainingStopped(
                 f"training has ended, but its last checkpoint {last} could not be written: make "
@@ -283,6 +320,12 @@ def sum_over_processes(numbers: Tensor, loader, ranks: Ranks) -> list[float]:
         loader.bad_images = set().union(*gather_objects(loader.bad_images, ranks))
         loader.check_bad_images()
     return sums
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """On a GPU or a CPU, where torch has no type of its own for it."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "not enough memory" in str(error)
 
 
 def print_error(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Being told to stop: by Ctrl-C, by Slurm's time limit, by a job of higher priority.
+"""Being told to stop: by Ctrl-C, a closed terminal, Slurm's time limit, a job of higher priority.
 
 The handler only sets a flag. At the end of each step the processes agree whether any of them was
 told; then all save and leave together, so that no step is lost and none is done twice.
@@ -9,17 +9,17 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from data.loader import STOP_SIGNALS
 from util.distributed import Ranks
 
-# USR2 comes from Slurm: save, then ask for a requeue.
-# TERM comes from Slurm, torchrun or a person: save, and leave it to them.
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+# So long a step that is told to stop still waits for its data.
+WAIT_SECONDS = 10.0
 # One Ctrl-C comes twice where torchrun passes on what the terminal has sent to all.
 SAME_SIGNAL_SECONDS = 1.0
 NOT_DONE = 75  # exit code of a process that leaves for a requeue: no success, and no crash
@@ -39,7 +39,10 @@ class Signals:
     def __init__(self) -> None:
         self.received: list[int] = []
         self.received_at = 0.0
-        self.previous = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        heard = set(STOP_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+            heard.remove(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self.handle) for number in heard}
 
     def close(self) -> None:
         """Signals mean again what they meant before."""
@@ -52,6 +55,9 @@ class Signals:
             self.leave_at_once(number)
         self.received.append(number)
         self.received_at = time.monotonic()
+        left, _ = signal.getitimer(signal.ITIMER_REAL)
+        if left:  # a batch is being waited for (data/loader.py)
+            signal.setitimer(signal.ITIMER_REAL, min(left, WAIT_SECONDS))
 
     def leave_at_once(self, number: int) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -69,9 +75,13 @@ class StopFlag(Signals):
         self.ranks = ranks
         self.question: Question | None = None
 
+    def own(self) -> int:
+        """What this process was told. -> signal number, or 0"""
+        return max(self.received, default=0, key=urgency)
+
     def agreed(self) -> int:
         """To be asked once per step by every process. -> signal number, or 0: go on"""
-        own = max(self.received, default=0, key=urgency)
+        own = self.own()
         if self.ranks.world_size == 1:
             return own
         last, self.question = self.question, Question(own, self.ranks)
@@ -79,7 +89,7 @@ class StopFlag(Signals):
 
     def leave(self, number: int) -> int:
         """After everything is saved. -> exit code"""
-        requeue = self.previous[signal.SIGUSR2]
+        requeue = self.previous.get(signal.SIGUSR2)
         if number == signal.SIGUSR2 and callable(requeue):
             if self.ranks.is_main:
                 requeue(number, None)  # util/slurm.py: asks to be started again, and exits
@@ -88,18 +98,20 @@ class StopFlag(Signals):
             time.sleep(60)
             return NOT_DONE
         if self.ranks.is_main:
-            print(
-                f"stopped by {signal.Signals(number).name}, everything is saved; the same command "
-                f"with resume=True goes on from here",
-                file=sys.stderr,
-            )
+            with suppress(OSError):  # the terminal is gone
+                print(
+                    f"stopped by {signal.Signals(number).name}, everything is saved; the same "
+                    f"command with resume=True goes on from here",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return 128 + number
 
 
 def ignore_signals_in_child() -> None:
     """A signal reaches the whole job. Loader workers and other forked processes ignore it: the
     training process decides when they end."""
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         if isinstance(getattr(signal.getsignal(number), "__self__", None), StopFlag):
             signal.signal(number, signal.SIG_IGN)
 
@@ -108,7 +120,7 @@ os.register_at_fork(after_in_child=ignore_signals_in_child)
 
 
 # A requeue must not be forgotten because a TERM came as well.
-SIGNALS_BY_URGENCY = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SIGNALS_BY_URGENCY = (0, *reversed(STOP_SIGNALS))
 
 
 def urgency(number: int) -> int:

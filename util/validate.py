@@ -146,7 +146,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (COUNTS, "neighbours shots segments"),
     # Other numbers.
     (number(-1, 1), "sim_init sim_end"),
-    (number(0), "avg_sim_coeff warmup_epochs weight_decay min_lr mixup cutmix"),
+    (number(0), "data_timeout avg_sim_coeff warmup_epochs weight_decay min_lr mixup cutmix"),
     (number(0), "patch_head.weight_decay"),
     (number(0, 1), "max_bad_images target_mom min_lr_frac erase"),
     (number(0, 0.99), "drop_path label_smoothing"),
