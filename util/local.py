@@ -33,6 +33,9 @@ def run_here(cfg: DictConfig) -> int:
     if cfg.env.world_size > 1:
         valid = "1 without Slurm (this machine); on more nodes start torchrun main_lmim.py by hand"
         raise ConfigError(f"env.world_size={cfg.env.world_size}: expected {valid}")
+    if cfg.env.ngpu is None:
+        present = torch.cuda.device_count()
+        cfg.env.ngpu = present if cfg.env.distributed else min(present, 1)
     if cfg.env.ngpu == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update({name: str(value) for name, value in cfg.env.nccl.items()})

@@ -130,9 +130,9 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     # Whole numbers.
     (whole(-1), "layer"),
     (whole(0), "max_bad_steps patch_gap proj.mlp_depth eval_freq previous_frames neighbourhood"),
-    (whole(0), "env.ngpu env.max_restarts"),
+    (whole(0), "env.max_restarts"),
     (whole(0, 2**63 - 1), "seed dataset.options.seed"),
-    (or_null(whole(0)), "num_workers"),
+    (or_null(whole(0)), "num_workers env.ngpu"),
     (whole(1), "patch_size num_vis decoder_depth decoder_embed_dim decoder_num_heads proj.mlp_dim"),
     (whole(1), "encoder.embed_dim encoder.depth encoder.num_heads encoder.patch_size"),
     (whole(1), "epochs batch_size accum_iter print_freq save_freq"),
@@ -231,6 +231,8 @@ def check_job(cfg: DictConfig) -> None:
             f"env.distributed=False: expected one process, but env.ngpu={cfg.env.ngpu} and "
             f"env.world_size={cfg.env.world_size} make {processes}"
         )
+    if cfg.env.slurm and cfg.env.ngpu is None:
+        raise ConfigError("env.ngpu=null: expected a number where env.slurm=True (see env=slurm)")
     if cfg.env.signal_delay >= 60 * cfg.env.timeout:
         valid = f"fewer seconds than the env.timeout={cfg.env.timeout} minutes have"
         raise ConfigError(f"env.signal_delay={cfg.env.signal_delay}: expected {valid}")
