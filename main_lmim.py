@@ -58,7 +58,7 @@ class Pretraining(Task):
         crops = TrainTransform(self.geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
         self.loader = train_loader(cfg, ranks, open_split(cfg, "train"), crops)
         centre = EvalTransform(self.geometry.side_without_gaps, cfg.dataset.crop_ratio)
-        self.evaluation = eval_loader(cfg, ranks, open_split(cfg, "eval"), centre)
+        self.evaluation = eval_loader(cfg, ranks, open_split(cfg, "eval"), centre, tolerant=True)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg).to(ranks.device)
         precision = choose_precision(cfg.precision, ranks.device)
@@ -71,9 +71,11 @@ class Pretraining(Task):
     def introduction(self) -> str:
         everything = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        checked = self.evaluation.dataset
+        check = "" if checked.labels is None else f" and {len(checked)} for the check"
         return (
             f"{self.cfg.job_name}: {self.cfg.encoder.name} on {self.cfg.dataset.name}, "
-            f"{len(self.loader.dataset)} images, {trained / 1e6:.1f} M trainable parameters "
+            f"{len(self.loader.dataset)} images{check}, {trained / 1e6:.1f} M trainable parameters "
             f"({everything / 1e6:.1f} M in all), {self.training.precision} on "
             f"{self.ranks.world_size} x {self.ranks.device.type}"
         )
@@ -144,13 +146,15 @@ class Pretraining(Task):
 
     def evaluate(self) -> Line | None:
         """Nearest neighbours, if the evaluation images have labels."""
-        if self.evaluation.dataset.labels is None:
+        checked = self.evaluation.dataset
+        if checked.labels is None:
             return None
         # Not compiled: an evaluation has other shapes, and runs too rarely to pay for that.
         with torch.compiler.set_stance("force_eager"):
             accuracy, images = leave_one_out_accuracy(
                 self.model.encoder, self.evaluation, self.normalised, self.ranks
             )
+        self.loader.bad_images |= {*map(checked.describe, self.evaluation.unreadable)}
         protocol = f"leave-one-out inside the {images} evaluation images"
         return {"nn_accuracy": accuracy}, f"nearest neighbour {accuracy:.2f} % ({protocol})"
 

@@ -10,6 +10,7 @@ import numpy as np
 from data.base import ArrayDataset, DataError, ImageDataset
 from data.files import build_folder, existing_folder
 from data.imagenet import build_imagefolder, build_imagenet100
+from data.images import build_images
 from data.masks import build_masks, build_voc
 from data.shapes import build_shapes
 from data.tar import build_tar
@@ -72,6 +73,7 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "imagefolder": partial(build_imagefolder, "imagefolder"),
     "tar": build_tar,
     "folder": build_folder,
+    "images": build_images,
     "imagenet": partial(build_imagefolder, "imagenet"),
     "imagenet100": build_imagenet100,
     "cifar10": partial(build_cifar, "cifar10"),

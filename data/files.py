@@ -128,8 +128,13 @@ def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]
 
 def build_folder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
     """All images below data_path, without labels; both splits are the same images."""
-    root = existing_folder("folder", data_path, "a folder with images, at any depth")
+    paths = images_below("folder", data_path, "a folder with images, at any depth")
+    return FileDataset(paths, decoder=decoder)
+
+
+def images_below(name: str, data_path: str | None, expected: str) -> list[str]:
+    root = existing_folder(name, data_path, expected)
     paths = find_images(root)
     if not paths:
         raise DataError(f"data_path={root} contains no images; {ENDINGS}")
-    return FileDataset(paths, decoder=decoder)
+    return paths

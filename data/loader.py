@@ -149,7 +149,9 @@ class EvalLoader:
     once.
 
     It is a contiguous part, of whole batches: a batch holds the same images however many processes
-    there are, so that its arithmetic is the same to the last bit."""
+    there are, so that its arithmetic is the same to the last bit.
+
+    tolerant: an unreadable image is noted and replaced by its neighbour."""
 
     def __init__(
         self,
@@ -162,9 +164,12 @@ class EvalLoader:
         device: torch.device | str,
         indices: Sequence[int] | None = None,
         data_timeout: float = 0,
+        tolerant: bool = False,
     ) -> None:
         self.dataset = dataset
         self.samples, self.batch_size = _EvalSamples(dataset, transform), batch_size
+        self.samples.most = MOST_NEIGHBOURS if tolerant else 1
+        self.unreadable: set[int] = set()
         indices = range(len(dataset)) if indices is None else indices
         starts = range(0, len(indices), batch_size)
         own = starts[share_of(len(starts), rank, world_size)]
@@ -177,7 +182,11 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         batches = _load(self.samples, self.batches, *self.workers)
-        for images, labels, indices in batches:
+        for images, labels, rest in batches:
+            indices = [index for index, _ in rest]
+            for index in {index for index, loaded in rest if index != loaded} - self.unreadable:
+                self.unreadable.add(index)
+                logger.warning("unreadable image, left out: %s", self.dataset.describe(index))
             labels = None if self.dataset.labels is None else labels
             yield EvalBatch(images, labels, torch.tensor(indices).to(self.device))
 
@@ -231,16 +240,19 @@ class _TrainSamples(_Samples):
 class _EvalSamples(_Samples):
     """Addressed by index."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError:
-        """(image, label, index)"""
-        try:
-            image = self.transform(self.load(index))
-        except DataError as error:
-            return error  # it says itself what is wrong
-        except UNREADABLE as error:
-            reason = f"an evaluation leaves no image out: {type(error).__name__}: {error}"
-            return DataError(f"cannot read {self.dataset.describe(index)}, and {reason}")
-        return image, self.label(index), index
+    most: int  # images that are tried, in a row
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, tuple[int, int]] | DataError:
+        """(image, label, (index, that of the image))"""
+        for neighbour in range(index, index + self.most):
+            try:
+                image = self.transform(self.load(neighbour % len(self.dataset)))
+                return image, self.label(index), (index, neighbour)
+            except DataError as error:
+                return error  # it says itself what is wrong
+            except UNREADABLE as error:
+                reason = f"an evaluation leaves no image out: {type(error).__name__}: {error}"
+        return DataError(f"cannot read {self.dataset.describe(index)}, and {reason}")
 
 
 def _collate(samples: list) -> tuple | DataError:

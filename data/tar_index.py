@@ -99,26 +99,27 @@ def make_index(tars: list[TarFile], members: list[Member]) -> TarIndex:
 # ---- One index for all processes and all starts. -------------------------------------------------
 
 
-def index_of(folder: Path, index_folder: str | None) -> TarIndex:
-    """The saved index if it fits the tars, or else a new one, which one process makes for all."""
-    tars, place = list_tars(folder), index_place(folder, index_folder)
+def index_of(folder: Path, index_folder: str | None, only: str = "") -> TarIndex:
+    """The saved index if it fits the tars, or else a new one, which one process makes for all.
+    only: the name of the one tar that counts."""
+    tars, place = list_tars(folder, only), index_place(folder, index_folder, only)
     index = read_index(place)
     if index is not None and index.tars == tars:
         return index
     with locked(place):
         # Another process may have written it while this one waited.
-        tars, index = list_tars(folder), read_index(place)
+        tars, index = list_tars(folder, only), read_index(place)
         if index is None or index.tars != tars:
             index = scan_tars(folder, tars, index)
             write_index(index, place)
     return index
 
 
-def index_place(folder: Path, index_folder: str | None) -> Path:
-    next_to_tars = folder / INDEX_NAME
+def index_place(folder: Path, index_folder: str | None, only: str = "") -> Path:
+    next_to_tars = folder / (f"{only}-{INDEX_NAME}" if only else INDEX_NAME)
     if index_folder is None and (next_to_tars.exists() or os.access(folder, os.W_OK)):
         return next_to_tars
-    digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    digest = hashlib.sha256(os.fsencode((folder / only).resolve())).hexdigest()[:32]
     return Path(index_folder or CACHE_FOLDER).expanduser() / f"{digest}.npz"
 
 
@@ -169,13 +170,13 @@ def write_index(index: TarIndex, path: Path) -> None:
 # ---- Scanning. -----------------------------------------------------------------------------------
 
 
-def list_tars(folder: Path) -> list[TarFile]:
+def list_tars(folder: Path, only: str = "") -> list[TarFile]:
     """Sorted by name; there must be some, and none that is compressed."""
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; expected {folder}/*.tar")
     tars = []
     try:
-        for path in sorted(folder.iterdir()):
+        for path in [folder / only] if only else sorted(folder.iterdir()):
             if path.name.startswith(".") or path.is_dir():
                 continue
             if path.name.lower().endswith(COMPRESSED):

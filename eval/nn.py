@@ -7,6 +7,7 @@ protocol=knn: the bank is the training split; the k nearest vote with exp(cosine
 python launcher.py --config-name=nn pretrained=checkpoints/lmim-vit_base data_path=/path/to/imagenet
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from eval.features import Features, encode, extract_labelled, labels_of, unit_le
 from models.vit import Encoder
 from util.command import run_worker
 from util.config import ConfigError
-from util.distributed import Ranks, all_reduce
+from util.distributed import Ranks, all_reduce, gather_objects
 
 QUERIES = 1024  # at a time, the same pieces however many processes share them
 BANK_ROWS = 65536  # bank rows at a time
@@ -127,7 +128,7 @@ def leave_one_out_accuracy(
     encoder: Encoder, images: EvalLoader, normalise: Callable[[Tensor], Tensor], ranks: Ranks
 ) -> tuple[float, int]:
     """While pre-training: of the mean of the patch tokens before the final norm, and how many
-    images there are."""
+    images could be read."""
 
     def vectors(batch: Tensor) -> Tensor:
         return encoder.encode_images(normalise(batch))[:, 1:].mean(dim=1)
@@ -136,8 +137,10 @@ def leave_one_out_accuracy(
     encoder.eval()
     features = encode(images, vectors, encoder.embed_dim, ranks)
     encoder.train(was_training)
-    found = Features(unit_length(features), labels_of(images.dataset))
-    return leave_one_out(found, ranks), len(found.labels)
+    unreadable = set().union(*gather_objects(images.unreadable, ranks))
+    kept = [index for index in range(len(features)) if index not in unreadable]
+    found = Features(unit_length(features[kept]), labels_of(images.dataset)[kept])
+    return leave_one_out(found, ranks) if len(kept) > 1 else math.nan, len(kept)
 
 
 # --- exact search: largest inner products, in chunks that bound the memory ----------------------

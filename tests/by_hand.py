@@ -190,6 +190,8 @@ def train(keys: dict, processes: int = 1, last_step: int | None = None) -> ByHan
     model = build_model(keys)
     run, optimiser = ByHand(model), build_optimiser(model, keys)
     share, parts = keys["batch_size"], processes * keys["accum_iter"]
+    if keys["shrink_batch"]:
+        share = min(share, len(dataset) // parts)
     per_step = share * parts
     steps_per_epoch = len(dataset) // per_step
     total = steps_per_epoch * keys["epochs"] if last_step is None else last_step

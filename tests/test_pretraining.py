@@ -66,6 +66,7 @@ COMMON = {
     "weight_decay": 0.4,
     "batch_size": 5,
     "accum_iter": 3,
+    "shrink_batch": False,
     "clip_grad": 0.3,
     "eval_freq": 2,
     "eval_at_start": True,
@@ -94,7 +95,14 @@ VARIANTS = {
     "l1, joint": {"loss": "l1", "target": "joint", "decoder_depth": 2},
     "smooth_l1, frozen": {"loss": "smooth_l1", "target": "frozen", "eval_at_start": False},
     "cosine": {"loss": "cosine", "eval_freq": 3, "epochs": 4, "avg_vis_mask_token": False},
-    "l2, frozen": {"loss": "l2", "sim_init": 0.2, "sim_end": 0.6, "target": "frozen"},
+    "l2, frozen": {
+        "loss": "l2",
+        "sim_init": 0.2,
+        "sim_end": 0.6,
+        "target": "frozen",
+        "batch_size": 30,
+        "shrink_batch": True,
+    },
 }
 
 

@@ -33,7 +33,7 @@ DRAWN = {"image_size": 64, "train_images": 20000, "eval_images": 2000, "seed": 0
 DATA = [
     ("digits", False, 1.0, [0.306] * 3, [0.375] * 3, {}),
     ("shapes", True, 1.0, [0.5] * 3, [0.258] * 3, DRAWN),
-    ("tar", True, 0.875, *COLOURS, FAST | {"index_folder": None}),
+    *[(n, True, 0.875, *COLOURS, FAST | {"index_folder": None}) for n in ("tar", "images")],
     *[(n, True, 0.875, *COLOURS, {}) for n in ("cifar10", "cifar100", "stl10")],
     *[(n, True, 0.875, *COLOURS, FAST) for n in "folder imagefolder imagenet imagenet100".split()],
     *[(n, True, 1.0, *COLOURS, {}) for n in ("masks", "voc")],
@@ -55,7 +55,7 @@ RECIPE = (
     "decoder_num_heads=16 avg_vis_mask_token=True target_depth=null mask_target=True tau=0.2 "
     "avg_sim_coeff=0.1 sim_init=0.75 sim_end=0.25 target_mom=0.99 epochs=800 max_steps=null "
     "warmup_epochs=40 blr=1.5e-4 min_lr_frac=0.25 weight_decay=0.05 batch_size=256 accum_iter=2 "
-    "clip_grad=null "
+    "clip_grad=null shrink_batch=False "
 )
 RHYTHM = "eval_freq=10 save_freq=50 print_freq=100 worker=main_lmim "
 EVALUATION = (
@@ -67,6 +67,10 @@ TABLE = {
     "lmim": RECIPE,
     "imagenet100": RECIPE + "dataset=imagenet100 avg_sim_coeff=0 epochs=300 warmup_epochs=30 "
     "batch_size=128 accum_iter=4",
+    "images": RECIPE + "encoder=vit_small dataset=images env.slurm=False env.ngpu=null "
+    "proj.mlp_dim=2048 decoder_embed_dim=256 decoder_num_heads=8 epochs=100 warmup_epochs=5 "
+    "blr=6e-4 batch_size=128 accum_iter=1 shrink_batch=True max_bad_images=0.05 print_freq=10 "
+    "eval_freq=10 eval_at_start=True save_freq=50",
     "demo": RECIPE + "encoder=vit_nano dataset=digits env.slurm=False env.ngpu=1 grid_size=4 "
     "patch_size=6 patch_gap=1 num_vis=6 min_crop=0.7 proj.mlp_dim=256 decoder_embed_dim=96 "
     "decoder_depth=2 decoder_num_heads=3 precision=fp32 epochs=60 warmup_epochs=5 blr=4e-3 "
@@ -93,7 +97,7 @@ TABLE = {
     "export": EVALUATION,
 }
 # There the size of a batch changes results.
-TRAINED = ("lmim", "imagenet100", "demo", "linear_probe", "finetune")
+TRAINED = ("lmim", "imagenet100", "images", "demo", "linear_probe", "finetune")
 CHANGES_NO_RESULT = set(
     "worker job_name output_dir data_path resume overwrite num_workers data_timeout max_bad_images "
     "recompute max_bad_steps print_freq save_freq save_minutes eval_freq eval_at_start cache_dir "

@@ -329,6 +329,17 @@ def flatten(section: dict, prefix: str = "") -> dict[str, object]:
     return leaves
 
 
+def scaled(value, amount, full):
+    """For configs: the value where the amount is full or more, less in proportion below; whole from
+    1 on. What is wrong with the amount its own check says."""
+    is_less = isinstance(amount, int | float) and 0 < amount < full
+    share = value * amount / full if is_less else value
+    return round(share) if share >= 1 else share
+
+
+OmegaConf.register_new_resolver("scaled", scaled, replace=True)
+
+
 def job_directory(cfg: DictConfig) -> Path:
     """A pure function of the config: a requeued job finds itself again."""
     return Path(cfg.output_dir) / cfg.job_name

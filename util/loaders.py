@@ -27,6 +27,9 @@ def train_loader(
     dataset: ImageDataset,
     transform: Callable[[Picture, int, int], Tensor],
 ) -> TrainLoader:
+    if "shrink_batch" in cfg and cfg.shrink_batch:  # a step needs no more than there are
+        share = len(dataset) // (cfg.accum_iter * ranks.world_size)
+        cfg.batch_size = min(cfg.batch_size, max(1, share))
     own = {"seed": cfg.seed, "accum_iter": cfg.accum_iter, "max_bad_images": cfg.max_bad_images}
     return TrainLoader(dataset, transform, **own, **for_both(cfg, ranks))
 
@@ -37,8 +40,10 @@ def eval_loader(
     dataset: ImageDataset,
     transform: Callable[..., Tensor],
     indices: Sequence[int] | None = None,
+    tolerant: bool = False,
 ) -> EvalLoader:
-    return EvalLoader(dataset, transform, indices=indices, **for_both(cfg, ranks))
+    own = {"indices": indices, "tolerant": tolerant, **for_both(cfg, ranks)}
+    return EvalLoader(dataset, transform, **own)
 
 
 def for_both(cfg: DictConfig, ranks: Ranks) -> dict:
