@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -158,6 +160,18 @@ def kill_at_step(process: subprocess.Popen | Forked, job: Path, step: int) -> No
 
 def final_state(job: Path) -> dict:
     return load_file(list_checkpoints(job / "checkpoints")[0])
+
+
+def undisturbed_runs(new_folder: Callable[[str], Path], settings_of: Callable) -> Callable:
+    """-> the final state of a run without interruption, by number of processes; each is run once"""
+
+    @cache
+    def final(processes: int) -> dict:
+        folder = new_folder("undisturbed")
+        succeed_together(processes, *settings_of(processes), f"output_dir={folder}")
+        return final_state(folder / "demo")
+
+    return final
 
 
 def assert_same_state(ours: dict, expected: dict) -> None:

@@ -20,6 +20,7 @@ from tests.runs import (
     succeed,
     succeed_together,
     torchrun,
+    undisturbed_runs,
 )
 from util.checkpoint import list_checkpoints
 
@@ -31,18 +32,7 @@ OFTEN = "save_minutes=0.0005"
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Final states of undisturbed runs without loader processes, by number of processes."""
-    states = {}
-
-    def final(processes: int) -> dict:
-        if processes not in states:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            settings = [*share(processes), "num_workers=0", f"output_dir={folder}"]
-            succeed_together(processes, *settings)
-            states[processes] = final_state(folder / "demo")
-        return states[processes]
-
-    return final
+    return undisturbed_runs(tmp_path_factory.mktemp, lambda n: [*share(n), "num_workers=0"])
 
 
 def command(processes: int) -> list[str]:

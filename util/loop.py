@@ -249,8 +249,8 @@ class Loop:
                 self.writer = self.writer or checkpoint.CheckpointWriter(self.folder, print_error)
                 self.save(done)
                 self.writer.wait()
-                if done:
-                    print_error(f"step {done + 1} has failed; {done} steps are saved")
+                for newest in list_checkpoints(self.folder)[:1]:
+                    print_error(f"step {done + 1} has failed; the newest checkpoint is {newest}")
             if number := self.stop_flag.own():  # it was not waited for any longer
                 raise Interrupted(number) from error
             if is_out_of_memory(error):
