@@ -122,6 +122,7 @@ class CheckpointWriter:
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
         self.failures = 0  # since the last one that was written
+        folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, contents: dict, step: int, epoch: int | None = None) -> None:
         self.wait()
