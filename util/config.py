@@ -188,7 +188,7 @@ def parse_override(text: str) -> Override:
 def quote(value: str) -> str:
     """A plain word needs no quotes; a broken list or quotation stays one."""
     broken = value.startswith(tuple("[{'\"")) or any(value.count(mark) % 2 for mark in "'\"")
-    if broken or re.fullmatch(r"[\w./:-]*", value):
+    if broken or re.fullmatch(r"[\w./:-]*", value, re.ASCII):
         return value
     return QuotedString(value, Quote.single).with_quotes()
 
