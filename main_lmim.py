@@ -57,7 +57,8 @@ class Pretraining(Task):
         self.cfg, self.ranks, self.max_steps = cfg, ranks, cfg.max_steps
         self.geometry = read_geometry(cfg)
         crops = TrainTransform(self.geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
-        self.loader = train_loader(cfg, ranks, open_split(cfg, "train"), crops)
+        self.dataset = open_split(cfg, "train")
+        self.loader = train_loader(cfg, ranks, self.dataset, crops)
         centre = EvalTransform(self.geometry.side_without_gaps, cfg.dataset.crop_ratio)
         self.evaluation = eval_loader(cfg, ranks, open_split(cfg, "eval"), centre)
         torch.manual_seed(cfg.seed)

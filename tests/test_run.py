@@ -61,7 +61,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     state = final_state(job)
     assert set(state) == {
         *("state_dict optimizer loss_scaler epoch step".split()),
-        *("steps_per_epoch config format".split()),
+        *("steps_per_epoch config format made_from".split()),
     }
     assert (state["epoch"], state["step"]) == (1, 10)
     assert not any(key.startswith("module.") for key in state["state_dict"])

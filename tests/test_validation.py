@@ -84,8 +84,8 @@ def error_of(run_here):
         ("epochs=True", "a whole number of at least 1"),
         ("epochs=null", "a whole number of at least 1"),
         ("warmup_epochs=2", "0 to 1 (epochs)"),
-        ("resume=maybe", "True or False"),
-        ("resume=1", "True or False"),
+        ("resume=maybe", "True, False or changed"),
+        ("resume=1", "True, False or changed"),
         ("precision=fp8", "one of auto, bf16, fp16, fp32"),
         ("seed=-1", "a whole number from 0 to 9223372036854775807"),
         ("blr=0", "a number above 0"),
@@ -300,8 +300,10 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
 
     assert not list((tmp_path / "demo" / "logs").glob("running-*")), "refused, and given back"
 
-    message = error_of("resume=True", "encoder.depth=2")
-    assert message.startswith(
+    assert "encoder.depth 1 -> 2" in error_of("resume=True", "encoder.depth=2")
+    exit_code, _, errors = run_here("resume=changed", "encoder.depth=2")
+    message = errors[1].removeprefix("error: ")
+    assert exit_code == 2 and message.startswith(
         f"{tmp_path}/demo/checkpoints holds another architecture: "
         f"encoder.blocks.1.norm1.weight is missing; "
     )
@@ -312,11 +314,11 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
         f"replacing 1 checkpoints of demo, the newest is {checkpoint.name}\n"
     )
 
-    message = error_of("resume=True", "encoder.embed_dim=48")
-    assert "encoder.cls_token is [1, 1, 24] there and [1, 1, 48] here" in message
+    _, _, errors = run_here("resume=changed", "encoder.embed_dim=48")
+    assert "encoder.cls_token is [1, 1, 24] there and [1, 1, 48] here" in errors[1]
 
     message = error_of("resume=True", "batch_size=140")
-    assert message.startswith("the checkpoint's epochs have 5 steps and this run's 10: expected t")
+    assert "images_per_step 280 -> 140, steps_per_epoch 5 -> 10" in message
 
     checkpoint.write_bytes(b"damaged")
     exit_code, _, errors = run_here("resume=True")

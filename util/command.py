@@ -86,7 +86,7 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     from data.base import DataError, DataTimeout
 
     if is_restart() and "resume" in cfg:
-        cfg.resume = True
+        cfg.resume = cfg.resume or True
     try:
         main(cfg)
     except (UserError, DataError, DataTimeout) as error:

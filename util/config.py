@@ -295,7 +295,8 @@ def choices_in(contents: dict) -> dict[str, str]:
 
 
 def configs_of(worker: str | None) -> list[Path]:
-    paths = CONFIG_DIR.glob("*.yaml")
+    """Last those that name it themselves, and do not only build on one that does."""
+    paths = sorted(CONFIG_DIR.glob("*.yaml"), key=lambda path: "worker" in read_yaml(path))
     return [path for path in paths if worker in (None, worker_of(path.stem, [CONFIG_DIR]))]
 
 

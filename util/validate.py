@@ -119,6 +119,7 @@ RAND_AUGMENT: Rule = (
 KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (SECTION, "dataset.options env.slurm_extra env.nccl"),
     (MODULE, "worker"),
+    (("True, False or changed", lambda v: v == "changed" or isinstance(v, bool)), "resume"),
     (TEXT, "output_dir"),
     (or_null(TEXT), "data_path dataset.options.index_folder"),
     (or_null(TEXT), "pretrained pretrained_weights cache_dir"),
@@ -182,7 +183,7 @@ RULES: dict[str, Rule] = {key: rule for rule, keys in KEYS_OF_RULES for key in k
 def check_config(cfg: DictConfig) -> None:
     """Each key that the config has; then what must fit together."""
     switches = {key for key, value in shipped_keys().items() if isinstance(value, bool)}
-    for key, (valid, holds) in (RULES | dict.fromkeys(switches, YES_OR_NO)).items():
+    for key, (valid, holds) in (dict.fromkeys(switches, YES_OR_NO) | RULES).items():
         value = OmegaConf.select(cfg, key, default=ABSENT)
         if value is not ABSENT and not holds(value):
             raise ConfigError(f"{key}={'null' if value is None else value}: expected {valid}")
