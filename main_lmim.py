@@ -25,6 +25,7 @@ from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
 from util.distributed import Ranks, gather_objects, join_processes, leave_processes
+from util.files import write_whole
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, sum_over_processes, train
@@ -56,7 +57,8 @@ class Pretraining(Task):
         self.cfg, self.ranks, self.max_steps = cfg, ranks, cfg.max_steps
         self.geometry = read_geometry(cfg)
         crops = TrainTransform(self.geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
-        self.loader = train_loader(cfg, ranks, open_split(cfg, "train"), crops)
+        self.dataset = open_split(cfg, "train")
+        self.loader = train_loader(cfg, ranks, self.dataset, crops)
         centre = EvalTransform(self.geometry.side_without_gaps, cfg.dataset.crop_ratio)
         self.evaluation = eval_loader(cfg, ranks, open_split(cfg, "eval"), centre, tolerant=True)
         torch.manual_seed(cfg.seed)
@@ -189,7 +191,7 @@ class Pretraining(Task):
             "steps": loop.total_steps,
         }
         path = loop.job / "results" / f"{self.cfg.job_name}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
         if before is not None and after is not None:
             took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
             loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")

@@ -151,7 +151,12 @@ def read_index(path: Path) -> TarIndex | None:
             places = stored["places"]
         tars = [TarFile(*tar) for tar in contents["tars"]]
         index = TarIndex(tars, contents["classes"], PathList(names), places)
-        return index if contents["format"] == INDEX_FORMAT else None
+        ends = np.array([tar.size for tar in tars])[places["tar"]]
+        lie_inside = (ends - places["offset"] >= places["size"]).all()
+        counted = min(places[name].min() for name in PLACE.names) >= 0
+        labelled = places["label"].max() < len(index.classes) and len(places) == len(names)
+        is_sound = lie_inside and counted and labelled and places.dtype == PLACE
+        return index if contents["format"] == INDEX_FORMAT and is_sound else None
     except Exception as error:  # damage shows in many ways; a new index replaces it
         logger.info("the index %s cannot be read (%s): it is made again", path, error)
         return None

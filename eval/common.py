@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from data.base import DataError, ImageDataset, first_few
@@ -21,7 +21,7 @@ from util.checkpoint import CheckpointError, newest_readable
 from util.config import job_directory
 from util.distributed import Ranks, all_reduce, join_processes, leave_processes, on_main
 from util.files import write_whole
-from util.job import describe_environment, prepare_job_directory
+from util.job import describe_environment, prepare_job_directory, record_start
 from util.loaders import eval_loader, open_split
 from util.lock import unlock
 from util.loop import Loop, Task, train
@@ -49,8 +49,7 @@ class EvalRun:
             on_main(lambda: prepare_job_directory(self.cfg), self.ranks)
         elif self.ranks.is_main:
             (self.job / "results").mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(self.cfg, self.job / "config.yaml")
-            write_json(self.job / "environment.json", describe_environment())
+            record_start(self.cfg, self.job)
 
     # --- images and tokens
 
@@ -244,7 +243,7 @@ class Classification(Task):
     def __init__(self, run: EvalRun):
         self.run, self.cfg, self.ranks = run, run.cfg, run.ranks
         self.images = labelled_images(run, "train", "eval")
-        self.evaluation = self.images["eval"]
+        self.dataset, self.evaluation = self.images["train"], self.images["eval"]
         self.classes = count_classes(self.images["train"].labels, self.evaluation.labels)
         self.accuracies: Tensor | None = None  # percent, [names, 2]: the first, the first five
 

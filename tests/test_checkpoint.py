@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from util.checkpoint import (
+    FORMAT,
     CheckpointError,
     CheckpointWriter,
     checkpoint_name,
@@ -138,6 +139,25 @@ def test_nothing_readable_is_an_error_and_nothing_there_is_not(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
         newest_readable(tmp_path, lambda text: None)
+
+
+def test_a_file_of_another_program_is_named_and_the_one_before_is_used(tmp_path):
+    save(tmp_path, [1])
+    newest = tmp_path / checkpoint_name(2)
+    for foreign in ([1, 2], torch.zeros(3), {"model": {}, "epoch": 3}, {"step": "2"}):
+        torch.save(foreign, newest)
+        reports = []
+        assert newest_readable(tmp_path, reports.append)[0].name == checkpoint_name(1)
+        assert reports == [f"{newest} is of another program; using the one before"]
+
+
+@pytest.mark.parametrize("number", [FORMAT + 1, "pt"])
+def test_a_newer_format_is_refused_and_not_the_one_before_used(tmp_path, number):
+    save(tmp_path, [1])
+    torch.save(contents(2) | {"format": number}, tmp_path / checkpoint_name(2))
+    words = f"{checkpoint_name(2)} has format {number}: expected 1 to {FORMAT}"
+    with pytest.raises(CheckpointError, match=words):
+        newest_readable(tmp_path, print)
 
 
 def test_a_file_with_code_is_refused(tmp_path):

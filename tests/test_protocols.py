@@ -14,6 +14,7 @@ from models.losses import Objective
 from models.vit import Encoder
 from tests.test_config import PUBLISHED
 from util.config import CONFIG_DIR, compose_config, flatten, parse_command_line, read_yaml
+from util.resuming import CHANGE_NO_RESULT
 
 # ---- The groups, then every key that changes results. --------------------------------------------
 
@@ -98,11 +99,7 @@ TABLE = {
 }
 # There the size of a batch changes results.
 TRAINED = ("lmim", "imagenet100", "images", "demo", "linear_probe", "finetune")
-CHANGES_NO_RESULT = set(
-    "worker job_name output_dir data_path resume overwrite num_workers data_timeout max_bad_images "
-    "recompute max_bad_steps print_freq save_freq save_minutes eval_freq eval_at_start cache_dir "
-    "save_masks".split()
-)
+CHANGES_NO_RESULT = CHANGE_NO_RESULT | {"save_masks"}
 
 
 def settings(text: str) -> dict[str, object]:

@@ -17,6 +17,7 @@ from util.checkpoint import list_checkpoints
 from util.distributed import Ranks
 from util.metrics import readable_time
 from util.record import RunLog, keep_until_step
+from util.status import last_training_record
 
 SHORT = ("epochs=1", "warmup_epochs=0")
 
@@ -60,7 +61,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     state = final_state(job)
     assert set(state) == {
         *("state_dict optimizer loss_scaler epoch step".split()),
-        *("steps_per_epoch config format".split()),
+        *("steps_per_epoch config format made_from".split()),
     }
     assert (state["epoch"], state["step"]) == (1, 10)
     assert not any(key.startswith("module.") for key in state["state_dict"])
@@ -119,6 +120,16 @@ def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     keep_until_step(path, 0)
     assert path.read_text() == ""
+
+
+def test_damaged_lines_of_a_log_are_dropped(tmp_path):
+    path = tmp_path / "log.txt"
+    good = b'{"step": 1, "loss": 0.1}\n', b'{"step": 2, "loss": 1e-05}\n'
+    bad = b'\xff\xfe{"step": 1}\n', b"[1]\n", b"3\n", b'{"loss": 1}\n', b"\0\0\n"
+    path.write_bytes(good[0] + b"".join(bad) + good[1])
+    assert last_training_record(path) == {"step": 2, "loss": 1e-05}
+    keep_until_step(path, 2)
+    assert path.read_bytes() == b"".join(good)
 
 
 def test_a_terminal_shows_the_lines_and_a_bar_below(tmp_path, monkeypatch, capsys):

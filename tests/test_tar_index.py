@@ -114,6 +114,42 @@ def test_a_damaged_index_is_made_anew(root, scanned, damage):
     assert index.read_bytes() == intact
 
 
+def forged(field: str, value: int):
+    def change(places: np.ndarray) -> np.ndarray:
+        places[field][5:] = value
+        return places
+
+    return change
+
+
+FORGERIES = {
+    "no such tar": forged("tar", 99),
+    "a tar before the first": forged("tar", -1),
+    "no such class": forged("label", 77),
+    "a class before the first": forged("label", -1),
+    "begins before its tar": forged("offset", -5),
+    "begins behind its tar": forged("offset", 2**62),
+    "longer than its tar": forged("size", 2**50),
+    "the largest number": forged("size", 2**63 - 1),
+    "shorter than nothing": forged("size", -1),
+    "fewer places than names": lambda places: places[:-1],
+    "numbers": lambda places: np.zeros(len(places)),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_index_is_made_anew(root, scanned, forgery):
+    expected = contents(build(root))
+    index = root / "train" / INDEX_NAME
+    intact = index.read_bytes()
+    arrays = dict(np.load(index))
+    arrays["places"] = FORGERIES[forgery](arrays["places"])
+    np.savez(index, **arrays)
+    scanned.clear()
+    assert contents(build(root)) == expected and len(scanned) == 3
+    assert index.read_bytes() == intact
+
+
 def test_an_index_of_another_format_is_made_anew(root, scanned, monkeypatch):
     build(root)
     monkeypatch.setattr(tar_index, "INDEX_FORMAT", 1)

@@ -1,23 +1,28 @@
 """Bad input ends with exit code 2 and one sentence: the key, its value, and what is expected."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 import launcher
+import main_lmim
 from data.datasets import DATASETS
 from models.decoder import DECODERS
 from models.losses import LOSSES
 from models.target import TARGETS
 from tests.runs import ROOT
+from tests.test_full_disk import fill
 from util.command import run_command_line
 from util.config import ConfigError
-from util.validate import check_gpus, why_not_writable
+from util.validate import check_processes, why_not_writable
 
 TINY = (
     "--config-name=demo epochs=1 warmup_epochs=0 encoder.depth=1 encoder.embed_dim=24 "
@@ -66,7 +71,8 @@ def error_of(run_here):
         ),
         ("patch_gap=-1", "a whole number of at least 0"),
         ("patch_gap=1.5", "a whole number of at least 0"),
-        ("grid_size=1", "a whole number of at least 2"),
+        ("grid_size=100000", "a whole number from 2 to 1000"),
+        ("grid_size=1", "a whole number from 2 to 1000"),
         ("encoder.num_heads=5", "encoder.embed_dim=24: expected a multiple of encoder.num_heads=5"),
         ("encoder.embed_dim=30", "expected a multiple of 4 (position table)"),
         ("decoder_num_heads=7", "decoder_embed_dim=24: expected a multiple of decoder_num_heads=7"),
@@ -78,8 +84,8 @@ def error_of(run_here):
         ("epochs=True", "a whole number of at least 1"),
         ("epochs=null", "a whole number of at least 1"),
         ("warmup_epochs=2", "0 to 1 (epochs)"),
-        ("resume=maybe", "True or False"),
-        ("resume=1", "True or False"),
+        ("resume=maybe", "True, False or changed"),
+        ("resume=1", "True, False or changed"),
         ("precision=fp8", "one of auto, bf16, fp16, fp32"),
         ("seed=-1", "a whole number from 0 to 9223372036854775807"),
         ("blr=0", "a number above 0"),
@@ -93,10 +99,12 @@ def error_of(run_here):
         ("job_name=a/b", "the name of a folder inside output_dir, without '/'"),
         ("job_name=..", "the name of a folder inside output_dir, without '/'"),
         (f"job_name={'x' * 300}", "the name of a folder inside output_dir, without '/'"),
+        (f"job_name={'語' * 199}", "the name of a folder inside output_dir, without '/'"),
         ("job_name=", "the name of a folder inside output_dir, without '/'"),
         ("output_dir=", "a text that is not empty"),
         ("worker=nope", "a Python module with main(cfg), such as main_lmim"),
         ("worker=nope.nope", "a Python module with main(cfg), such as main_lmim"),
+        ("worker=os", "a Python module with main(cfg), such as main_lmim"),
         ("decoder.name=nope", f"one of {', '.join(sorted(DECODERS))}"),
         ("target.name=nope", f"one of {', '.join(sorted(TARGETS))}"),
         ("loss.name=nope", f"one of {', '.join(sorted(LOSSES))}"),
@@ -112,6 +120,7 @@ def error_of(run_here):
         ("env.signal_delay=259200", "fewer seconds than the env.timeout=4320 minutes have"),
         ("env.account=[1]", "a text or a whole number, or null"),
         ("env.world_size=2", "1 without Slurm (this machine); on more nodes start torchrun"),
+        pytest.param("env.ngpu=1000", f"1 to {os.cpu_count()}, the cores", marks=WITHOUT_GPU),
         pytest.param("precision=fp16", "auto, bf16 or fp32 on cpu", marks=WITHOUT_GPU),
     ],
 )
@@ -126,15 +135,24 @@ def test_more_processes_than_env_distributed_allows(error_of):
     assert message.startswith("env.distributed=False: expected one process, but env.ngpu=2 and")
 
 
-@pytest.mark.parametrize(("wanted", "present"), [(1, 0), (8, 0), (1, 1), (3, 8), (8, 8)])
-def test_enough_gpus(wanted, present):
-    check_gpus(wanted, present)
+def on_gpus(count: int):
+    return OmegaConf.create({"env": {"ngpu": count, "tasks_per_node": 9}})
 
 
-@pytest.mark.parametrize(("wanted", "present"), [(2, 1), (9, 8)])
-def test_too_few_gpus(wanted, present):
-    with pytest.raises(ConfigError, match=f"env.ngpu={wanted}: expected 1 to {present}, the GPUs"):
-        check_gpus(wanted, present)
+@pytest.mark.parametrize(("wanted", "gpus"), [(1, 0), (4, 0), (1, 1), (3, 8), (8, 8)])
+def test_enough_gpus_or_cores(wanted, gpus):
+    check_processes(on_gpus(wanted), gpus, cores=4)
+
+
+@pytest.mark.parametrize(("wanted", "gpus"), [(2, 1), (9, 8)])
+def test_too_few_gpus(wanted, gpus):
+    with pytest.raises(ConfigError, match=f"env.ngpu={wanted}: expected 1 to {gpus}, the GPUs"):
+        check_processes(on_gpus(wanted), gpus, cores=100)
+
+
+def test_too_few_cores():
+    with pytest.raises(ConfigError, match="env.tasks_per_node=9: expected 1 to 8, the cores"):
+        check_processes(on_gpus(0), 0, cores=8)
 
 
 # ---- Where the job lives. ------------------------------------------------------------------------
@@ -163,6 +181,66 @@ def test_trying_whether_a_folder_takes_files_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     assert why_not_writable(tmp_path / "lost") == f"{tmp_path / 'lost'} is not a folder"
+
+
+def test_what_a_run_writes_is_tried_before_it_starts(error_of, tmp_path):
+    job = tmp_path / "demo"
+    for name, make in (
+        ("results", Path.touch),
+        ("log.txt", Path.mkdir),
+        ("config.yaml", Path.mkdir),
+        ("environment.json", Path.mkdir),
+    ):
+        job.mkdir()
+        make(job / name)
+        assert f"{job / name} cannot be written or read (" in error_of()
+        shutil.rmtree(job)
+
+
+def test_a_folder_that_takes_no_files_is_found_before_the_start(error_of, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    results = tmp_path / "demo" / "results"
+    results.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", results], check=True)
+    try:
+        assert f"{results} refuses new files (Read-only file system)" in error_of()
+    finally:
+        subprocess.run(["umount", results], check=True)
+
+
+def test_a_disk_that_is_full_at_the_start(error_of, small_disk):
+    """There is room for names, not for contents."""
+    for name in ("checkpoints", "logs", "tensorboard", "results"):
+        (small_disk / "demo" / name).mkdir(parents=True)
+    fill(small_disk)
+    message = error_of(f"output_dir={small_disk}")
+    assert str(small_disk / "demo") in message and "(No space left on device)" in message
+
+
+@pytest.mark.parametrize("name", ["results", "log.txt"])
+def test_what_is_gone_at_the_very_end(run_here, monkeypatch, tmp_path, name):
+    def finish(task, loop, finish=main_lmim.Pretraining.finish):
+        subprocess.run(["rm", "-r", loop.job / name], check=True)
+        finish(task, loop)
+
+    monkeypatch.setattr(main_lmim.Pretraining, "finish", finish)
+    exit_code, _, errors = run_here()
+    (gone,) = errors
+    assert exit_code == 2 and gone.startswith(f"error: {tmp_path}/demo/{name}")
+    assert gone.endswith(" cannot be written or read (No such file or directory)")
+    assert len(list((tmp_path / "demo/checkpoints").iterdir())) == 1
+
+
+def test_a_file_server_that_is_gone_may_come_back(run_here, monkeypatch, tmp_path):
+    """A crash, after which Slurm starts the job again."""
+
+    def fail(cfg):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path / "demo" / "log.txt"))
+
+    monkeypatch.setattr(main_lmim, "main", fail)
+    exit_code, _, errors = run_here()
+    assert exit_code == 1 and errors[0].startswith("Traceback")
 
 
 # ---- Data. ---------------------------------------------------------------------------------------
@@ -222,8 +300,10 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
 
     assert not list((tmp_path / "demo" / "logs").glob("running-*")), "refused, and given back"
 
-    message = error_of("resume=True", "encoder.depth=2")
-    assert message.startswith(
+    assert "encoder.depth 1 -> 2" in error_of("resume=True", "encoder.depth=2")
+    exit_code, _, errors = run_here("resume=changed", "encoder.depth=2")
+    message = errors[1].removeprefix("error: ")
+    assert exit_code == 2 and message.startswith(
         f"{tmp_path}/demo/checkpoints holds another architecture: "
         f"encoder.blocks.1.norm1.weight is missing; "
     )
@@ -234,11 +314,11 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
         f"replacing 1 checkpoints of demo, the newest is {checkpoint.name}\n"
     )
 
-    message = error_of("resume=True", "encoder.embed_dim=48")
-    assert "encoder.cls_token is [1, 1, 24] there and [1, 1, 48] here" in message
+    _, _, errors = run_here("resume=changed", "encoder.embed_dim=48")
+    assert "encoder.cls_token is [1, 1, 24] there and [1, 1, 48] here" in errors[1]
 
     message = error_of("resume=True", "batch_size=140")
-    assert message.startswith("the checkpoint's epochs have 5 steps and this run's 10: expected t")
+    assert "images_per_step 280 -> 140, steps_per_epoch 5 -> 10" in message
 
     checkpoint.write_bytes(b"damaged")
     exit_code, _, errors = run_here("resume=True")

@@ -81,9 +81,15 @@ def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
     paths = list_checkpoints(folder)
     for path in paths:
         try:
-            return path, load_file(path)
+            contents = load_file(path)
+            if not isinstance(contents, dict) or not isinstance(contents.get("step"), int):
+                raise CheckpointError(f"{path} is of another program")
         except CheckpointError as error:
             report(f"{error}; using the one before")
+            continue
+        if (number := contents.get("format", 1)) not in range(1, FORMAT + 1):
+            raise CheckpointError(f"{path} has format {number}: expected 1 to {FORMAT}")
+        return path, contents
     if paths:
         problem = f"none of the {len(paths)} checkpoints in {folder} can be read"
         raise CheckpointError(f"{problem}: remove them to start over")
@@ -139,7 +145,7 @@ class CheckpointWriter:
         try:
             write_whole(path, partial(torch.save, contents))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            reason = first_words(error)
+            reason = getattr(error, "strerror", None) or first_words(error)
             self.report(f"checkpoint {path} could not be written ({reason}); training goes on")
             self.failures += 1
             return

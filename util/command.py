@@ -1,5 +1,6 @@
 """How a command ends: an error that the user can fix is one sentence and an exit code."""
 
+import errno
 import gc
 import importlib
 import os
@@ -8,14 +9,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TypeGuard
 
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, UserError, job_directory, parse_command_line
 from util.job import is_restart
 from util.sweep import compose_all
-from util.validate import check_config
+from util.validate import MODULE, check_config
 
 GRACE_SECONDS = 15
 
@@ -61,7 +63,10 @@ def run_configured_worker(config: dict) -> int:
     gc.freeze()
     gc.enable()
     try:
-        return call(worker.main, cfg)
+        if hasattr(worker, "main"):
+            return call(worker.main, cfg)
+        say_error(ConfigError(f"worker={cfg.worker}: expected {MODULE[0]}"))
+        return ConfigError.exit_code
     finally:
         gc.unfreeze()
 
@@ -81,7 +86,7 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     from data.base import DataError, DataTimeout
 
     if is_restart() and "resume" in cfg:
-        cfg.resume = True
+        cfg.resume = cfg.resume or True
     try:
         main(cfg)
     except (UserError, DataError, DataTimeout) as error:
@@ -89,10 +94,21 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
         return getattr(error, "exit_code", UserError.exit_code)
     except SystemExit as stopped:  # by a signal. Caught, so that its frames let go of the workers
         return int(stopped.code or 0)
-    except Exception:
+    except Exception as error:
+        if is_in_the_way(error, cfg.output_dir):
+            say_error(ConfigError(f"{error.filename} cannot be written or read ({error.strerror})"))
+            return ConfigError.exit_code
         say_crash(cfg)
         return 1
     return 0
+
+
+def is_in_the_way(error: Exception, folder: str) -> TypeGuard[OSError]:
+    """A file of the job is gone or cannot be written, and not because a file server is gone."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str):
+        return False
+    is_lasting = error.errno not in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+    return is_lasting and Path(error.filename).absolute().is_relative_to(Path(folder).absolute())
 
 
 def say_crash(cfg: DictConfig) -> None:

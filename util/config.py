@@ -188,7 +188,7 @@ def parse_override(text: str) -> Override:
 def quote(value: str) -> str:
     """A plain word needs no quotes; a broken list or quotation stays one."""
     broken = value.startswith(tuple("[{'\"")) or any(value.count(mark) % 2 for mark in "'\"")
-    if broken or re.fullmatch(r"[\w./:-]*", value):
+    if broken or re.fullmatch(r"[\w./:-]*", value, re.ASCII):
         return value
     return QuotedString(value, Quote.single).with_quotes()
 
@@ -295,7 +295,8 @@ def choices_in(contents: dict) -> dict[str, str]:
 
 
 def configs_of(worker: str | None) -> list[Path]:
-    paths = CONFIG_DIR.glob("*.yaml")
+    """Last those that name it themselves, and do not only build on one that does."""
+    paths = sorted(CONFIG_DIR.glob("*.yaml"), key=lambda path: "worker" in read_yaml(path))
     return [path for path in paths if worker in (None, worker_of(path.stem, [CONFIG_DIR]))]
 
 

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whatever happens while they are written."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -21,11 +22,22 @@ def write_whole(path: Path, contents: bytes | Callable[[BinaryIO], object]) -> N
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):  # of a full disk the system does not say which file it was
+            error.filename = str(path)
         with suppress(OSError):
             unfinished.unlink()
         raise
     sync_directory(path.parent)
+
+
+def read_records(path: Path) -> list[dict]:
+    """Of a log with one JSON object per line; without lines that are cut off or damaged."""
+    records = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
 def remove_unfinished(folder: Path) -> None:

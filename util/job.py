@@ -14,8 +14,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, job_directory
-from util.files import remove_unfinished
+from util.files import remove_unfinished, write_whole
 from util.lock import lock, unlock
+from util.validate import check_writable
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "omegaconf", "submitit")
 CHECKPOINT_NAME = re.compile(r"(?:epoch-(\d+)-)?step-(\d+)\.pth")
@@ -72,10 +73,12 @@ def remove_checkpoints(job: Path) -> None:
 
 
 def prepare_job_directory(cfg: DictConfig) -> Path:
-    """Make the folder, and write down what runs in it. For one process of the job."""
+    """Make the folder, and try whether files can be written there. For one process of the job."""
     job = job_directory(cfg)
     for name in ("checkpoints", "logs", "tensorboard", "results"):
         (job / name).mkdir(parents=True, exist_ok=True)
+        check_writable(cfg, job / name)
+    open(job / "log.txt", "ab").close()
     lock(job)
     try:
         refuse_to_start_over(cfg)
@@ -83,13 +86,21 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
             remove_unfinished(folder)
         if not cfg.resume:
             remove_checkpoints(job)
-        OmegaConf.save(cfg, job / "config.yaml")
-        environment = json.dumps(describe_environment(), indent=2)
-        (job / "environment.json").write_text(environment + "\n")
     except BaseException:
         unlock(job)
         raise
     return job
+
+
+def record_start(cfg: DictConfig, job: Path) -> None:
+    """What runs there. Of a training the configs of earlier starts are kept."""
+    newest, config = job / "config.yaml", OmegaConf.to_yaml(cfg).encode()
+    if (job / "logs").is_dir() and newest.exists() and newest.read_bytes() != config:
+        number = 1 + len(list((job / "logs").glob("config-*.yaml")))
+        write_whole(job / "logs" / f"config-{number}.yaml", newest.read_bytes())
+    write_whole(newest, config)
+    environment = json.dumps(describe_environment(), indent=2)
+    write_whole(job / "environment.json", environment.encode() + b"\n")
 
 
 def describe_environment() -> dict:

@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 from util.command import leave, run_configured_worker
 from util.config import ConfigError, processes_per_node
 from util.preemption import Signals
-from util.validate import check_gpus
+from util.validate import check_processes
 
 SAY_SECONDS = 10
 # After one process has failed the others may be stuck waiting for it, and not answer a signal.
@@ -39,7 +39,7 @@ def run_here(cfg: DictConfig) -> int:
     if cfg.env.ngpu == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update({name: str(value) for name, value in cfg.env.nccl.items()})
-    check_gpus(cfg.env.ngpu, torch.cuda.device_count())
+    check_processes(cfg, torch.cuda.device_count(), os.cpu_count() or 1)
     if processes_per_node(cfg) == 1:
         return run_configured_worker(OmegaConf.to_container(cfg))
     return run_processes(cfg, processes_per_node(cfg))

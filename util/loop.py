@@ -8,18 +8,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from data.base import ImageDataset
 from data.loader import StepOrder
-from util import checkpoint
+from util import checkpoint, resuming
 from util.checkpoint import first_words
 from util.config import TrainingStopped
 from util.distributed import Ranks, all_reduce, barrier, gather_objects, on_main
-from util.job import checkpoint_name, list_checkpoints, prepare_job_directory
+from util.job import checkpoint_name, list_checkpoints, prepare_job_directory, record_start
 from util.lock import unlock
 from util.metrics import Speed, readable_time
 from util.preemption import Interrupted, StopFlag
@@ -32,6 +34,8 @@ class Task:
     """What is trained. All processes call each of these together."""
 
     loader: StepOrder
+    dataset: ImageDataset  # what it is trained on
+    made_from: dict  # what util/resuming.py compares besides the config
     evaluates_at_end = True  # also where eval_freq is 0
     max_steps: int | None = None  # at which a run ends as if that were all
     half_done = False  # while networks and optimiser are between two steps
@@ -72,6 +76,7 @@ class Task:
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "loss_scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            "made_from": self.made_from,
         }
 
     def restore(self, contents: dict, source: Path) -> None:
@@ -138,30 +143,31 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
 
 def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
     """-> the number of finished steps"""
-    contents = find_checkpoint(cfg, job, ranks)
-    if contents is None:
-        return 0
-    here = task.loader.steps_per_epoch
-    there = contents.get("steps_per_epoch") or contents["windows_per_epoch"]  # its older name
-    if there != here:
-        raise checkpoint.CheckpointError(
-            f"the checkpoint's epochs have {there} steps and this run's {here}: expected the same "
-            f"dataset and the same batch_size * accum_iter * processes"
-        )
-    if contents.get("format", 1) < checkpoint.FORMAT and ranks.is_main:
-        print_error("the checkpoint is of an earlier version, which drew other random numbers")
-    task.restore(contents, job / "checkpoints")
-    return contents["step"]
+    describe = partial(resuming.describe, task.dataset, task.loader, ranks.world_size)
+    task.made_from, folder = on_main(describe, ranks), job / "checkpoints"
+    try:
+        contents = find_checkpoint(task, cfg, folder, ranks)
+        if contents is not None:
+            task.restore(contents, folder)
+    except (KeyError, ValueError) as error:
+        valid = f"checkpoints of these networks and this optimiser in {folder}"
+        reason = f"{type(error).__name__}: {first_words(error)}"
+        raise checkpoint.CheckpointError(f"resume: expected {valid} ({reason})") from error
+    on_main(lambda: record_start(cfg, job), ranks)
+    return contents["step"] if contents else 0
 
 
-def find_checkpoint(cfg: DictConfig, job: Path, ranks: Ranks) -> dict | None:
-    """Rank 0 chooses the newest readable file, all ranks read that one. None: a new run."""
+def find_checkpoint(task: Task, cfg: DictConfig, folder: Path, ranks: Ranks) -> dict | None:
+    """Rank 0 chooses the newest readable file and decides whether the run may go on from it; all
+    ranks read that one. None: a new run."""
     if not cfg.resume:
         return None
     chosen: dict[Path, dict] = {}  # gigabytes, which only their path leaves this process for
 
     def choose() -> Path | None:
-        newest = checkpoint.newest_readable(job / "checkpoints", print_error)
+        newest = checkpoint.newest_readable(folder, print_error)
+        for text in resuming.accept(*newest, cfg, task.made_from) if newest else []:
+            print_error(text)
         chosen.update([newest] if newest else [])
         return next(iter(chosen), None)
 

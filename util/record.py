@@ -19,7 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from util.files import write_whole
+from util.files import read_records, write_whole
 
 # tqdm's default lock between processes would be reported as leaked at the end.
 tqdm.set_lock(RLock())
@@ -70,7 +70,7 @@ class RunLog:
 
     def values_of(self, name: str) -> dict[int, float]:
         """What log.txt has of one number, by step. For the first process."""
-        records = map(json.loads, self.lines.path.read_text().splitlines())
+        records = read_records(self.lines.path)
         return {record["step"]: record[name] for record in records if name in record}
 
     def progress(self, step: int) -> None:
@@ -84,15 +84,13 @@ class RunLog:
 
 
 def keep_until_step(path: Path, last_step: int) -> None:
-    """Drop what a log has beyond a step, and a last line that was cut off by a kill."""
+    """Drop what a log has beyond a step, and lines that are damaged."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= last_step and last_step > 0:
-                kept.append(line + "\n")
-    write_whole(path, "".join(kept).encode())
+    kept = [
+        record for record in read_records(path) if record["step"] <= last_step and last_step > 0
+    ]
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 class AppendedFile:

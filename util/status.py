@@ -1,12 +1,12 @@
 """python launcher.py --config-name=status output_dir=./checkpoints: one line per job there."""
 
-import json
 import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from util.config import ConfigError
+from util.files import read_records
 from util.job import list_checkpoints
 from util.slurm_queue import job_state, read_note, why_waiting
 
@@ -54,7 +54,4 @@ def in_slurm(job: Path) -> tuple[str, str, str]:
 def last_training_record(log: Path) -> dict | None:
     if not log.exists():
         return None
-    for line in reversed(log.read_text().splitlines()):
-        if line.endswith("}") and "loss" in (record := json.loads(line)):
-            return record
-    return None
+    return next((record for record in reversed(read_records(log)) if "loss" in record), None)

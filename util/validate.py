@@ -86,8 +86,8 @@ SHARE: Rule = ("a number above 0 and at most 1", lambda v: is_number(v) and 0 < 
 YES_OR_NO: Rule = ("True or False", lambda v: isinstance(v, bool))
 TEXT: Rule = ("a text that is not empty", is_text)
 FOLDER_NAME: Rule = (
-    "the name of a folder inside output_dir, without '/'",
-    lambda v: is_text(v) and not set("/\0") & set(v) and v not in (".", "..") and len(v) < 200,
+    "the name of a folder inside output_dir, without '/', shorter than 200 bytes",
+    lambda v: is_text(v) and not re.search(r"[/\0]|^\.\.?$", v) and len(os.fsencode(v)) < 200,
 )
 MODULE: Rule = ("a Python module with main(cfg), such as main_lmim", is_module)
 # Slurm's accounts and nodes may be plain numbers.
@@ -119,6 +119,7 @@ RAND_AUGMENT: Rule = (
 KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (SECTION, "dataset.options env.slurm_extra env.nccl"),
     (MODULE, "worker"),
+    (("True, False or changed", lambda v: v == "changed" or isinstance(v, bool)), "resume"),
     (TEXT, "output_dir"),
     (or_null(TEXT), "data_path dataset.options.index_folder"),
     (or_null(TEXT), "pretrained pretrained_weights cache_dir"),
@@ -140,7 +141,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
     (whole(1), "draws frame_side top_k patch_head.epochs patch_head.batch_images"),
     (or_null(whole(1)), "target_depth image_side max_steps"),
-    (whole(2), "grid_size encoder.grid_size"),
+    (whole(2, 1000), "grid_size encoder.grid_size"),
     (whole(4), "probe_images"),
     (whole(8), "dataset.options.image_size"),
     (COUNTS, "neighbours shots segments"),
@@ -182,7 +183,7 @@ RULES: dict[str, Rule] = {key: rule for rule, keys in KEYS_OF_RULES for key in k
 def check_config(cfg: DictConfig) -> None:
     """Each key that the config has; then what must fit together."""
     switches = {key for key, value in shipped_keys().items() if isinstance(value, bool)}
-    for key, (valid, holds) in (RULES | dict.fromkeys(switches, YES_OR_NO)).items():
+    for key, (valid, holds) in (dict.fromkeys(switches, YES_OR_NO) | RULES).items():
         value = OmegaConf.select(cfg, key, default=ABSENT)
         if value is not ABSENT and not holds(value):
             raise ConfigError(f"{key}={'null' if value is None else value}: expected {valid}")
@@ -236,7 +237,11 @@ def check_job(cfg: DictConfig) -> None:
     if cfg.env.signal_delay >= 60 * cfg.env.timeout:
         valid = f"fewer seconds than the env.timeout={cfg.env.timeout} minutes have"
         raise ConfigError(f"env.signal_delay={cfg.env.signal_delay}: expected {valid}")
-    if problem := why_not_writable(job_directory(cfg)):
+    check_writable(cfg, job_directory(cfg))
+
+
+def check_writable(cfg: DictConfig, folder: Path) -> None:
+    if problem := why_not_writable(folder):
         valid = f"a folder that can be written to, but {problem}"
         raise ConfigError(f"output_dir={cfg.output_dir}: expected {valid}")
 
@@ -256,7 +261,9 @@ def why_not_writable(folder: Path) -> str | None:
         return f"{existing} refuses new files ({error.strerror})"
 
 
-def check_gpus(wanted: int, present: int) -> None:
+def check_processes(cfg: DictConfig, gpus: int, cores: int) -> None:
     """Without any GPU the processes run on the CPU."""
-    if 0 < present < wanted:
-        raise ConfigError(f"env.ngpu={wanted}: expected 1 to {present}, the GPUs present")
+    most, what = (gpus, "GPUs") if gpus else (cores, "cores")
+    if (wanted := processes_per_node(cfg)) > most:
+        key = "env.ngpu" if cfg.env.ngpu else "env.tasks_per_node"
+        raise ConfigError(f"{key}={wanted}: expected 1 to {most}, the {what} present")

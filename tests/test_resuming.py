@@ -1,0 +1,235 @@
+"""A resumed job goes on with the settings and the images it was made with, or says what differs."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from data.datasets import build_dataset
+from data.loader import StepOrder
+from tests.backbones import digits_checkpoint
+from tests.evaluations import arguments
+from tests.runs import LAUNCHER, finish, run, start_process, succeed
+from util.checkpoint import FORMAT, CheckpointError, list_checkpoints
+from util.command import call
+from util.config import CONFIG_DIR, ConfigError, choices_in, compose_config, read_yaml
+from util.resuming import CHANGE_NO_RESULT, accept, describe
+
+FACTS = {"images": 1400, "image_list": "a", "images_per_step": 128, "steps_per_epoch": 10}
+
+
+def configured(*overrides: str):
+    return compose_config("demo", ["epochs=3", "resume=True", *overrides])
+
+
+def made(*overrides: str, **contents) -> dict:
+    """What a checkpoint of 20 steps says."""
+    cfg = configured(*overrides)
+    known = {"step": 20, "format": FORMAT, "steps_per_epoch": 10, "made_from": FACTS}
+    return {"config": OmegaConf.to_container(cfg), **known, **contents}
+
+
+def refusal(tmp_path, contents: dict, *overrides: str, error=CheckpointError, **facts) -> str:
+    """The sentence, which names the checkpoint and the way out."""
+    with pytest.raises(error) as caught:
+        accept(tmp_path / "c.pth", contents, configured(*overrides), FACTS | facts)
+    message = str(caught.value)
+    assert "\n" not in message
+    if error is CheckpointError:
+        begin = "resume=True: expected the settings and images of "
+        assert message.startswith(f"{begin}{tmp_path}/c.pth, or resume=changed; differences: ")
+    return message.partition("differences: ")[2] or message
+
+
+def keys_that_change_no_result(path) -> dict[str, bool]:
+    """Of a shipped config, by its headings."""
+    text, found = path.read_text(), {}
+    is_free = "Changes no result" in text.splitlines()[1]
+    for line in text.splitlines():
+        if line.startswith("# ---"):
+            is_free = "no result" in line or "none of these changes results" in line
+        if key := re.match(r"(\w+):", line):
+            found[key[1]] = is_free
+    return found
+
+
+def test_the_keys_that_may_differ_are_those_of_the_configs():
+    free = set()
+    for name in ("lmim", "linear_probe", "finetune"):
+        path, keys = CONFIG_DIR / f"{name}.yaml", {}
+        for group in choices_in(read_yaml(path)).keys() & {"log", "backbone"}:
+            for file in (CONFIG_DIR / group).glob("*.yaml"):
+                keys |= keys_that_change_no_result(file)
+        keys |= keys_that_change_no_result(path)
+        free |= {key for key, is_free in keys.items() if is_free}
+    paths = {"pretrained", "pretrained_weights", "dataset.options.index_folder"}
+    assert free - {"defaults"} == CHANGE_NO_RESULT - paths
+
+
+def test_what_changes_no_result_may_differ(tmp_path):
+    free = "data_path=/x output_dir=/y print_freq=7 max_steps=25 recompute=True num_workers=3 "
+    free += "env.ngpu=4 overwrite=True job_name=moved save_minutes=1 eval_at_start=False"
+    cfg = configured(*free.split(), "accum_iter=4")
+    assert accept(tmp_path, made("accum_iter=2", "env.ngpu=8"), cfg, FACTS) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "change"),
+    [
+        ("seed=1", "seed 0 -> 1"),
+        ("blr=1e-3", "blr 0.004 -> 0.001"),
+        ("tau=0.3", "tau 0.2 -> 0.3"),
+        ("loss=norm_l2", "loss.name infonce_patches -> norm_l2"),
+        ("patch_gap=2", "patch_gap 1 -> 2"),
+        ("precision=bf16", "precision fp32 -> bf16"),
+        ("encoder.depth=2", "encoder.depth 4 -> 2"),
+        ("dataset.mean=[0,0,0]", "dataset.mean [0.306, 0.306, 0.306] -> [0, 0, 0]"),
+        ("epochs=2", "epochs 3 -> 2"),
+        ("clip_grad=1", "clip_grad None -> 1"),
+    ],
+)
+def test_any_other_setting_may_not(tmp_path, override, change):
+    assert refusal(tmp_path, made(), override) == change
+    changed = configured(override, "resume=changed")
+    assert accept(tmp_path, made(), changed, FACTS) == [f"resume=changed: {change}"]
+
+
+def test_all_differences_are_one_message(tmp_path):
+    facts = {"images": 1401, "image_list": "b", "images_per_step": 64, "steps_per_epoch": 21}
+    found = refusal(tmp_path, made(), "seed=1", "batch_size=64", "tau=0.5", **facts)
+    assert set(found.split(", ")) == {
+        *("seed 0 -> 1", "tau 0.2 -> 0.5", "images 1400 -> 1401", "image_list a -> b"),
+        *("images_per_step 128 -> 64", "steps_per_epoch 10 -> 21"),
+    }
+
+
+def test_what_may_differ_and_is_said(tmp_path):
+    before = made("batch_size=64")
+    (said,) = accept(tmp_path, before, configured(), FACTS)
+    assert said.startswith("batch_size 64 -> 128: the similarity constraint and mixup are per")
+    assert accept(tmp_path, made("avg_sim_coeff=0"), configured("avg_sim_coeff=0"), FACTS) == []
+    (said,) = accept(tmp_path, made(), configured("epochs=5"), FACTS)
+    assert said == "epochs 3 -> 5: the schedules are stretched"
+
+
+def test_checkpoints_of_earlier_versions(tmp_path):
+    """No description of the images, fewer keys; the old momentum, the first format."""
+    before = made()
+    for key in ("made_from", "format"):
+        del before[key]
+    for key in ("recompute", "compile", "max_steps", "data_timeout"):
+        del before["config"][key]
+    before["windows_per_epoch"] = before.pop("steps_per_epoch")
+    (said,) = accept(tmp_path, before, configured(), FACTS)
+    assert said.startswith("the checkpoint is of an earlier version")
+    assert refusal(tmp_path, before, "compile=True") == "compile False -> True"
+    assert refusal(tmp_path, before, steps_per_epoch=11) == "steps_per_epoch 10 -> 11"
+    before["config"]["target_mom"] = 0.996
+    message = refusal(tmp_path, before)
+    assert message.startswith("target_mom 0.996 -> 0.99. ") and "target_mom=0.996 goes" in message
+    assert len(accept(tmp_path, before, configured("target_mom=0.996"), FACTS)) == 1
+    assert len(accept(tmp_path, before, configured("resume=changed"), FACTS)) == 2
+
+
+def test_fewer_epochs_than_are_trained(tmp_path):
+    for mode in ("True", "changed"):
+        message = refusal(tmp_path, made(), "epochs=1", f"resume={mode}", error=ConfigError)
+        assert message == "epochs=1: expected at least 2, which are trained"
+
+
+# ---- The images. ---------------------------------------------------------------------------------
+
+
+def described(dataset: str, root=None) -> dict:
+    images = build_dataset(dataset, "train", root, {})
+    return describe(images, StepOrder(len(images), 0, 1, 2, 0, 3), processes=3)
+
+
+def test_the_description_of_images(tmp_path):
+    folder = tmp_path / "photos"
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png", "b/3.png", "b/4.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    first = described("folder", folder)
+    assert (first["images"], first["images_per_step"], first["steps_per_epoch"]) == (6, 6, 1)
+    shutil.move(folder, tmp_path / "moved")
+    assert described("folder", tmp_path / "moved") == first
+    (tmp_path / "moved/a/2.png").rename(tmp_path / "moved/a/3.png")
+    renamed = described("folder", tmp_path / "moved")
+    assert renamed["images"] == 6 and renamed["image_list"] != first["image_list"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "moved/b/5.png")
+    assert described("folder", tmp_path / "moved")["images"] == 7
+    assert described("digits") == described("digits")
+
+
+# ---- Whole runs. ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_pre_training_compares_and_keeps_the_configs(tmp_path):
+    photos, job = tmp_path / "photos", tmp_path / "demo"
+    photos.mkdir()
+    for number in range(140):
+        Image.new("RGB", (30, 30), (number, 0, 0)).save(photos / f"{number}.png")
+    settings = ["dataset=folder", f"data_path={photos}", f"output_dir={tmp_path}", "batch_size=14"]
+    succeed(LAUNCHER, *settings, "epochs=1")
+    first = (job / "config.yaml").read_text()
+    (photos / "7.png").rename(photos / "new.png")
+    code, output = run(LAUNCHER, *settings, "epochs=1", "seed=3")
+    assert code == 2 and output.count("\n") == 1
+    assert "differences: seed 0 -> 3, image_list " in output
+    assert (job / "config.yaml").read_text() == first, "refused, and written down all the same"
+    output = succeed(LAUNCHER, *settings, "epochs=2", "resume=changed", "seed=3")
+    assert "resume=changed: seed 0 -> 3, image_list " in output and "epochs 1 -> 2" in output
+    assert "20 steps, from step 10\n" in output
+    assert (job / "logs" / "config-1.yaml").read_text() == first
+    assert "seed: 3" in (job / "config.yaml").read_text()
+    assert "from step 20\n" in succeed(LAUNCHER, *settings, "epochs=2", "seed=3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear_probe", "finetune"])
+def test_evaluations_that_train_compare_as_well(tmp_path, name):
+    checkpoint = digits_checkpoint(tmp_path)
+    settings = ["epochs=1", "warmup_epochs=0", "batch_size=100", "resume=True"]
+    command = [*LAUNCHER, *arguments(name, checkpoint, tmp_path, *settings)]
+    assert finish(start_process(command))[0] == 0
+    code, output = finish(start_process([*command, "weight_decay=0.3", "min_crop=0.5"]))
+    assert code == 2 and output.count("error: ") == 1 and "Traceback" not in output
+    assert re.search("weight_decay [0-9.]+ -> 0.3", output) and "min_crop 0.08 -> 0.5" in output
+
+
+@pytest.mark.slow
+def test_all_processes_end_with_the_same_sentence(tmp_path):
+    settings = ["epochs=1", f"output_dir={tmp_path}"]
+    succeed(LAUNCHER, *settings)
+    code, output = run(LAUNCHER, *settings, "env.ngpu=2", "batch_size=64", "tau=0.5")
+    assert code == 2 and output.count("\n") == 1
+    assert output.startswith("[rank 0] error: resume=True: ")
+    assert output.endswith("differences: tau 0.2 -> 0.5\n")
+
+
+@pytest.mark.parametrize("before", [False, True, "changed"])
+def test_a_restart_resumes(monkeypatch, before):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    cfg = OmegaConf.create({"resume": before})
+    assert call(lambda cfg: None, cfg) == 0
+    assert cfg.resume == (before or True)
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_the_optimiser(tmp_path):
+    """As many of them are trained as the config says, and the state of the others is missing."""
+    settings = ["epochs=1", f"output_dir={tmp_path}"]
+    succeed(LAUNCHER, *settings)
+    code, output = run(LAUNCHER, *settings, "freeze_pe=False", "resume=changed")
+    assert code == 2 and output.count("\n") == 2
+    assert "resume=changed: freeze_pe True -> False\nerror: resume: expected" in output
+    (path,) = list_checkpoints(tmp_path / "demo" / "checkpoints")
+    contents = torch.load(path)
+    torch.save({key: contents[key] for key in ("state_dict", "step")}, path)
+    code, output = run(LAUNCHER, *settings)
+    assert code == 2 and output.startswith("error: resume: expected") and output.count("\n") == 1
