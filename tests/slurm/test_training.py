@@ -160,11 +160,12 @@ def test_bad_input_on_the_node_is_not_tried_again(tmp_path):
     assert "error: the dataset has 1 images" in error_text(job)
 
 
-def test_a_crash_is_tried_again_only_so_often(tmp_path):
-    """Each start meets a folder where the log should be."""
-    (tmp_path / "demo" / "log.txt").mkdir(parents=True)
-    job_id = submit(f"output_dir={tmp_path}", "env.max_restarts=1")
+def test_a_crash_is_tried_again_only_so_often(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "0 0 bug")  # at each start
+    failing = ["worker=tests.failing", "accum_iter=2", "batch_size=32", "env.max_restarts=1"]
+    job_id = submit(f"output_dir={tmp_path}", *failing)
     assert wait_for_end(job_id, 90) == "FAILED"
+    assert "RuntimeError: a bug" in error_text(tmp_path / "demo")
     assert job_info(job_id)["Restarts"] == "1"
 
 
