@@ -128,6 +128,7 @@ def test_processes_leave_the_same_images_out(photos, tmp_path):
     assert output.count("unreadable image, left out: ") == 1
 
 
+@pytest.mark.slow
 def test_a_folder_without_classes_is_trained_on_as_a_whole(photos, tmp_path):
     code, output = train(as_folder(photos, tmp_path), tmp_path / "jobs")
     assert code == 0, output

@@ -76,6 +76,7 @@ def test_what_changes_no_result_may_differ(tmp_path):
     assert accept(tmp_path, made("accum_iter=2", "env.ngpu=8"), cfg, FACTS) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "change"),
     [
