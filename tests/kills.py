@@ -82,7 +82,8 @@ def kill_and_compare(folder: Path) -> None:
 def end_again_and_again(folder: Path, processes: int, times: int, end: Callable) -> None:
     """Half of the ends come some steps after the start, the others at a random time, which may be
     before the first step. What is then left to its end equals a run that was never ended."""
-    settings = ["epochs=60", "num_workers=1", f"batch_size={128 // processes}", "save_minutes=1e-4"]
+    settings = ["epochs=600", "num_workers=1", "save_minutes=1e-4"]
+    settings += [f"batch_size={128 // processes}"]
     command = [*LAUNCHER, f"env.tasks_per_node={processes}"]
     job, chance = folder / "demo", random.Random(processes * times)
     without_any = 0
