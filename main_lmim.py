@@ -196,13 +196,11 @@ class Pretraining(Task):
             took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
             loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")
         last = list_checkpoints(loop.job / "checkpoints")[0]
-        speed, waited = (
-            loop.log.values_of(name)[loop.total_steps]
-            for name in ("images_per_second", "data_wait")
-        )
+        speed = loop.last_speed
         loop.log.say(
             f"nodes        {nodes}\n"
-            f"speed        {speed:.0f} images/s, waiting for data {waited:.0%}, at the end\n"
+            f"speed        {speed['images_per_second']:.0f} images/s, "
+            f"waiting for data {speed['data_wait']:.0%}, at the end\n"
             f"checkpoint   {last} ({last.stat().st_size / 1e9:.3g} GB; "
             f"{shutil.disk_usage(loop.job).free / 1e9:.3g} GB are free)\n"
             f"log          {loop.job / 'log.txt'}\n"

@@ -95,7 +95,7 @@ def test_signals_save_and_the_same_command_goes_on(tmp_path, undisturbed, name):
     settings = [*settings_of(processes), f"output_dir={tmp_path}"]
     job = tmp_path / "demo"
     stopped_at = 0
-    for number in (signal.SIGINT, signal.SIGTERM) if processes == 1 else (signal.SIGTERM,):
+    for number in (signal.SIGINT, signal.SIGTERM):
         stopped_at = stop_and_check(name, number, settings, job, stopped_at)
     resumed = succeed(COMMANDS[name], *settings)
     assert f"from step {stopped_at}" in resumed

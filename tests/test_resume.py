@@ -87,10 +87,11 @@ def test_a_trial_ends_like_a_run_and_can_be_continued(tmp_path, undisturbed):
     assert re.search(rf"checkpoint .*{name} \({size:.3g} GB; [0-9.e+]+ GB are free\)\n", output)
     code, refused = run(LAUNCHER, f"output_dir={tmp_path}", "resume=False")
     assert code == 2 and f"already holds {name}" in refused
-    output = succeed_together(2, *arguments)
+    output = succeed_together(2, *arguments, "print_freq=10")
     assert "30 steps, from step 14\n" in output
+    assert "step 20/30  (mean of 6 steps)  " in output and output.count("mean of") == 1
     assert_same_state(final_state(job), undisturbed(2))
-    assert [r["step"] for r in records(job) if "loss" in r] == list(range(1, 31))
+    assert [r["step"] for r in records(job) if "loss" in r] == [*range(1, 15), 20, 30]
 
 
 def test_twenty_kills_while_checkpoints_are_written(tmp_path):

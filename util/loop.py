@@ -128,12 +128,13 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
         with loop.rescue(step):
             task.step(step, batches)
         step += 1
-        with loop.rescue(step):
-            loop.after_step(step)
         at_end = step == loop.total_steps
         if step % per_epoch and not at_end:
+            with loop.rescue(step):
+                loop.after_step(step)
             loop.between_steps(step)
             continue
+        loop.after_step(step)  # what is saved before the evaluation would leave it out
         at_end = at_end and (task.evaluates_at_end or cfg.eval_freq)
         if at_end or (cfg.eval_freq and step % (cfg.eval_freq * per_epoch) == 0):
             loop.evaluate(step)
@@ -192,6 +193,7 @@ class Loop:
         self.last_saved = time.monotonic()
         self.start = time.perf_counter()
         self.speed = Speed()
+        self.last_speed: dict[str, float] = {}  # of the last log line
         self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
         self.writer: checkpoint.CheckpointWriter | None = None
         self.folder = job / "checkpoints"
@@ -213,6 +215,7 @@ class Loop:
             saved = [*list_checkpoints(self.folder), "none was written yet"]
             raise TrainingStopped(f"{stopped}; last good checkpoint: {saved[0]}") from stopped
         speed = self.speed.read(steps, self.images_per_step, self.total_steps - done)
+        self.last_speed = speed
         epoch = done / self.steps_per_epoch
         if steps < min(self.cfg.print_freq, done):  # at the end, or since a resume
             summary = f"(mean of {steps} steps)  {summary}"
