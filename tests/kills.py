@@ -28,7 +28,7 @@ from tests.runs import (
 from util.checkpoint import list_checkpoints, load_file
 from util.job import checkpoint_name
 
-KILLS = 20
+KILLS = 12
 # A checkpoint after each step, large enough that writing it takes a while.
 SETTINGS = ["epochs=6", "proj.mlp_dim=512", "save_minutes=1e-6"]
 

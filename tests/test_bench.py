@@ -12,24 +12,17 @@ from bench.step import EPOCH, Setting, build_training, count_flops, make_plain, 
 from data.datasets import build_dataset
 from engine_pretrain import begin_step, end_step, micro_step
 from models.views import sample_views
-from tests.runs import ROOT, environment
+from tests.runs import ROOT, environment, finish, run_together, start_process
 from util.distributed import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+SMALLER = """
+from bench import step
+step.MATRIX_SIDES = {"cpu": (128, 256)}
+step.RECIPE["proj"]["mlp_dim"] = 64
+step.main()
+"""
 SMALL = Setting("vit_tiny", batch=4, grid=4, precision="fp32", compile=False, recompute=False)
-
-
-def run(*command: str) -> str:
-    """python -m ... -> what it printed"""
-    ran = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
 
 
 @pytest.mark.slow
@@ -89,9 +82,11 @@ def test_photos_are_like_imagenets(tmp_path):
 @pytest.mark.slow
 def test_step_bench_reports_what_it_measured_on_two_processes(tmp_path):
     path = tmp_path / "results.json"
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "bench.step"]
-    sizes = ["--encoder", "vit_tiny", "--batch", "2", "--grid", "4", "6", "--rounds", "1"]
-    output = run(*torchrun, *sizes, "--plain", "fp32", "--json", str(path))
+    options = ["--encoder", "vit_nano", "--batch", "2", "--grid", "4", "6", "--rounds", "1"]
+    options += ["--plain", "fp32", "--json", str(path)]
+    small = tmp_path / "small.py"
+    small.write_text(SMALLER)
+    output = run_together(2, *options, program=str(small))
     assert output.count("processes 2  ") == 2
     results = json.loads(path.read_text())
     assert [result["grid"] for result in results] == [4, 6]
@@ -112,7 +107,9 @@ def test_step_bench_runs_where_only_torch_and_timm_are():
 
 @pytest.mark.slow
 def test_loader_and_training_bench():
-    output = run("bench.loader", "--photos", "20", "--images", "16", "--rounds", "1")
-    assert output.count("fast, times pil float") == 2
-    options = ["--photos", "20", "--encoder", "vit_tiny", "--batch", "2", "--steps", "2"]
-    assert run("bench.loader", "--train", *options).count("waiting") == 2
+    command, photos = [sys.executable, "bench/loader.py"], ["--photos", "20"]
+    reading = finish(start_process([*command, *photos, "--images", "16", "--rounds", "1"]))[1]
+    assert reading.count("fast, times pil float") == 2, reading
+    options = ["--train", "--encoder", "vit_nano", "--batch", "2", "--steps", "2"]
+    training = finish(start_process([*command, *photos, *options]))[1]
+    assert training.count("waiting") == 2, training

@@ -78,13 +78,12 @@ def test_command_names_the_pair_with_a_perturbed_array(copy_of, check):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor, status", [(1.0, 0), (1.001, 1)])
-def test_command_in_a_process_of_its_own(copy_of, factor, status):
+def test_command_in_a_process_of_its_own(copy_of):
     path = copy_of("regression_plain")
-    scale_arrays(path, "forward/x_pred", factor)
+    scale_arrays(path, "forward/x_pred", 1.001)
     arguments = [sys.executable, "-m", "tests.golden", str(path.parent)]
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == status, result.stderr
+    assert result.returncode == 1, result.stderr
     assert len(result.stdout.splitlines()) == 1
 
 

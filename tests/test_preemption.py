@@ -75,10 +75,10 @@ def settings_of(processes: int) -> list[str]:
     return ["num_workers=1", f"batch_size={64 // processes}", "epochs=2"]
 
 
-COMMANDS = {
-    "launcher": LAUNCHER,
-    "launcher, two": [*LAUNCHER, "env.ngpu=2"],
-    "torchrun": torchrun(2),
+COMMANDS = {  # and what stops them
+    "launcher": (LAUNCHER, [signal.SIGINT, signal.SIGTERM]),
+    "launcher, two": ([*LAUNCHER, "env.ngpu=2"], [signal.SIGINT, signal.SIGTERM]),
+    "torchrun": (torchrun(2), [signal.SIGTERM]),
 }
 
 
@@ -95,16 +95,18 @@ def test_signals_save_and_the_same_command_goes_on(tmp_path, undisturbed, name):
     settings = [*settings_of(processes), f"output_dir={tmp_path}"]
     job = tmp_path / "demo"
     stopped_at = 0
-    for number in (signal.SIGINT, signal.SIGTERM):
+    command, signals = COMMANDS[name]
+    for number in signals:
         stopped_at = stop_and_check(name, number, settings, job, stopped_at)
-    resumed = succeed(COMMANDS[name], *settings)
+    resumed = succeed(command, *settings)
     assert f"from step {stopped_at}" in resumed
+    assert resumed.count("epoch 2.00/2") == 1  # the first process alone prints
     assert_same_state(final_state(job), undisturbed(processes))
 
 
 def stop_and_check(name: str, number: int, settings: list[str], job: Path, stopped_at: int) -> int:
     """Start again where it was stopped before, and stop it some steps later. -> the step"""
-    process = start(COMMANDS[name], *settings)
+    process = start(COMMANDS[name][0], *settings)
     wait_until(lambda: any(r["step"] >= stopped_at + 5 for r in records(job)), process)
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=25)

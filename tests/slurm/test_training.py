@@ -56,19 +56,45 @@ def set_time_left(job_id: str, minutes: int) -> None:
     subprocess.run(["scontrol", "update", f"JobId={job_id}", f"TimeLimit={limit}"], check=True)
 
 
+def copy_of_the_project(folder: Path) -> Path:
+    project = folder / "project"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
+    for name in ("models", "util", "data", "eval", "configs"):
+        subprocess.run(["cp", "-r", f"{ROOT / name}/.", str(project / name)], check=True)
+    for name in ("launcher.py", "main_lmim.py", "engine_pretrain.py"):
+        (project / name).write_bytes((ROOT / name).read_bytes())
+    (folder / "photos").mkdir()
+    (folder / "photos" / "many.txt").write_bytes(bytes(30_000_000))
+    (project / "data" / "photos").symlink_to(folder / "photos")
+    return project
+
+
 def test_time_limit_in_the_middle_of_training(tmp_path, undisturbed_pair):
     """Slurm sends the signal up to a minute early, which could be before the first step: so the
     limit is set, and the training held until the signal is there, once the job is in the middle.
-    As in a container, the processes cannot call scontrol; no crash is allowed either."""
+    As in a container, the processes cannot call scontrol; no crash is allowed either. The project
+    that it was submitted from is edited meanwhile, which must not reach it."""
+    project = copy_of_the_project(tmp_path)
     (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "scontrol").chmod(0o755)
     python = f"env PATH={tmp_path}:{os.environ['PATH']} {sys.executable}"
     limits = ["env.timeout=10", "env.signal_delay=120", "env.tasks_per_node=2"]
     inside = [f"env.python='{python}'", "env.max_restarts=0", f"output_dir={tmp_path}"]
-    job_id = submit(*LONG, *limits, *inside)
+    run = subprocess.run(
+        [*LAUNCHER, *TINY, *ON_SLURM, *LONG, *limits, *inside],
+        cwd=project,
+        env=environment(PYTHONPATH=str(project)),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    job_id = run.stdout.split("submitted as job ")[1].split()[0]
     assert job_info(job_id)["TimeLimit"] == "00:10:00"
     job = tmp_path / "demo"
     wait_for_step(job, 50)
+    (copied,) = (job / "logs").glob("code-*")
+    assert (copied / "data" / "digits.npz").exists() and not (copied / "data" / "photos").exists()
+    (project / "engine_pretrain.py").write_text("raise RuntimeError('edited')\n")
     ranks = processes_of(job_id)
     assert len(ranks) == 2
     with held(ranks):
@@ -167,33 +193,3 @@ def test_a_crash_is_tried_again_only_so_often(tmp_path, monkeypatch):
     assert wait_for_end(job_id, 90) == "FAILED"
     assert "RuntimeError: a bug" in error_text(tmp_path / "demo")
     assert job_info(job_id)["Restarts"] == "1"
-
-
-def test_edits_after_submission_do_not_reach_a_job_that_is_requeued(tmp_path, undisturbed_pair):
-    """Submitted from a copy of the project, which is broken before the requeue."""
-    project = tmp_path / "project"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
-    for name in ("models", "util", "data", "eval", "configs"):
-        subprocess.run(["cp", "-r", f"{ROOT / name}/.", str(project / name)], check=True)
-    for name in ("launcher.py", "main_lmim.py", "engine_pretrain.py"):
-        (project / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "many.txt").write_bytes(bytes(30_000_000))
-    (project / "data" / "photos").symlink_to(tmp_path / "photos")
-    settings = [*ON_SLURM, *LONG, "env.tasks_per_node=2", f"output_dir={tmp_path}"]
-    run = subprocess.run(
-        [*LAUNCHER, *TINY, *settings],
-        cwd=project,
-        env=environment(PYTHONPATH=str(project)),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    job_id = run.stdout.split("submitted as job ")[1].split()[0]
-    job = tmp_path / "demo"
-    wait_for_step(job, 20)
-    (copied,) = (job / "logs").glob("code-*")
-    assert (copied / "data" / "digits.npz").exists() and not (copied / "data" / "photos").exists()
-    (project / "engine_pretrain.py").write_text("raise RuntimeError('edited')\n")
-    subprocess.run(["scontrol", "requeue", job_id], check=True)
-    assert_undisturbed(job, job_id, undisturbed_pair)
