@@ -18,13 +18,14 @@ from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
 from engine_pretrain import Training, train_step
 from eval.nn import leave_one_out_accuracy
+from eval.watch import COLLAPSED, CollapseWatch, judge
 from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
 from util.build import build_model, read_geometry, training_parts
 from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
-from util.distributed import Ranks, gather_objects, join_processes, leave_processes
+from util.distributed import Ranks, gather_objects, join_processes, leave_processes, on_main
 from util.files import write_whole
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
@@ -61,6 +62,7 @@ class Pretraining(Task):
         self.loader = train_loader(cfg, ranks, self.dataset, crops)
         centre = EvalTransform(self.geometry.side_without_gaps, cfg.dataset.crop_ratio)
         self.evaluation = eval_loader(cfg, ranks, open_split(cfg, "eval"), centre, tolerant=True)
+        self.collapse_watch = CollapseWatch(cfg, ranks, self.evaluation.dataset, centre)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg).to(ranks.device)
         precision = choose_precision(cfg.precision, ranks.device)
@@ -160,6 +162,18 @@ class Pretraining(Task):
         protocol = f"leave-one-out inside the {images} evaluation images"
         return {"nn_accuracy": accuracy}, f"nearest neighbour {accuracy:.2f} % ({protocol})"
 
+    def watch(self, loop: Loop, done: int) -> Line | None:
+        """Are the features alive? By what was measured since the start, which log.txt has."""
+        if self.cfg.watch_images == 0:
+            return None
+        with torch.compiler.set_stance("force_eager"):
+            numbers = self.collapse_watch.measure(self.model.encoder, self.normalised)
+        history = on_main(lambda: loop.log.records_with("rankme"), self.ranks) | {done: numbers}
+        judged = judge(history, loop.planned_steps)
+        if judged.verdict == COLLAPSED and self.cfg.on_collapse == "stop":
+            self.gives_up = f"on_collapse=stop: {judged}"
+        return {**numbers, **judged._asdict()}, f"features {judged}"
+
     def settle_gradient_buckets(self) -> None:
         """DistributedDataParallel regroups gradients after the first backward pass, which changes
         the order of summation over more than two processes. One pass on blank images settles this
@@ -180,8 +194,10 @@ class Pretraining(Task):
         if not self.ranks.is_main:
             return
         seconds = time.perf_counter() - loop.start
-        accuracies = loop.log.values_of("nn_accuracy")
-        before, after = accuracies.get(0), accuracies.get(loop.total_steps)
+        found = loop.log.records_with("nn_accuracy")
+        before, after = (found.get(at, {}).get("nn_accuracy") for at in (0, loop.total_steps))
+        watched = loop.log.records_with("rankme")
+        judged = judge(watched, loop.planned_steps)
         result = {
             "before": before,
             "after": after,
@@ -189,6 +205,7 @@ class Pretraining(Task):
             "seed": self.cfg.seed,
             "protocol": "nearest neighbour, leave-one-out inside the evaluation images, percent",
             "steps": loop.total_steps,
+            **(judged._asdict() if judged else {}),
         }
         path = loop.job / "results" / f"{self.cfg.job_name}.json"
         write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
@@ -199,6 +216,7 @@ class Pretraining(Task):
         speed = loop.last_speed
         loop.log.say(
             f"nodes        {nodes}\n"
+            f"features     {judged or 'not watched'}\n"
             f"speed        {speed['images_per_second']:.0f} images/s, "
             f"waiting for data {speed['data_wait']:.0%}, at the end\n"
             f"checkpoint   {last} ({last.stat().st_size / 1e9:.3g} GB; "

@@ -7,6 +7,9 @@ channel_std       of the pooled features of length 1, times the square root of t
                   over channels: 1 at most, 0 where all images look alike
 token_similarity  s of the training log: cosine of two patch tokens of an image, each with itself
                   included
+same_place        cosine of the tokens of two images at the same place; 1: they say nothing about
+                  the image
+other_places      the same at different places
 position_probe    percent of the patch tokens whose place a linear map reads off them, on images
                   that it was not fitted to; chance is position_chance. A network may satisfy the
                   loss by writing positions into its tokens, and nothing else
@@ -15,19 +18,20 @@ python launcher.py --config-name=collapse pretrained=checkpoints/lmim-vit_base \
     data_path=/path/to/imagenet
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
-from data.base import DataError, ImageDataset
+from data.base import DataError
 from eval.common import EvalRun, run_evaluation
 from eval.features import ROWS, extract
 from models.losses import average_similarity
 from util.command import run_worker
-from util.distributed import all_reduce
+from util.distributed import Ranks, all_reduce
 from util.loaders import open_split
 
 RIDGE = 1e-4  # of the mean variance of a channel
@@ -45,12 +49,18 @@ def evaluate(run: EvalRun) -> None:
     pooled = extract(run, dataset, cfg.split, cfg.pooling, normalised=False).features
     generator = torch.Generator().manual_seed(cfg.seed)
     chosen = torch.randperm(len(dataset), generator=generator)[: cfg.probe_images].tolist()
+
+    @torch.inference_mode()
+    def tokens_of(indices: list[int]) -> Iterator[Tensor]:
+        for batch in run.tracked(run.loader(dataset, indices), "batches probed:"):
+            yield run.tokens(batch.images).patches.float()
+
+    fitted, tested = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
+    places = (run.backbone.image_side // run.backbone.patch_size) ** 2
+    shape = (places, run.backbone.embed_dim)
+    tokens = measure_tokens(tokens_of(fitted), tokens_of(tested), shape, run.ranks)
     run.finish(
-        {
-            "rankme": rank_me(pooled),
-            **cosine_and_std(pooled),
-            **probe_tokens(run, dataset, chosen),
-        },
+        {"rankme": rank_me(pooled), **cosine_and_std(pooled), **tokens},
         protocol=f"{cfg.split} split, pooling {cfg.pooling}, tokens of {len(chosen)} images",
         images=len(dataset),
     )
@@ -81,33 +91,26 @@ def cosine_and_std(features: Tensor) -> dict[str, float]:
     return {"mean_cosine": cosine.item(), "channel_std": std.item()}
 
 
-def probe_tokens(run: EvalRun, dataset: ImageDataset, chosen: list[int]) -> dict[str, float]:
-    """A linear map from token to place, fitted in closed form on half of the chosen images and
-    tested on the other half; and the similarity of the tokens of all of them."""
-    device, width = run.ranks.device, run.backbone.embed_dim
-    places = (run.backbone.image_side // run.backbone.patch_size) ** 2
-    similarity = torch.zeros((), dtype=torch.float64, device=device)
-
-    @torch.inference_mode()
-    def tokens_of(indices: list[int]) -> Iterator[Tensor]:
-        """float32 [B, L, D], of this process's part of the images."""
-        for batch in run.tracked(run.loader(dataset, indices), "batches probed:"):
-            tokens = run.tokens(batch.images).patches.float()
-            similarity.add_(average_similarity(tokens).double() * len(tokens))
-            yield tokens
-
+def measure_tokens(
+    fitted: Iterable[Tensor], tested: Iterable[Tensor], shape: tuple[int, int], ranks: Ranks
+) -> dict[str, float]:
+    """Of two sets of images: this process's tokens, [B, *shape] at a time; shape: places, width. A
+    linear map from token to place is fitted to the first set in closed form and tested on the
+    second; similarities are those of both."""
+    places, width = shape
+    zeros = partial(torch.zeros, dtype=torch.float64, device=ranks.device)
+    similar = Similarities(places, width, ranks.device)
+    products, by_place, count = zeros(width, width), zeros(places, width), zeros(())
     # Ridge regression of the one-hot place. Each place occurs once per image, so that the sum of
     # tokens over images, place by place, is the product of tokens and one-hot places.
-    fitted, tested = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
-    products = torch.zeros(width, width, dtype=torch.float64, device=device)
-    by_place = torch.zeros(places, width, dtype=torch.float64, device=device)
-    for tokens in tokens_of(fitted):
+    for tokens in fitted:
+        similar.add(tokens)
         by_place += tokens.double().sum(dim=0)
         flat = tokens.flatten(0, 1).double()
         products += flat.T @ flat
-    all_reduce(products)
-    all_reduce(by_place)
-    count = len(fitted) * places
+        count += len(flat)
+    for sums in (products, by_place, count):
+        all_reduce(sums)
     mean = by_place.sum(dim=0) / count
     covariance = products / count - mean[:, None] * mean
     cross = by_place.T / count - mean[:, None] / places  # the mean of a one-hot place is 1 / L
@@ -116,15 +119,46 @@ def probe_tokens(run: EvalRun, dataset: ImageDataset, chosen: list[int]) -> dict
     weight = torch.linalg.lstsq(covariance, cross).solution  # [D, L]
     bias = 1 / places - mean @ weight  # [L]
 
-    hits = torch.zeros((), dtype=torch.int64, device=device)
-    for tokens in tokens_of(tested):
+    counts = zeros(2)  # hits, tokens
+    for tokens in tested:
+        similar.add(tokens)
         predicted = (tokens.double() @ weight + bias).argmax(dim=2)
-        hits += (predicted == torch.arange(places, device=device)).sum()
+        counts[0] += (predicted == torch.arange(places, device=ranks.device)).sum()
+        counts[1] += predicted.numel()
+    hits, tested_tokens = all_reduce(counts).tolist()
     return {
-        "token_similarity": all_reduce(similarity).item() / len(chosen),
-        "position_probe": 100 * (all_reduce(hits).item() / (len(tested) * places)),
+        **similar.read(),
+        "position_probe": 100 * hits / tested_tokens,
         "position_chance": 100 / places,
     }
+
+
+class Similarities:
+    """Cosines of patch tokens, averaged over pairs: from sums over tokens of length 1."""
+
+    def __init__(self, places: int, width: int, device: torch.device):
+        self.by_place = torch.zeros(places, width, dtype=torch.float64, device=device)
+        self.images, self.inside = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, tokens: Tensor) -> None:
+        self.by_place += F.normalize(tokens.double(), dim=-1).sum(dim=0)
+        self.inside += average_similarity(tokens.double()) * len(tokens)
+        self.images += len(tokens)
+
+    def read(self) -> dict[str, float]:
+        """Over all processes."""
+        for sums in (self.by_place, self.images, self.inside):
+            all_reduce(sums)
+        places, n = len(self.by_place), self.images
+        # All pairs, less those of one image and, of one place, those of a token with itself.
+        same = self.by_place.square().sum() - n * places
+        everything = self.by_place.sum(dim=0).square().sum() - places**2 * self.inside
+        pairs = n * (n - 1) * places
+        return {
+            "token_similarity": (self.inside / n).item(),
+            "same_place": (same / pairs).item(),
+            "other_places": ((everything - same) / (pairs * max(places - 1, 1))).item(),
+        }
 
 
 if __name__ == "__main__":

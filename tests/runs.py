@@ -21,7 +21,7 @@ from util.checkpoint import list_checkpoints, load_file
 TINY = (
     "--config-name=demo encoder.embed_dim=24 encoder.depth=2 proj.mlp_dim=32 proj.mlp_depth=2 "
     "decoder_embed_dim=24 decoder_depth=1 epochs=3 warmup_epochs=1 print_freq=1 eval_freq=0 "
-    "eval_at_start=False resume=True"
+    "eval_at_start=False watch_images=0 resume=True"
 ).split()
 
 

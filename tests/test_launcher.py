@@ -21,7 +21,7 @@ from util.local import exit_code_of
 TINY = (
     "--config-name=demo epochs=1 warmup_epochs=0 encoder.depth=1 encoder.embed_dim=24 "
     "decoder_depth=1 decoder_embed_dim=24 proj.mlp_depth=0 batch_size=140 eval_freq=0 "
-    "eval_at_start=False"
+    "eval_at_start=False watch_images=0"
 ).split()
 ANSWERS = {"help": ["--help"], "cfg": [*PUBLISHED, "--cfg", "job"]}
 # A worker that tells how it was started, and fails in the way that `data_path` asks for.

@@ -17,7 +17,7 @@ from util.checkpoint import list_checkpoints
 from util.distributed import Ranks
 from util.metrics import readable_time
 from util.record import RunLog, keep_until_step
-from util.status import last_training_record
+from util.status import last_record
 
 SHORT = ("epochs=1", "warmup_epochs=0")
 
@@ -127,7 +127,7 @@ def test_damaged_lines_of_a_log_are_dropped(tmp_path):
     good = b'{"step": 1, "loss": 0.1}\n', b'{"step": 2, "loss": 1e-05}\n'
     bad = b'\xff\xfe{"step": 1}\n', b"[1]\n", b"3\n", b'{"loss": 1}\n', b"\0\0\n"
     path.write_bytes(good[0] + b"".join(bad) + good[1])
-    assert last_training_record(path) == {"step": 2, "loss": 1e-05}
+    assert last_record(path, "loss") == {"step": 2, "loss": 1e-05}
     keep_until_step(path, 2)
     assert path.read_bytes() == b"".join(good)
 

@@ -6,7 +6,7 @@ a step is, and this file keeps them alive.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from util.metrics import Speed, readable_time
 from util.preemption import Interrupted, StopFlag
 from util.record import RunLog
 
-Line = tuple[dict[str, float], str]  # numbers for the log, and how the console puts them
+Line = tuple[Mapping[str, float | str], str]  # numbers for the log, and how the console puts them
 
 
 class Task:
@@ -38,6 +38,7 @@ class Task:
     made_from: dict  # what util/resuming.py compares besides the config
     evaluates_at_end = True  # also where eval_freq is 0
     max_steps: int | None = None  # at which a run ends as if that were all
+    gives_up = ""
     half_done = False  # while networks and optimiser are between two steps
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -65,6 +66,10 @@ class Task:
 
     def evaluate(self) -> Line | None:
         raise NotImplementedError
+
+    def watch(self, loop: "Loop", done: int) -> Line | None:
+        """Now and then: is the run alive? May set gives_up to the reason for which it ends."""
+        return None
 
     def finish(self, loop: "Loop") -> None:
         """At the end of the last step, or where a resumed run had nothing left to do."""
@@ -121,8 +126,10 @@ def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopF
 def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     step, per_epoch = loop.first_step, loop.steps_per_epoch
     task.prepare()
-    if step == 0 and "eval_at_start" in cfg and cfg.eval_at_start:
-        loop.evaluate(0)
+    if step == 0:
+        loop.watch(0)
+        if "eval_at_start" in cfg and cfg.eval_at_start:
+            loop.evaluate(0)
     batches = loop.speed.timed(task.batches(step, loop.total_steps))
     while step < loop.total_steps:
         with loop.rescue(step):
@@ -132,12 +139,15 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
         if step % per_epoch and not at_end:
             with loop.rescue(step):
                 loop.after_step(step)
+                loop.watch(step)
             loop.between_steps(step)
             continue
         loop.after_step(step)  # what is saved before the evaluation would leave it out
         at_end = at_end and (task.evaluates_at_end or cfg.eval_freq)
-        if at_end or (cfg.eval_freq and step % (cfg.eval_freq * per_epoch) == 0):
+        evaluates = at_end or (cfg.eval_freq and step % (cfg.eval_freq * per_epoch) == 0)
+        if evaluates:
             loop.evaluate(step)
+        loop.watch(step, at_evaluation=evaluates)
         loop.after_epoch(step)
     loop.finish()
 
@@ -185,7 +195,8 @@ class Loop:
         self.task, self.cfg, self.ranks, self.job = task, cfg, ranks, job
         self.stop_flag, self.first_step = stop, first_step
         self.steps_per_epoch = task.loader.steps_per_epoch
-        self.total_steps = cfg.epochs * self.steps_per_epoch
+        self.total_steps = self.planned_steps = cfg.epochs * self.steps_per_epoch
+        self.watched = watched_steps(self.planned_steps)
         if task.max_steps is not None:
             self.total_steps = min(self.total_steps, task.max_steps)
         self.images_per_step = task.loader.batch_size * task.loader.accum_iter * ranks.world_size
@@ -227,8 +238,19 @@ class Loop:
         self.log.record({"epoch": epoch, **numbers, **speed}, done, summary)
 
     def evaluate(self, done: int) -> None:
+        self.record(done, self.task.evaluate)
+
+    def watch(self, done: int, at_evaluation: bool = False) -> None:
+        if at_evaluation or done in self.watched:
+            self.record(done, partial(self.task.watch, self, done))
+        if self.task.gives_up:
+            self.save(done)
+            self.finish_writing()
+            raise TrainingStopped(f"{self.task.gives_up}; step {done} is saved")
+
+    def record(self, done: int, look: Callable[[], Line | None]) -> None:
         with self.speed.pause():
-            found = self.task.evaluate()
+            found = look()
         if found is not None:
             numbers, summary = found
             epoch = done / self.steps_per_epoch
@@ -318,6 +340,12 @@ class Loop:
                 f"training has ended, but its last checkpoint {last} could not be written: make "
                 f"room, and start it again with resume=True"
             )
+
+
+def watched_steps(planned: int) -> set[int]:
+    """Often at first, when most is decided; and when a collapse should have shown."""
+    powers = {first * 10**power for first in (1, 3) for power in range(1, len(str(planned)))}
+    return {0, *powers, round(0.15 * planned), round(0.25 * planned)}
 
 
 def sum_over_processes(numbers: Tensor, loader, ranks: Ranks) -> list[float]:

@@ -10,13 +10,16 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 from tqdm import tqdm
 
 from util.files import read_records, write_whole
@@ -57,7 +60,7 @@ class RunLog:
             with tqdm.external_write_mode(), suppress(OSError):
                 print(text, flush=True)
 
-    def record(self, values: dict[str, float], step: int, summary: str) -> None:
+    def record(self, values: Mapping[str, float | str], step: int, summary: str) -> None:
         """Numbers of one step: to log.txt, TensorBoard and the console."""
         if not self.is_main:
             return
@@ -68,10 +71,10 @@ class RunLog:
                 self.say(f"{file.path} cannot be written ({error.strerror}); training goes on")
         self.say(summary)
 
-    def values_of(self, name: str) -> dict[int, float]:
-        """What log.txt has of one number, by step. For the first process."""
+    def records_with(self, name: str) -> dict[int, dict]:
+        """The lines of log.txt that have this number, by step. For the first process."""
         records = read_records(self.lines.path)
-        return {record["step"]: record[name] for record in records if name in record}
+        return {record["step"]: record for record in records if name in record}
 
     def progress(self, step: int) -> None:
         self.bar.update(step - self.bar.n)
@@ -112,7 +115,7 @@ class AppendedFile:
 class JsonLines(AppendedFile):
     """One JSON object per line."""
 
-    def add(self, values: dict[str, float], step: int) -> None:
+    def add(self, values: Mapping[str, float | str], step: int) -> None:
         self.append(json.dumps({"step": step, **values}).encode() + b"\n")
 
 
@@ -130,9 +133,16 @@ class TensorBoardFile(AppendedFile):
             start = SessionLog(status=SessionLog.START)
             self.unwritten += as_record(step=first_step, session_log=start)
 
-    def add(self, values: dict[str, float], step: int) -> None:
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self.append(as_record(step=step, summary=Summary(value=scalars)))
+    def add(self, values: Mapping[str, float | str], step: int) -> None:
+        shown = [as_value(name, value) for name, value in values.items()]
+        self.append(as_record(step=step, summary=Summary(value=shown)))
+
+
+def as_value(name: str, value: float | str) -> Summary.Value:
+    if not isinstance(value, str):
+        return Summary.Value(tag=name, simple_value=value)
+    text = {"metadata": create_summary_metadata("", ""), "tensor": make_tensor_proto([value])}
+    return Summary.Value(tag=name, **text)
 
 
 def as_record(**fields) -> bytes:

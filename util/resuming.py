@@ -16,7 +16,8 @@ from util.config import PATHS, ConfigError, flatten, shipped_keys
 # Besides env, and as the sections of the configs say.
 CHANGE_NO_RESULT = {*PATHS, "dataset.options.index_folder"} | set(
     "worker job_name resume overwrite num_workers data_timeout max_steps max_bad_images recompute "
-    "max_bad_steps print_freq save_freq save_minutes eval_freq eval_at_start".split()
+    "max_bad_steps on_collapse watch_images "
+    "print_freq save_freq save_minutes eval_freq eval_at_start".split()
 )
 MAY_DIFFER = CHANGE_NO_RESULT | {"batch_size", "accum_iter"}  # images_per_step may not
 

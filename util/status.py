@@ -10,7 +10,10 @@ from util.files import read_records
 from util.job import list_checkpoints
 from util.slurm_queue import job_state, read_note, why_waiting
 
-COLUMNS = ("job", "slurm", "state", "epoch", "loss", "images/s", "last checkpoint", "restarts")
+COLUMNS = (
+    *("job", "slurm", "state", "epoch", "loss", "images/s", "features"),
+    *("last checkpoint", "restarts"),
+)
 
 
 def main(cfg: DictConfig) -> None:
@@ -26,7 +29,8 @@ def main(cfg: DictConfig) -> None:
 
 def describe_job(job: Path) -> tuple[str, ...]:
     job_id, state, restarts = in_slurm(job)
-    last = last_training_record(job / "log.txt")
+    last = last_record(job / "log.txt", "loss")
+    watched = last_record(job / "log.txt", "verdict")
     checkpoints = list_checkpoints(job / "checkpoints")
     return (
         job.name,
@@ -35,6 +39,7 @@ def describe_job(job: Path) -> tuple[str, ...]:
         f"{last['epoch']:.2f}" if last else "-",
         f"{last['loss']:.4f}" if last else "-",
         f"{last['images_per_second']:.0f}" if last else "-",
+        watched["verdict"] if watched else "-",
         checkpoints[0].name if checkpoints else "-",
         restarts,
     )
@@ -51,7 +56,7 @@ def in_slurm(job: Path) -> tuple[str, str, str]:
     return note["job_id"], state, record.get("Restarts", "-")
 
 
-def last_training_record(log: Path) -> dict | None:
-    if not log.exists():
-        return None
-    return next((record for record in reversed(read_records(log)) if "loss" in record), None)
+def last_record(log: Path, name: str) -> dict | None:
+    """The last that has this number."""
+    records = read_records(log) if log.exists() else []
+    return next((record for record in reversed(records) if name in record), None)

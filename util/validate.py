@@ -131,7 +131,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     # Whole numbers.
     (whole(-1), "layer"),
     (whole(0), "max_bad_steps patch_gap proj.mlp_depth eval_freq previous_frames neighbourhood"),
-    (whole(0), "env.max_restarts"),
+    (whole(0), "env.max_restarts watch_images"),
     (whole(0, 2**63 - 1), "seed dataset.options.seed"),
     (or_null(whole(0)), "num_workers env.ngpu"),
     (whole(1), "patch_size num_vis decoder_depth decoder_embed_dim decoder_num_heads proj.mlp_dim"),
@@ -169,6 +169,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (one_of("paper", "knn"), "protocol"),
     (one_of("cls", "mean", "cls+mean"), "pooling"),
     (one_of("eval", "train"), "split"),
+    (one_of("warn", "stop"), "on_collapse"),
     (one_of("unsupervised", "linear"), "method"),
     (one_of("tokens", "pixels"), "features"),
     (one_of("cosine", "euclidean", "manhattan"), "clustering.metric"),

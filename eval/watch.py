@@ -1,0 +1,100 @@
+"""Is the run alive? Judged while it trains from a few images, without labels, by how two numbers
+change: no threshold does, because a network that has learned nothing yet looks nearly collapsed.
+
+rankme    how many directions the features of images use (eval/collapse.py)
+content   1 - same_place: what a token says about its image and not about its place. Nothing is
+          left of it where all images look alike, and where tokens become a code of their places
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from data.base import ImageDataset
+from data.transforms import EvalTransform
+from eval.collapse import cosine_and_std, measure_tokens, rank_me
+from models.vit import Encoder
+from util.distributed import Ranks, gather_objects
+from util.loaders import eval_loader
+
+BATCH = 64
+HEALTHY, PARTIAL, COLLAPSED = "healthy", "partial", "collapsed"
+TOO_EARLY = "too early to say"
+LOST = 0.25  # of the highest value so far: what is below has collapsed
+EARLY = 0.15  # of training: until then both numbers fall in runs that do well
+
+
+class CollapseWatch:
+    """Measures an encoder on a few images of a data set, which are read once."""
+
+    def __init__(
+        self, cfg: DictConfig, ranks: Ranks, dataset: ImageDataset, transform: EvalTransform
+    ):
+        count = min(cfg.watch_images, len(dataset))
+        chosen = [len(dataset) * place // count for place in range(count)]  # from all parts of it
+        smaller = OmegaConf.merge(cfg, {"batch_size": min(cfg.batch_size, BATCH)})
+        self.loader = eval_loader(smaller, ranks, dataset, transform, chosen, tolerant=True)
+        self.ranks = ranks
+        self.batches: list[Tensor] | None = None  # uint8, on the device
+
+    def read_images(self) -> Iterator[Tensor]:
+        for batch in self.loader:
+            kept = [index not in self.loader.unreadable for index in batch.indices.tolist()]
+            yield batch.images[torch.tensor(kept, device=batch.images.device)]
+
+    @torch.inference_mode()
+    def measure(self, encoder: Encoder, normalised: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """As --config-name=collapse, of the tokens before the final norm and their mean."""
+        if self.batches is None:
+            self.batches = list(self.read_images())
+        pooled: list[Tensor] = []
+
+        def tokens_of(first: int) -> Iterator[Tensor]:
+            for images in self.batches or ():
+                tokens = encoder.encode_images(normalised(images[first::2]))[:, 1:].float()
+                pooled.append(tokens.mean(dim=1).cpu())
+                yield tokens
+
+        shape = (encoder.grid_size**2, encoder.embed_dim)
+        numbers = measure_tokens(tokens_of(0), tokens_of(1), shape, self.ranks)
+        parts = [part for parts in gather_objects(pooled, self.ranks) for part in parts]
+        features = torch.cat(parts)
+        cosine = cosine_and_std(features)["mean_cosine"]
+        return {"rankme": rank_me(features), "mean_cosine": cosine, **numbers}
+
+
+class Judgement(NamedTuple):
+    verdict: str
+    since: int  # step
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict} since step {self.since} ({self.reason})"
+
+
+def judge(history: dict[int, dict[str, float]], planned_steps: int) -> Judgement | None:
+    """history: by step, what was measured so far. -> what it comes to at the last of them"""
+    judged = None
+    values: dict[str, list[float]] = {"rankme": [], "content": []}
+    for step, numbers in sorted(history.items()):
+        values["rankme"].append(numbers["rankme"])
+        values["content"].append(1 - numbers["same_place"])
+        # "not >=" is also true of what is not a number any more.
+        lost = [name for name, found in values.items() if not found[-1] >= LOST * max(found)]
+        less = [name for name, found in values.items() if not found[-1] >= found[0]]
+        verdict = PARTIAL if less else HEALTHY
+        if lost:
+            verdict = COLLAPSED
+        elif step < EARLY * planned_steps:
+            verdict = TOO_EARLY
+        since = judged.since if judged and judged.verdict == verdict else step
+        reason = ", ".join(
+            f"{name} {found[0]:.3g} -> {found[-1]:.3g}, {max(found):.3g} at most"
+            for name, found in values.items()
+            if name in (lost or less or values)
+        )
+        judged = Judgement(verdict, since, reason)
+    return judged
