@@ -13,10 +13,16 @@ from data.loader import StepOrder
 from tests.backbones import digits_checkpoint
 from tests.evaluations import arguments
 from tests.runs import LAUNCHER, finish, run, start_process, succeed
-from util.checkpoint import FORMAT, CheckpointError, list_checkpoints
+from util.checkpoint import (
+    CHANGE_NO_RESULT,
+    FORMAT,
+    CheckpointError,
+    accept,
+    describe,
+    list_checkpoints,
+)
 from util.command import call
 from util.config import CONFIG_DIR, ConfigError, choices_in, compose_config, read_yaml
-from util.resuming import CHANGE_NO_RESULT, accept, describe
 
 FACTS = {"images": 1400, "image_list": "a", "images_per_step": 128, "steps_per_epoch": 10}
 

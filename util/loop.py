@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.base import ImageDataset
 from data.loader import StepOrder
-from util import checkpoint, resuming
+from util import checkpoint
 from util.checkpoint import first_words
 from util.config import TrainingStopped
 from util.distributed import Ranks, all_reduce, barrier, gather_objects, on_main
@@ -35,7 +35,7 @@ class Task:
 
     loader: StepOrder
     dataset: ImageDataset  # what it is trained on
-    made_from: dict  # what util/resuming.py compares besides the config
+    made_from: dict  # what a checkpoint is compared with besides the config
     evaluates_at_end = True  # also where eval_freq is 0
     max_steps: int | None = None  # at which a run ends as if that were all
     gives_up = ""
@@ -154,7 +154,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
 
 def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
     """-> the number of finished steps"""
-    describe = partial(resuming.describe, task.dataset, task.loader, ranks.world_size)
+    describe = partial(checkpoint.describe, task.dataset, task.loader, ranks.world_size)
     task.made_from, folder = on_main(describe, ranks), job / "checkpoints"
     try:
         contents = find_checkpoint(task, cfg, folder, ranks)
@@ -177,7 +177,7 @@ def find_checkpoint(task: Task, cfg: DictConfig, folder: Path, ranks: Ranks) -> 
 
     def choose() -> Path | None:
         newest = checkpoint.newest_readable(folder, print_error)
-        for text in resuming.accept(*newest, cfg, task.made_from) if newest else []:
+        for text in checkpoint.accept(*newest, cfg, task.made_from) if newest else []:
             print_error(text)
         chosen.update([newest] if newest else [])
         return next(iter(chosen), None)
