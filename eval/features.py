@@ -236,7 +236,7 @@ def save_rows(
                 rows.seek(start + int(indices[0]) * dtype.itemsize * values[0].numel())
                 values = values.to(getattr(torch, dtype.name))
                 check_finite(values, f"dtype={dtype}, precision={run.precision}")
-                rows.write(values.contiguous().numpy())
+                rows.write(values.contiguous().numpy().data)
         barrier()
 
     if run.ranks.is_main:
