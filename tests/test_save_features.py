@@ -1,6 +1,7 @@
 """Features as files against a loop over the backbone, from any number of processes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from data.datasets import build_digits
 from eval.backbone import Tokens, load_backbone
 from tests.backbones import digits_checkpoint, run_command
-from tests.evaluations import arguments, launch
+from tests.evaluations import arguments
 from tests.runs import run_together
 
 FILES = ("features.npy", "paths.txt", "labels.npy")
@@ -131,17 +132,14 @@ def test_a_full_disk_is_one_sentence(checkpoint, small_disk, capfd):
 
 
 @pytest.mark.slow
-def test_processes_and_workers_do_not_change_a_bit(checkpoint, tmp_path):
-    """397 images are eight batches, the last of them smaller."""
-    found = []
-    for number, (processes, workers) in enumerate([(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)]):
-        folder = tmp_path / str(number)
-        settings = ["batch_size=50", f"num_workers={workers}"]
-        if processes == 1:
-            code, output = launch("features", checkpoint, folder, *settings)
-            assert code == 0, output
-        else:
-            run_together(processes, *arguments("features", checkpoint, folder, *settings))
+def test_processes_and_workers_do_not_change_a_bit(photos):
+    """Seven images in batches of two, the last one alone. Unlike those of a ViT, the last bits of
+    convolutions on CPUs depend on what else is in a batch."""
+    found, settings = [], "random_init=True image_side=32 batch_size=2".split()
+    for number, (processes, workers) in enumerate([(1, 0), (1, 2), (2, 0), (3, 1)]):
+        folder = photos.parent / str(number)
+        own = [*settings, f"images={photos}", f"num_workers={workers}"]
+        run_together(processes, *arguments("features", Path("timm:resnet10t"), folder, *own))
         found.append([(folder / "features" / "results" / name).read_bytes() for name in FILES])
     assert all(files == found[0] for files in found)
-    assert np.load(tmp_path / "0" / "features" / "results" / "features.npy").std() > 0.1
+    assert np.load(photos.parent / "0" / "features" / "results" / "features.npy").std(0).max() > 0
