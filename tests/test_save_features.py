@@ -136,7 +136,7 @@ def test_processes_and_workers_do_not_change_a_bit(photos):
     """Seven images in batches of two, the last one alone. Unlike those of a ViT, the last bits of
     convolutions on CPUs depend on what else is in a batch."""
     found, settings = [], "random_init=True image_side=32 batch_size=2".split()
-    for number, (processes, workers) in enumerate([(1, 0), (1, 2), (2, 0), (3, 1)]):
+    for number, (processes, workers) in enumerate([(1, 0), (1, 2), (2, 2)]):
         folder = photos.parent / str(number)
         own = [*settings, f"images={photos}", f"num_workers={workers}"]
         run_together(processes, *arguments("features", Path("timm:resnet10t"), folder, *own))
