@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +139,19 @@ def images_below(name: str, data_path: str | None, expected: str) -> list[str]:
     if not paths:
         raise DataError(f"data_path={root} contains no images; {ENDINGS}")
     return paths
+
+
+def given_images(pattern: str) -> FileDataset:
+    """Of images=: one file, a folder with images at any depth, or a glob; sorted by path."""
+    path = os.path.expanduser(pattern)
+    if os.path.isdir(path):
+        paths = find_images(path)
+    elif os.path.isfile(path):
+        paths = [path]
+    else:  # what else a glob matches is left out, as it is of a folder
+        found = glob(path, recursive=True)
+        paths = [path for path in found if path.lower().endswith(EXTENSIONS)]
+    if not paths:
+        valid = f"an image file, a folder with images, or a glob of images; {ENDINGS}"
+        raise DataError(f"images={pattern}: expected {valid}")
+    return FileDataset(sorted(paths), decoder="fast")

@@ -1,24 +1,34 @@
-"""Features of whole images, from any subset of processes, in the order of the dataset."""
+"""Features of whole images, from any subset of processes, in the order of the dataset: for
+evaluations, and as files.
+
+python launcher.py --config-name=features pretrained=checkpoints/lmim-vit_base images=photos
+"""
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from data.base import ImageDataset
+from data.files import given_images
 from data.loader import EvalLoader
 from eval.backbone import Tokens
-from eval.common import EvalRun, LabelledImages
+from eval.common import EvalRun, LabelledImages, run_evaluation, write_json
 from eval.families import BackboneError
-from util.distributed import Ranks, barrier, broadcast_object, share_rows
-from util.files import write_whole
+from util.command import run_worker
+from util.distributed import Ranks, barrier, broadcast_object, on_main, share_rows
+from util.files import remove_unfinished, write_whole
+from util.job import describe_environment
+from util.loaders import open_split
+from util.lock import lock
 
 ROWS = 65536  # features that are copied or normalised at a time: bounds the memory
 
@@ -94,9 +104,13 @@ def compute(run: EvalRun, dataset: ImageDataset, pooling: str) -> Tensor:
     features = encode(
         run.loader(dataset), lambda images: pool(run.tokens(images), pooling), width, run.ranks, run
     )
-    if not features.isfinite().all():
-        raise BackboneError(f"precision={run.precision}: the backbone's features are not finite")
+    check_finite(features, f"precision={run.precision}")
     return features
+
+
+def check_finite(features: Tensor, settings: str) -> None:
+    if not features.isfinite().all():
+        raise BackboneError(f"{settings}: the backbone's features are not finite")
 
 
 @torch.inference_mode()
@@ -112,10 +126,19 @@ def encode(
     vectors: uint8 images [B, 3, H, W] on the device -> [B, width]
     """
     features = torch.empty(len(loader.dataset), width)
-    for batch in loader if run is None else run.tracked(loader, "batches encoded:"):
-        features[batch.indices.cpu()] = vectors(batch.images).float().cpu()
+    for indices, values in encoded(loader, vectors, run):
+        features[indices] = values
     share_rows(features, loader.batch_size, ranks)
     return features
+
+
+@torch.inference_mode()
+def encoded(
+    loader: EvalLoader, vectors: Callable[[Tensor], Tensor], run: EvalRun | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's part, a batch at a time and in order: indices, vectors; both on the CPU."""
+    for batch in loader if run is None else run.tracked(loader, "batches encoded:"):
+        yield batch.indices.cpu(), vectors(batch.images).float().cpu()
 
 
 def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) -> Path:
@@ -137,3 +160,90 @@ def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) ->
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return Path(cfg.cache_dir) / f"features-{name}.npy"
+
+
+# --- as files -----------------------------------------------------------------------------------
+
+
+def main(cfg: DictConfig) -> None:
+    run_evaluation(cfg, "features", save)
+
+
+def save(run: EvalRun) -> None:
+    """meta.json comes last: where it is, the other files are whole and belong to it."""
+    cfg, results, side = run.cfg, run.job / "results", run.backbone.image_side
+    dataset = open_split(cfg, cfg.split) if cfg.images is None else given_images(cfg.images)
+
+    def chosen(tokens: Tokens) -> Tensor:
+        return tokens.patches if cfg.tokens else pool(tokens, cfg.pooling)
+
+    with torch.inference_mode():  # one image says which shape there will be
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=run.ranks.device)
+        tokens = run.tokens(blank)
+        shape = (len(dataset), *chosen(tokens).shape[1:])
+    on_main(lambda: claim(run.job), run.ranks)
+    path = results / "features.npy"
+    save_rows(run, path, dataset, lambda images: chosen(run.tokens(images)), shape)
+    if not run.ranks.is_main:
+        return
+    names = (dataset.describe(index).splitlines() for index in range(len(dataset)))
+    lines = (os.fsencode("\\n".join(name)) + b"\n" for name in names)
+    write_whole(results / "paths.txt", lambda file: file.writelines(lines))
+    write_whole(results / "labels.npy", lambda file: np.save(file, labels_of(dataset).numpy()))
+    meta = {
+        "shape": shape,
+        "grid": tokens.grid,  # of the patch tokens: rows, columns
+        "backbone": run.backbone.describe(),
+        "precision": run.precision,
+        "mean": run.colours[0],
+        "std": run.colours[1],
+        "classes": dataset.classes,
+        "config": OmegaConf.to_container(cfg),
+        **describe_environment(),
+    }
+    write_json(results / "meta.json", meta)
+    run.say(f"features: {path}, {cfg.dtype} {list(shape)}")
+
+
+def claim(job: Path) -> None:
+    """What an earlier start has left is replaced."""
+    (job / "logs").mkdir(exist_ok=True)
+    lock(job)
+    remove_unfinished(job / "results")
+    (job / "results" / "meta.json").unlink(missing_ok=True)
+
+
+def save_rows(
+    run: EvalRun,
+    path: Path,
+    dataset: ImageDataset,
+    vectors: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+) -> None:
+    """Each process writes its rows into one .npy, as they come. Not through a mapping: its pages
+    would count as memory, a full disk would be a bus error, and of a page that two machines share
+    one would lose its rows."""
+    dtype = np.dtype(run.cfg.dtype)
+
+    def write(file: BinaryIO | None = None) -> None:
+        if file is not None:
+            header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+        name, start = broadcast_object(file and (file.name, file.tell()), run.ranks)
+        with open(name, "r+b") as rows:
+            for indices, values in encoded(run.loader(dataset), vectors, run):
+                rows.seek(start + int(indices[0]) * dtype.itemsize * values[0].numel())
+                values = values.to(getattr(torch, dtype.name))
+                check_finite(values, f"dtype={dtype}, precision={run.precision}")
+                rows.write(values.contiguous().numpy().data)
+        barrier()
+
+    if run.ranks.is_main:
+        write_whole(path, write)
+    else:
+        write()
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="features")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.base import UNREADABLE, DataError
 from data.datasets import DATASETS, build_dataset
-from data.files import PathList
+from data.files import PathList, given_images
 from data.picture import Picture, to_image
 from data.shapes import OUTLINES
 
@@ -107,6 +107,31 @@ def test_folder_without_images_is_an_error(tmp_path):
     (tmp_path / "readme.txt").touch()
     with pytest.raises(DataError, match="contains no images; expected files ending in .jpg"):
         build_dataset("folder", "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("train", "ant/x.bmp cat/a.PNG cat/b.jpg cat/deep/er/c.jpeg"),
+        ("train/cat/b.jpg", "cat/b.jpg"),
+        ("train/cat/*", "cat/a.PNG cat/b.jpg"),  # neither notes nor folders
+        ("train/**/*.jp*g", "cat/b.jpg cat/deep/er/c.jpeg"),
+        ("train/[ab]*/x.bmp", "ant/x.bmp"),
+    ],
+)
+def test_images_are_given_as_a_file_a_folder_or_a_glob(image_tree, pattern, expected):
+    found = given_images(str(image_tree / pattern))
+    assert paths_of(found) == [image_tree / "train" / path for path in expected.split()]
+    assert found.labels is None and isinstance(found.load(0), Picture)
+
+
+@pytest.mark.parametrize("pattern", ["nowhere", "train/*.jpg", "train/cat/*.txt", ""])
+def test_given_images_that_are_none(image_tree, pattern):
+    (image_tree / "empty").mkdir()
+    pattern = str(image_tree / (pattern or "empty"))
+    with pytest.raises(DataError) as caught:
+        given_images(pattern)
+    assert str(caught.value).startswith(f"images={pattern}: expected an image file, a folder with ")
 
 
 def test_path_list_returns_every_path_unchanged():

@@ -93,6 +93,7 @@ TABLE = {
     "video": EVALUATION + "dataset=folder video_split=val frame_side=480 previous_frames=7 "
     "neighbourhood=12 top_k=5 temperature=0.1",
     "collapse": EVALUATION + "final_norm=False pooling=mean split=eval probe_images=4000",
+    "features": EVALUATION + "images=null split=eval tokens=False pooling=mean dtype=float32",
     "evaluate": EVALUATION + "evals=[nn,knn,few_shot,collapse] settings=[] "
     "beside_random_init=False",
     "export": EVALUATION,
