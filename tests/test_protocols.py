@@ -96,6 +96,8 @@ TABLE = {
     "evaluate": EVALUATION + "evals=[nn,knn,few_shot,collapse] settings=[] "
     "beside_random_init=False",
     "export": EVALUATION,
+    "visualize": EVALUATION + "dataset=images images=null controls=[] stride=null upsample=null "
+    "clusters=[3,4,5] max_iter=1000 point=[0.5,0.5]",
 }
 # There the size of a batch changes results.
 TRAINED = ("lmim", "imagenet100", "images", "demo", "linear_probe", "finetune")
