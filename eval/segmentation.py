@@ -4,8 +4,9 @@ method=unsupervised: the patches of each image are clustered into n segments; mI
 assignment of segments to the labels of the mask, and ARI, both averaged over images.
 method=linear: a linear classifier of single patches, trained on the frozen tokens; mIoU over the
 data set.
+method=knn: the nearest patches of the training images vote on each patch that shows one class.
 
-python launcher.py --config-name=segmentation pretrained=checkpoints/demo dataset=shapes
+python launcher.py --config-name=segmentation pretrained=checkpoints/demo dataset=textures
 """
 
 import math
@@ -26,6 +27,7 @@ from data.loader import epoch_order
 from data.masks import IGNORE, MaskedImages, MaskTransform, WithMasks
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation
+from eval.features import Features, unit_length
 from eval.metrics import (
     CLASSES,
     adjusted_rand_index,
@@ -35,11 +37,13 @@ from eval.metrics import (
     matched_miou,
     mean,
 )
+from eval.nn import QUERIES, check_bank, nearest, vote
 from models.views import extract_patches
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects
 from util.loaders import eval_loader, open_split
+from util.streams import Stream, generator
 
 SEEN = {"tokens": "patch tokens", "pixels": "raw pixels of patches"}
 
@@ -49,14 +53,14 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(run: EvalRun) -> None:
-    method = {"unsupervised": cluster_images, "linear": linear_head}[run.cfg.method]
-    method(run, masked_data(run.cfg, "eval"))
+    methods = {"unsupervised": cluster_images, "linear": linear_head, "knn": vote_on_patches}
+    methods[run.cfg.method](run, masked_data(run.cfg, "eval"))
 
 
 def masked_data(cfg: DictConfig, split: str) -> MaskedImages:
     dataset = open_split(cfg, split)
     if not isinstance(dataset, MaskedImages):
-        raise DataError(f"dataset={cfg.dataset.name} has no masks: expected shapes, masks, voc")
+        raise DataError(f"dataset={cfg.dataset.name} has no masks: expected textures, masks, voc")
     return dataset
 
 
