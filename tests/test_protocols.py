@@ -78,9 +78,15 @@ TABLE = {
     "patch_size=6 patch_gap=1 num_vis=6 min_crop=0.7 proj.mlp_dim=256 decoder_embed_dim=96 "
     "decoder_depth=2 decoder_num_heads=3 precision=fp32 epochs=60 warmup_epochs=5 blr=4e-3 "
     "min_lr_frac=0.02 batch_size=128 accum_iter=1",
-    "textures": RECIPE + "encoder=vit_mini dataset=textures env.slurm=False env.ngpu=1 patch_size=8 "
+    "textures": RECIPE
+    + "encoder=vit_mini dataset=textures env.slurm=False env.ngpu=1 patch_size=8 "
     "grid_size=8 patch_gap=2 num_vis=10 min_crop=0.5 proj.mlp_dim=512 decoder_embed_dim=128 "
     "decoder_depth=2 decoder_num_heads=4 precision=fp32 epochs=14 warmup_epochs=1.4 blr=2e-3 "
+    "min_lr_frac=0.02 batch_size=128 accum_iter=1",
+    "photographs": RECIPE + "encoder=vit_tiny dataset=photographs env.slurm=False env.ngpu=1 "
+    "encoder.name=vit_tiny_6 encoder.depth=6 encoder.patch_size=8 encoder.grid_size=8 patch_size=8 "
+    "grid_size=8 patch_gap=2 num_vis=16 min_crop=0.35 proj.mlp_dim=768 decoder_embed_dim=192 "
+    "decoder_depth=2 decoder_num_heads=3 precision=fp32 epochs=8 warmup_epochs=1 blr=2e-3 "
     "min_lr_frac=0.02 batch_size=128 accum_iter=1",
     "nn": EVALUATION + "protocol=paper final_norm=False pooling=mean neighbours=[10,20,100,200] "
     "temperature=0.07",
@@ -107,7 +113,7 @@ TABLE = {
     "clusters=[3,4,5] max_iter=1000 point=[0.5,0.5]",
 }
 # There the size of a batch changes results.
-TRAINED = ("lmim", "imagenet100", "images", "demo", "textures", "linear_probe", "finetune")
+TRAINED = "lmim imagenet100 images demo textures photographs linear_probe finetune".split()
 CHANGES_NO_RESULT = CHANGE_NO_RESULT | {"save_masks"}
 
 

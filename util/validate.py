@@ -134,8 +134,8 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (MODULE, "worker"),
     (("True, False or changed", lambda v: v == "changed" or isinstance(v, bool)), "resume"),
     (TEXT, "output_dir"),
-    (or_null(TEXT), "data_path dataset.options.index_folder"),
-    (or_null(TEXT), "pretrained pretrained_weights cache_dir images"),
+    (or_null(TEXT), "data_path images dataset.options.index_folder"),
+    (or_null(TEXT), "pretrained pretrained_weights cache_dir"),
     (TEXTS, "settings env.setup env.srun_args"),
     (or_null(TEXT), "env.gres env.python"),
     (FOLDER_NAME, "job_name encoder.name video_split"),  # the encoder's is part of job_name
