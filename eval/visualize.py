@@ -211,7 +211,9 @@ def average_windows(method: Method, image: Tensor) -> Tensor:
         raise ConfigError(f"stride={stride}: expected {valid} ({method.name})")
     cells = method.side // patch
     rows, columns = image.shape[1] // patch, image.shape[2] // patch
-    corners = list(product(*(starts(n - cells, stride // patch) for n in (rows, columns))))
+    # The last window lies at the edge, whatever the step.
+    lasts, step = (rows - cells, columns - cells), stride // patch
+    corners = list(product(*([*range(0, last, step), last] for last in lasts)))
     total = torch.zeros(rows, columns, run.backbone.embed_dim, device=image.device)
     count = torch.zeros(rows, columns, 1, device=image.device)
     windows = image.unfold(1, method.side, patch).unfold(2, method.side, patch)
@@ -223,11 +225,6 @@ def average_windows(method: Method, image: Tensor) -> Tensor:
             total[row : row + cells, column : column + cells] += own
             count[row : row + cells, column : column + cells] += 1
     return total / count
-
-
-def starts(last: int, step: int) -> list[int]:
-    """The last window lies at the edge, whatever the step."""
-    return [*range(0, last, step), last]
 
 
 # --- what is shown of them ----------------------------------------------------------------------
@@ -296,12 +293,11 @@ def similarity(view: View, point: list[float]) -> np.ndarray:
 
 
 def legend(cfg: DictConfig, images: int) -> str:
-    words = [f"Clusters: Ward, of one image's patch tokens; PCA of all {images} images together"]
-    if cfg.max_iter is not None:
-        words.append(f"t-SNE: perplexity {PERPLEXITY}, {cfg.max_iter} iterations, seed {cfg.seed}")
-    if cfg.point is not None:
-        words.append(f"similarity: cosine to the patch at {listed(cfg.point)} of width and height")
-    return "; ".join(words)
+    return (
+        f"Clusters: Ward, of one image's patch tokens. PCA: of those of all {images} images. "
+        f"t-SNE: perplexity {PERPLEXITY}, max_iter {cfg.max_iter}, seed {cfg.seed}. Similarity: "
+        f"cosine to the token at point {cfg.point}, as shares of width and height."
+    )
 
 
 def command_of(cfg: DictConfig) -> str:
