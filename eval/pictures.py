@@ -19,7 +19,7 @@ MIXED = (0, 0.6, -0.5, 0.3, -0.25, 0.8, -0.7, 0.45, -0.12, 0.15, -0.37, 0.7)
 # Inches, and points for letters.
 PANEL, GAP, LINE, MARGIN = 2.0, 0.08, 0.2, 0.1
 TEXT, SMALL = 8, 6.5
-WIDTH = 0.602  # of a letter of the monospaced font, as a share of its size
+WIDTH = 0.62  # of a monospaced letter, as a share of its size
 DOTS = 150  # per inch
 
 
@@ -66,7 +66,7 @@ def draw(path: Path, rows: list[Row], caption: list[str]) -> None:
     """path.png and path.pdf, the same bytes each time."""
     figure = compose(rows, caption)
     for ending, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-        options = {"format": ending, "dpi": DOTS, "metadata": metadata}
+        options = {"format": ending, "metadata": metadata}
         target = path.with_name(f"{path.name}.{ending}")
         write_whole(target, lambda file, options=options: figure.savefig(file, **options))
 
@@ -84,7 +84,7 @@ def compose(rows: list[Row], caption: list[str]) -> Figure:
     heights = [PANEL * shape[0] / shape[1] for shape in shapes]
     line = SMALL * 1.4 / 72
     height = 2 * MARGIN + LINE + sum(heights) + len(rows) * (LINE + GAP) + len(lines) * line
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), dpi=DOTS)
 
     def write(left: float, top: float, text: str, size: float, **options) -> None:
         options = {"va": "top", "family": "monospace", "parse_math": False} | options
