@@ -106,7 +106,9 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
         colours.append(as_rgb([pca.transform(tokens) for tokens in own]))
         shares = [round(100 * share, 1) for share in pca.explained_variance_ratio_.tolist()]
         labels.append(f"{chr(ord('A') + number)}: {method.name}")
-        lines.append(f"{labels[-1]}, {conditions(method)}; PCA explains {listed(shares)} %")
+        lines.append(
+            f"{labels[-1]}, {conditions(method)}; PCA explains {', '.join(map(str, shares))} %"
+        )
         run.say(f"visualize: {lines[-1]}")
         backbone = method.run.backbone.describe()
         reports.append({"name": method.name, "backbone": backbone, "pca_percent": shares})
@@ -119,7 +121,7 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
         files.append(f"{index:03d}-{Path(path).stem}")
         rows = [Row(*row) for row in zip(labels, panels, strict=True)]
         draw(folder / files[-1], rows, [path, *lines])
-        overview = {"input": panels[0]["input"]}
+        overview = {"input": panels[0]["input"]._replace(mark=None)}
         for label, own in zip(labels, panels, strict=True):
             chosen = (f"{cfg.clusters[-1]} clusters", "PCA")
             overview |= {f"{label[0]}: {name}": own[name] for name in chosen}
@@ -164,15 +166,16 @@ def prepare(method: Method, picture: Picture) -> Tensor:
 def conditions(method: Method) -> str:
     """What else the tokens depend on, in words."""
     cfg, backbone, side = method.run.cfg, method.run.backbone, method.side
-    if cfg.stride is None and cfg.upsample is None:
-        seen = f"central crop of {side} x {side} pixels (crop_ratio {cfg.dataset.crop_ratio})"
-    else:
-        size = "as stored" if cfg.upsample is None else f"{side * cfg.upsample:.0f} pixels or more"
-        windows = f"mean of windows of {side} x {side} pixels every {cfg.stride}"
-        how = "positions resampled" if cfg.stride is None else windows
-        seen = f"whole image ({size}), {how}"
+    seen = f"central crop of {side} x {side} pixels (crop_ratio {cfg.dataset.crop_ratio})"
+    how = ""
+    if cfg.stride is not None or cfg.upsample is not None:
+        scale = "as stored" if cfg.upsample is None else f"shorter side {side * cfg.upsample:.0f}"
+        windows = f", mean of windows of {side} x {side} pixels every {cfg.stride}"
+        seen = f"whole image ({scale})"
+        how = ", positions resampled" if cfg.stride is None else windows
     norm = "with" if backbone.final_norm else "without"
-    return seen if method.is_pixels else f"layer {backbone.layer}, {norm} final norm, {seen}"
+    network = f"layer {backbone.layer}, {norm} final norm, {seen}{how}"
+    return seen if method.is_pixels else network
 
 
 # --- tokens -------------------------------------------------------------------------------------

@@ -85,8 +85,8 @@ TABLE = {
     "min_lr_frac=0.02 batch_size=128 accum_iter=1",
     "photographs": RECIPE + "encoder=vit_tiny dataset=photographs env.slurm=False env.ngpu=1 "
     "encoder.name=vit_tiny_6 encoder.depth=6 encoder.patch_size=8 encoder.grid_size=8 patch_size=8 "
-    "grid_size=8 patch_gap=2 num_vis=16 min_crop=0.35 proj.mlp_dim=768 decoder_embed_dim=192 "
-    "decoder_depth=2 decoder_num_heads=3 precision=fp32 epochs=12 warmup_epochs=1 blr=2e-3 "
+    "grid_size=8 patch_gap=2 num_vis=16 min_crop=0.35 proj.mlp_dim=512 decoder_embed_dim=192 "
+    "decoder_depth=2 decoder_num_heads=3 precision=fp32 epochs=6 warmup_epochs=0.6 blr=2e-3 "
     "min_lr_frac=0.02 batch_size=128 accum_iter=1",
     "nn": EVALUATION + "protocol=paper final_norm=False pooling=mean neighbours=[10,20,100,200] "
     "temperature=0.07",
