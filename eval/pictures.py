@@ -1,6 +1,7 @@
 """Figures of pictures and maps side by side, and colours for clusters that divide."""
 
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,9 +67,8 @@ def draw(path: Path, rows: list[Row], caption: list[str]) -> None:
     """path.png and path.pdf, the same bytes each time."""
     figure = compose(rows, caption)
     for ending, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-        options = {"format": ending, "metadata": metadata}
-        target = path.with_name(f"{path.name}.{ending}")
-        write_whole(target, lambda file, options=options: figure.savefig(file, **options))
+        save = partial(figure.savefig, format=ending, metadata=metadata)
+        write_whole(path.with_name(f"{path.name}.{ending}"), save)
 
 
 def compose(rows: list[Row], caption: list[str]) -> Figure:
@@ -86,9 +86,9 @@ def compose(rows: list[Row], caption: list[str]) -> Figure:
     height = 2 * MARGIN + LINE + sum(heights) + len(rows) * (LINE + GAP) + len(lines) * line
     figure = Figure(figsize=(width, height), dpi=DOTS)
 
-    def write(left: float, top: float, text: str, size: float, **options) -> None:
-        options = {"va": "top", "family": "monospace", "parse_math": False} | options
-        figure.text(left / width, 1 - top / height, text, fontsize=size, **options)
+    def write(left: float, top: float, text: str, size: float, weight: str = "normal") -> None:
+        place, font = (left / width, 1 - top / height), {"family": "monospace", "weight": weight}
+        figure.text(*place, text, font, fontsize=size, va="top", parse_math=False)
 
     top = MARGIN
     for place, title in enumerate(rows[0].panels):
@@ -97,7 +97,7 @@ def compose(rows: list[Row], caption: list[str]) -> Figure:
     for row, high in zip(rows, heights, strict=True):
         most = int((width - 2 * MARGIN) * 72 / (WIDTH * TEXT))
         label = row.label if len(row.label) <= most else f"...{row.label[3 - most :]}"
-        write(MARGIN, top, label, TEXT, weight="bold")
+        write(MARGIN, top, label, TEXT, "bold")
         top += LINE
         for place, panel in enumerate(row.panels.values()):
             left = MARGIN + place * (PANEL + GAP)
