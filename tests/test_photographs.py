@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
+import sklearn
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-import skimage
-import sklearn
 from data import photographs
 from data.base import DataError
 from data.datasets import build_dataset
@@ -115,7 +115,7 @@ def test_windows_never_cross_from_one_split_into_the_other(name, monkeypatch):
     modes = {"L": ramp, "RGB": np.stack([ramp] * 3, axis=2)}
     monkeypatch.setattr(photographs, "read", lambda name, mode: modes[mode])
     monkeypatch.setattr(photographs, "contrast_normalised", lambda grey: grey)
-    monkeypatch.setattr(photographs, "TEXTURES", {n: ("", (0, 0, 256, 300), 1) for n in TEXTURES})
+    monkeypatch.setattr(photographs, "TEXTURES", dict.fromkeys(TEXTURES, ("", (0, 0, 256, 300), 1)))
     for function in (photographs.textures, photographs.photographs):
         function.cache_clear()
     try:

@@ -78,7 +78,8 @@ TABLE = {
     "patch_size=6 patch_gap=1 num_vis=6 min_crop=0.7 proj.mlp_dim=256 decoder_embed_dim=96 "
     "decoder_depth=2 decoder_num_heads=3 precision=fp32 epochs=60 warmup_epochs=5 blr=4e-3 "
     "min_lr_frac=0.02 batch_size=128 accum_iter=1",
-    "textures": RECIPE + "encoder=vit_mini dataset=textures env.slurm=False env.ngpu=1 patch_size=8 "
+    "textures": RECIPE
+    + "encoder=vit_mini dataset=textures env.slurm=False env.ngpu=1 patch_size=8 "
     "grid_size=8 patch_gap=2 num_vis=10 min_crop=0.5 proj.mlp_dim=512 decoder_embed_dim=128 "
     "decoder_depth=2 decoder_num_heads=4 precision=fp32 epochs=14 warmup_epochs=1.4 blr=2e-3 "
     "min_lr_frac=0.02 batch_size=128 accum_iter=1",
