@@ -112,8 +112,8 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
         results,
         protocol=f"unsupervised, {SEEN[cfg.features]}, {centred}agglomerative clustering of "
         f"{where} patches of one image ({cfg.clustering.linkage} linkage, {cfg.clustering.metric} "
-        f"distance), n segments in miou_n and ari_n (truth: as many as the mask has classes), means "
-        f"over images with {least} or more classes, percent",
+        f"distance), n segments in miou_n and ari_n (truth: as many as the mask has classes), "
+        f"means over images with {least} or more classes, percent",
         images=len(scored),
     )
 

@@ -193,7 +193,7 @@ def test_augmentation_of_finetuning(operations):
         "interpolation=bicubic)",
         "RandomHorizontalFlip(p=0.5)",
         "MaybeToTensor()",
-        "Normalize(mean=tensor([0.4850, 0.4850, 0.4850]), std=tensor([0.2000, 0.2000, 0.2000]))",
+        "Normalize(mean=tensor([0.4970, 0.4970, 0.4970]), std=tensor([0.1560, 0.1560, 0.1560]))",
         "RandomErasing(p=0.25, mode=pixel, count=(1, 1))",
     ]
 
