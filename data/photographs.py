@@ -52,9 +52,9 @@ def read(name: str, mode: str) -> np.ndarray:
     """A photograph inside an installed package, which is not imported: that takes a second."""
     package, _, rest = name.partition("/")
     spec = find_spec(package)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise DataError(f"{name} is not installed: expected the packages of requirements.txt")
-    with opened(Path(next(iter(spec.submodule_search_locations))) / rest) as image:
+    with opened(Path(spec.origin).parent / rest) as image:
         return np.asarray(image.convert(mode))
 
 
