@@ -38,9 +38,9 @@ TEXTURES: dict[str, tuple[str, Box, int]] = {
     "print": ("skimage/data/page.png", (0, 0, 384, 191), 1),
     "metal": ("skimage/data/motorcycle_left.png", (200, 150, 741, 500), 1),
     "coins": ("skimage/data/coins.png", (0, 0, 384, 303), 1),
-    "roofs": ("sklearn/datasets/images/china.jpg", (100, 60, 300, 330), 1),
-    "leaves": ("sklearn/datasets/images/china.jpg", (250, 290, 640, 427), 1),
-    "petals": ("sklearn/datasets/images/flower.jpg", (190, 80, 460, 330), 1),
+    "roofs": ("sklearn/datasets/images/china.jpg", (70, 100, 330, 330), 1),
+    "leaves": ("sklearn/datasets/images/china.jpg", (340, 315, 640, 427), 1),
+    "petals": ("sklearn/datasets/images/flower.jpg", (185, 95, 435, 350), 1),
 }
 REGIONS = (2, 4)  # of a mosaic, at least and at most
 RADIUS = 12  # contrast is relative to the square of pixels up to so far away
@@ -52,9 +52,9 @@ def read(name: str, mode: str) -> np.ndarray:
     """A photograph inside an installed package, which is not imported: that takes a second."""
     package, _, rest = name.partition("/")
     spec = find_spec(package)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise DataError(f"{name} is not installed: expected the packages of requirements.txt")
-    with opened(Path(next(iter(spec.submodule_search_locations))) / rest) as image:
+    with opened(Path(spec.origin).parent / rest) as image:
         return np.asarray(image.convert(mode))
 
 

@@ -254,7 +254,6 @@ def test_digits_are_scikit_learns_in_their_order():
     assert train.describe(12) == "digits/train[12]"
 
 
-
 # ---- Configuration files. ------------------------------------------------------------------------
 
 

@@ -34,8 +34,8 @@ FAST = {"decoder": "fast"}
 DRAWN = {"image_size": 96, "train_images": 6000, "eval_images": 400, "seed": 0}
 DATA = [
     ("digits", False, 1.0, [0.306] * 3, [0.375] * 3, {}),
-    ("textures", True, 0.6667, [0.485] * 3, [0.2] * 3, DRAWN),
-    ("photographs", True, 1.0, *COLOURS, DRAWN),
+    ("textures", True, 0.6667, [0.497] * 3, [0.156] * 3, DRAWN),
+    ("photographs", True, 1.0, [0.477, 0.404, 0.379], [0.263, 0.217, 0.226], DRAWN),
     *[(n, True, 0.875, *COLOURS, FAST | {"index_folder": None}) for n in ("tar", "images")],
     *[(n, True, 0.875, *COLOURS, {}) for n in ("cifar10", "cifar100", "stl10")],
     *[(n, True, 0.875, *COLOURS, FAST) for n in "folder imagefolder imagenet imagenet100".split()],

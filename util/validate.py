@@ -122,6 +122,10 @@ CONTROLS: Rule = (
     "[], [random], [pixels] or [random,pixels]",
     lambda v: is_list(v, lambda name: name in ("random", "pixels")) and len(v) == len(set(v)),
 )
+SEGMENTS: Rule = (
+    "a list of whole numbers of at least 1, or truth, such as [2,truth]",
+    lambda v: is_list(v, lambda n: n == "truth" or whole(1)[1](n)) and len(v) > 0,
+)
 RATES: Rule = ("a list of different numbers above 0", lambda v: is_choice(v, POSITIVE[1]))
 RAND_AUGMENT: Rule = (
     "a RandAugment of timm, such as rand-m9-mstd0.5-inc1",
@@ -153,11 +157,12 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (whole(1), "env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers"),
     (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
     (whole(1), "draws frame_side top_k patch_head.epochs patch_head.batch_images"),
-    (or_null(whole(1)), "target_depth image_side max_steps"),
+    (or_null(whole(1)), "target_depth image_side max_steps bank_patches"),
     (whole(2, 1000), "grid_size encoder.grid_size"),
     (whole(4), "probe_images"),
     (whole(8), "dataset.options.image_size"),
-    (COUNTS, "neighbours shots segments"),
+    (COUNTS, "neighbours shots"),
+    (SEGMENTS, "segments"),
     (RISING, "clusters"),
     (or_null(PLACE), "point"),
     (or_null(whole(1)), "stride"),
@@ -187,7 +192,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (one_of("paper", "knn"), "protocol"),
     (one_of("cls", "mean", "cls+mean"), "pooling"),
     (one_of("eval", "train"), "split"),
-    (one_of("unsupervised", "linear"), "method"),
+    (one_of("unsupervised", "linear", "knn"), "method"),
     (one_of("tokens", "pixels"), "features"),
     (one_of("cosine", "euclidean", "manhattan"), "clustering.metric"),
     (one_of("average", "complete", "single", "ward"), "clustering.linkage"),
