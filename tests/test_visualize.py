@@ -120,7 +120,7 @@ def test_colour_blind_readers_tell_five_clusters_apart(sight):
         colours = np.unique(nested_colours([three, four, five])[-1], axis=0)
         assert len(colours) == 5
         for a, b in itertools.combinations(colours, 2):
-            assert np.linalg.norm(lab(a, SEEN[sight]) - lab(b, SEEN[sight])) > 12
+            assert np.linalg.norm(lab(a, SEEN[sight]) - lab(b, SEEN[sight])) > 20
 
 
 # ---- PCA, similarity. ----------------------------------------------------------------------------
@@ -367,6 +367,12 @@ def test_a_network_that_takes_one_size_only_says_so(tmp_path):
 def test_wrong_values_are_named(tmp_path, override):
     with pytest.raises(ConfigError, match=f"^{override.partition('=')[0]}=.*: expected "):
         check_config(config("visualize", None, tmp_path, override))
+
+
+def test_folders_of_several_backbones_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = config("visualize", None, tmp_path, "pretrained=[~/a,mae:~/b.pth]")
+    assert cfg.pretrained == [f"{tmp_path}/a", f"mae:{tmp_path}/b.pth"]
 
 
 def test_other_evaluations_take_one_backbone(tmp_path):
