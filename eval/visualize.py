@@ -36,7 +36,7 @@ from eval.families import BackboneError
 from eval.pictures import Panel, Row, draw, nested_colours
 from models.views import extract_patches
 from util.command import run_worker
-from util.config import ConfigError, compose_config, flatten
+from util.config import ConfigError, compose_config, flatten, quote
 from util.distributed import Ranks, join_processes, leave_processes
 
 MOST_PATCHES = 16384  # of one image: clustering keeps a distance for each pair, 1 GB
@@ -318,7 +318,7 @@ def command_of(cfg: DictConfig) -> str:
 
 def listed(values: list) -> str:
     """As the command line has it."""
-    return f"[{','.join(map(str, values))}]"
+    return f"[{','.join(quote(str(value)) for value in values)}]"
 
 
 if __name__ == "__main__":

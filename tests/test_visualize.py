@@ -4,6 +4,7 @@ drawn, and the whole command."""
 import itertools
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from eval.pictures import Panel, Row, compose, nested_colours
 from eval.visualize import Method, View, as_rgb, average_windows, fit_pca, nested_clusters, see
 from tests.backbones import digits_checkpoint
 from tests.evaluations import assert_bad_input, config, launch
-from util.config import ConfigError
+from util.config import ConfigError, compose_config, parse_command_line
 from util.distributed import Ranks
 from util.validate import check_config
 
@@ -371,10 +372,30 @@ def test_wrong_values_are_named(tmp_path, override):
 
 def test_folders_of_several_backbones_may_be_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    cfg = config("visualize", None, tmp_path, "pretrained=[~/a,mae:~/b.pth]")
+    cfg = config("visualize", None, tmp_path, "pretrained=['~/a','mae:~/b.pth']")
     assert cfg.pretrained == [f"{tmp_path}/a", f"mae:{tmp_path}/b.pth"]
 
 
 def test_other_evaluations_take_one_backbone(tmp_path):
     with pytest.raises(ConfigError, match="pretrained=.*: expected a text that is not empty"):
         config("nn", None, tmp_path, "pretrained=[a,b]")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pretrained=['a b','s-seed=0/x']", "images=my photos/**/*.jpg", "point=null"],
+        [
+            "pretrained=timm:resnet18",
+            "dataset=digits",
+            "dataset.crop_ratio=0.5",
+            "controls=[pixels]",
+        ],
+    ],
+)
+def test_the_command_composes_the_same_config(tmp_path, overrides):
+    cfg = config("visualize", None, tmp_path, "dataset=images", *overrides)
+    program, launcher, *arguments = shlex.split(visualize.command_of(cfg))
+    command = parse_command_line(arguments, "")
+    assert (program, launcher) == ("python", "launcher.py")
+    assert compose_config(command.config_name, command.overrides) == cfg
