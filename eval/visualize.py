@@ -92,7 +92,8 @@ def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
 
 
 def visualize(cfg: DictConfig, methods: list[Method]) -> None:
-    run, dataset = methods[0].run, given_images(cfg.images or samples())
+    first, dataset = methods[0].run, given_images(cfg.images or samples())
+    run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all of them
     paths = [path if cfg.images else Path(path).name for path in dataset.paths]
     run.prepare()
     views = []  # of each image, one per method
