@@ -9,7 +9,7 @@ TOGETHER = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 help:
 	@echo "make demo       see it learn: digits on a CPU, one to two minutes (SEED=1: another seed)"
-	@echo "make pictures   what patches of photographs become: twelve minutes on a CPU, into figs/"
+	@echo "make pictures   what patches of photographs become: 20 minutes on a CPU, into figs/"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
 	@echo "make lint       ruff"
@@ -28,7 +28,7 @@ demo: .venv/installed
 
 pictures: .venv/installed
 	$(BIN)/python launcher.py --config-name=photographs seed=$(SEED) overwrite=True
-	$(BIN)/python launcher.py --config-name=visualize pretrained=checkpoints/photographs stride=16 "controls=[random,pixels]" job_name=pictures
+	$(BIN)/python launcher.py --config-name=visualize pretrained=checkpoints/photographs stride=16 "controls=[random,pixels]" "point=[0.35,0.5]" max_iter=500 job_name=pictures
 	for name in china flower; do cp checkpoints/pictures/results/pictures/*-$$name.png figs/$$name.png; done
 
 test: .venv/installed

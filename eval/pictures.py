@@ -21,7 +21,7 @@ MIXED = (0, 0.6, -0.5, 0.3, -0.25, 0.8, -0.7, 0.45, -0.12, 0.15, -0.37, 0.7)
 PANEL, GAP, LINE, MARGIN = 2.0, 0.08, 0.2, 0.1
 TEXT, SMALL = 8, 6.5
 WIDTH = 0.62  # of a monospaced letter, as a share of its size
-DOTS = 150  # per inch
+DOTS = 130  # per inch
 
 
 class Panel(NamedTuple):

@@ -298,7 +298,7 @@ def similarity(view: View, point: list[float]) -> np.ndarray:
 
 def legend(cfg: DictConfig, images: int) -> str:
     return (
-        f"Clusters: Ward, of one image's patch tokens. PCA: of those of all {images} images. "
+        f"Clusters: Ward, of one image's patch tokens. PCA: of all images together ({images}). "
         f"t-SNE: perplexity {PERPLEXITY}, max_iter {cfg.max_iter}, seed {cfg.seed}. Similarity: "
         f"cosine to the token at point {cfg.point}, as shares of width and height."
     )
