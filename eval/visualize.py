@@ -128,7 +128,7 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
             overview |= {f"{label[0]}: {name}": own[name] for name in chosen}
         sheet.append(Row(path, overview))
     draw(folder / "all", sheet, lines)
-    report = {"command": lines[-1], "methods": reports, "images": paths}
+    report = {"command": lines[-1], "caption": lines, "methods": reports, "images": paths}
     write_json(run.job / "results" / "visualize.json", report | {"pictures": files})
     run.say(f"visualize: {len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/")
 
@@ -298,7 +298,7 @@ def similarity(view: View, point: list[float]) -> np.ndarray:
 
 def legend(cfg: DictConfig, images: int) -> str:
     return (
-        f"Clusters: Ward, of one image's patch tokens. PCA: of all images together ({images}). "
+        f"Clusters: Ward, of one image's patch tokens. PCA: of those of all {images} images. "
         f"t-SNE: perplexity {PERPLEXITY}, max_iter {cfg.max_iter}, seed {cfg.seed}. Similarity: "
         f"cosine to the token at point {cfg.point}, as shares of width and height."
     )
