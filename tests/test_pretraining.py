@@ -30,7 +30,7 @@ COMMON = {
     "patch_gap": 2,
     "num_vis": 6,
     "min_crop": 0.45,
-    "dataset": "shapes",
+    "dataset": "textures",
     "dataset.options.image_size": 20,
     "dataset.options.train_images": 64,
     "dataset.options.eval_images": 300,

@@ -135,11 +135,20 @@ def compose_config(
         raise ConfigError(explain(error, config_dirs, worker)) from error
     check_keys(config)
     for key in PATHS:
-        if isinstance(path := config.get(key), str):
-            # Of pretrained=FAMILY:FILE the file.
-            family, colon, file = path.rpartition(":" if key == "pretrained" else "\0")
-            config[key] = family + colon + os.path.expanduser(file)
+        paths = config.get(key)
+        if isinstance(paths, str):
+            config[key] = expand_user(key, paths)
+        elif OmegaConf.is_list(paths):  # several to compare
+            config[key] = [expand_user(key, path) for path in paths]
     return config
+
+
+def expand_user(key: str, path: object) -> object:
+    """Of pretrained=FAMILY:FILE the file."""
+    if not isinstance(path, str):
+        return path
+    family, colon, file = path.rpartition(":" if key == "pretrained" else "\0")
+    return family + colon + os.path.expanduser(file)
 
 
 def check_override(text: str, config_dirs: list[Path], worker: str | None) -> str:
