@@ -11,6 +11,7 @@ import base64
 import glob
 import io
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -27,18 +28,22 @@ from util.config import ConfigError, flatten, job_directory, read_yaml
 from util.files import read_records, write_whole
 
 CURVES = {
-    "loss": "loss",
-    "sim_pred": "similarity of predictions inside an image",
-    "sim_vis": "similarity of visible tokens inside an image",
-    "sim_trg": "similarity of targets inside an image",
-    "lr": "learning rate",
-    "images_per_second": "images per second",
-    "data_wait": "share of the time spent waiting for data",
-    "nn_accuracy": "nearest neighbour, percent",
-    "rankme": "directions that the features use",
-    "mean_cosine": "cosine of two images",
-    "same_place": "cosine of two images' tokens at the same place",
-    "position_probe": "tokens that tell their place, percent",
+    "Training": {
+        "loss": "loss",
+        "sim_pred": "similarity of predictions inside an image",
+        "sim_vis": "similarity of visible tokens inside an image",
+        "sim_trg": "similarity of targets inside an image",
+        "lr": "learning rate",
+        "images_per_second": "images per second",
+        "data_wait": "part of the time that waits for data",
+    },
+    "Features": {
+        "nn_accuracy": "nearest neighbour, percent",
+        "rankme": "directions that the features use",
+        "mean_cosine": "cosine of two images",
+        "same_place": "cosine of two images at the same place",
+        "position_probe": "tokens that tell their place, percent",
+    },
 }
 # Of Okabe and Ito, told apart by colour-blind eyes; with the dashes also in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -88,7 +93,9 @@ class Job:
             if key not in ignored and not key.startswith("env.")
         }
         # Depends on the processes and the images, which the config does not tell.
-        epochs = [record["step"] / record["epoch"] for record in self.records if record["epoch"]]
+        epochs = [
+            record["step"] / record["epoch"] for record in self.records if record.get("epoch")
+        ]
         return kept | ({"steps per epoch": round(epochs[-1])} if epochs else {})
 
 
@@ -97,7 +104,7 @@ def results_in(contents: dict) -> list[dict]:
     if "evaluations" in contents:
         return [r for variants in contents["evaluations"].values() for r in variants.values()]
     if "before" in contents:
-        numbers = {name: contents[name] for name in ("before", "after", "seconds")}
+        numbers = {name: contents.get(name) for name in ("before", "after", "seconds")}
         return [contents | {"evaluation": "pre-training", "results": numbers}]
     return [contents] if "results" in contents else []
 
@@ -120,7 +127,8 @@ class Row:
     def notes(self) -> Iterable[str]:
         if len(self.jobs) == 1:
             return
-        logged = [name for name in CURVES if any(job.curve(name) for job in self.jobs)]
+        names = (name for part in CURVES.values() for name in part)
+        logged = [name for name in names if any(job.curve(name) for job in self.jobs)]
         missing = [name for name in logged if not self.curve(name)[0]]
         if logged and missing == logged:
             valid = f"{self.label} to have logged a step that all have, or apart=[FOLDER]"
@@ -140,6 +148,8 @@ def main(cfg: DictConfig) -> None:
     apart = find_jobs("apart", cfg.apart)
     together = find_jobs("jobs", cfg.jobs)
     jobs = list((together | apart).values())
+    if not jobs:
+        raise ConfigError("jobs=[]: expected folders of jobs, here or as apart=[FOLDER]")
     name_apart(jobs)
     give_results_to_their_runs(jobs)
     alike: dict[str, list[Job]] = defaultdict(list)
@@ -204,15 +214,16 @@ def describe(rows: list[Row], jobs: list[Job], notes: list[str]) -> dict[str, st
     by_worker = defaultdict(list)
     for row in rows:
         by_worker[str(row.jobs[0].config.get("worker"))].append(row)
-    numbers = {}
+    numbers: dict[str, dict] = {}
     for worker, alike in by_worker.items():  # the losses of different tasks are not compared
         parts += [f"<h2>{escape(worker)}</h2>", settings_table(alike)]
-        if any(job.records for row in alike for job in row.jobs):
-            parts += [end_table(alike), "<div class=figures>"]
-            for name in CURVES:
-                numbers[f"{worker} {name}"], drawn = figure(name, alike)
-                parts.append(drawn)
-            parts.append("</div>")
+        for title, curves in CURVES.items():
+            if names := [name for name in curves if any(row.curve(name)[0] for row in alike)]:
+                parts += [f"<h3>{title}</h3>", end_table(alike, names), "<div class=figures>"]
+                for name in names:
+                    numbers[f"{worker} {name}"], drawn = figure(name, curves[name], alike)
+                    parts.append(drawn)
+                parts.append("</div>")
     parts += [*evaluations(rows), *pictures(jobs), "<h2>Runs</h2>", runs_table(jobs)]
     parts += ["<h2>Environments</h2>", environments(jobs)]
     return {
@@ -229,7 +240,7 @@ def table(header: Iterable[str], lines: Iterable[tuple[str, Iterable[str]]]) -> 
         f"<tr><th>{first}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
         for first, cells in lines
     )
-    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead>{body}</table></div>"
 
 
 def label(row: Row) -> str:
@@ -241,7 +252,13 @@ def label(row: Row) -> str:
 
 def spread(values: np.ndarray, of: int) -> str:
     """Mean and standard deviation, and of how many runs if not of all."""
-    text = f"{values.mean():.4g}" + (f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else "")
+    middle, text = values.mean(), f"{values.mean():.4g}"
+    if len(values) > 1:
+        deviation = values.std(ddof=1)
+        text += f" ± {round(deviation, 12):.2g}"
+        if 1e-6 * abs(middle) < deviation < math.inf:  # as many places as its two first digits need
+            places = max(0, 1 - math.floor(math.log10(deviation)))
+            text = f"{middle:.{places}f} ± {deviation:.{places}f}"
     return text + (f" ({len(values)} of {of} runs)" if len(values) < of else "")
 
 
@@ -258,22 +275,22 @@ def settings_table(rows: list[Row]) -> str:
     return "<h3>Settings that differ</h3>" + same + table(["", "seed", *differ], lines)
 
 
-def end_table(rows: list[Row]) -> str:
-    names = [name for name in CURVES if any(row.curve(name)[0] for row in rows)]
+def end_table(rows: list[Row], names: list[str]) -> str:
     lines = []
     for row in rows:
-        verdicts = Counter(str(job.verdict().get("verdict", "–")) for job in row.jobs)
-        said = ", ".join(
-            name if len(verdicts) == 1 else f"{name} ({count})" for name, count in verdicts.items()
-        )
         curves = [row.curve(name) for name in names]
         last = max((steps[-1] for steps, _ in curves if steps), default="–")
         ends = [spread(values[-1], len(row.jobs)) if steps else "–" for steps, values in curves]
-        lines.append((label(row), [str(last), said, *ends]))
-    return "<h3>At the end</h3>" + table(["", "step", "features", *names], lines)
+        lines.append((label(row), [str(last), *ends, *([verdicts(row)] * ("rankme" in names))]))
+    return table(["", "step", *names, *(["verdict"] * ("rankme" in names))], lines)
 
 
-def figure(name: str, rows: list[Row]) -> tuple[dict, str]:
+def verdicts(row: Row) -> str:
+    counts = Counter(str(job.verdict().get("verdict", "–")) for job in row.jobs)
+    return ", ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts.items())
+
+
+def figure(name: str, title: str, rows: list[Row]) -> tuple[dict, str]:
     """-> the numbers of the curves, HTML"""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -286,17 +303,15 @@ def figure(name: str, rows: list[Row]) -> tuple[dict, str]:
             continue
         legend.append(f"<li>{label(row)}</li>")
         middle = values.mean(axis=1)
-        numbers[row.label] = {"steps": steps, "mean": middle.tolist()}
+        numbers[row.label] = {"steps": steps, "mean": readable(middle)}
         marker = "o" if len(steps) <= FEW_POINTS else ""
         style = {"color": row.colour, "linestyle": (0, row.dashes) if row.dashes else "-"}
         axes.plot(steps, middle, marker=marker, markersize=3, linewidth=1.6, **style)
         if len(row.jobs) > 1:
             deviation = values.std(axis=1, ddof=1)
-            numbers[row.label]["std"] = deviation.tolist()
+            numbers[row.label]["std"] = readable(deviation)
             band = (middle - deviation, middle + deviation)
             axes.fill_between(steps, *band, color=row.colour, alpha=0.2, linewidth=0)
-    if not legend:
-        return {}, ""
     axes.set_xlabel("step")
     axes.locator_params(axis="x", nbins=5)
     axes.grid(alpha=0.3)
@@ -304,12 +319,14 @@ def figure(name: str, rows: list[Row]) -> tuple[dict, str]:
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": name}):  # the same page from the same jobs
         drawing.savefig(file, format="svg", metadata={"Date": None})
-    image = embedded(file.getvalue(), "svg+xml", CURVES[name])
-    title = f"{escape(CURVES[name])} <code>{name}</code>"
-    return (
-        numbers,
-        f"<figure><figcaption>{title}</figcaption>{image}<ul>{''.join(legend)}</ul></figure>",
-    )
+    image = embedded(file.getvalue(), "svg+xml", title)
+    caption = f"<figcaption>{escape(title)} <code>{name}</code></figcaption>"
+    return numbers, f"<figure>{caption}{image}<ul>{''.join(legend)}</ul></figure>"
+
+
+def readable(values: np.ndarray) -> list[float | None]:
+    """By any reader of JSON, which has no NaN."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def embedded(contents: bytes, kind: str, text: str) -> str:
