@@ -130,8 +130,8 @@ def figure(name: str, title: str, rows: list[Row]) -> tuple[dict, str]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    numbers, drawing, legend = {}, Figure((4.3, 2.7), layout="constrained"), []
-    axes = drawing.subplots()
+    numbers, drawing, legend = {}, Figure((4.3, 2.7)), []
+    axes = drawing.add_axes((0.17, 0.17, 0.81, 0.8))
     for row in rows:
         steps, values = row.curve(name)
         if not steps:
@@ -150,6 +150,7 @@ def figure(name: str, title: str, rows: list[Row]) -> tuple[dict, str]:
             axes.fill_between(steps, *band, color=row.colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", nbins=5)
+    axes.tick_params(labelsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()
