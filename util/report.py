@@ -217,7 +217,13 @@ def runs_table(jobs: list[Job]) -> str:
         verdict = job.verdict()
         since = f"{verdict['verdict']} since step {verdict['since']}" if verdict else "–"
         command = " ".join(job.environment.get("command", []))
-        cells = [str(job.last_step or "–"), since, verdict.get("reason", "–"), str(job.folder), command]
+        cells = [
+            str(job.last_step or "–"),
+            since,
+            verdict.get("reason", "–"),
+            str(job.folder),
+            command,
+        ]
         lines.append((escape(job.name), cells))
     return table(["", "last step", "features", "reason", "folder", "command"], lines)
 
