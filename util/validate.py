@@ -105,6 +105,10 @@ TEXTS: Rule = (
     "a list of texts, such as ['linear_probe.epochs=10']",
     lambda v: is_list(v, is_text),
 )
+FOLDERS: Rule = (
+    "a list of folders of jobs or globs of them, such as [checkpoints/demo,reference/*]",
+    lambda v: is_list(v, is_text),
+)
 COUNTS: Rule = (
     "a list of whole numbers of at least 1, such as [1,2]",
     lambda v: is_list(v, whole(1)[1]) and len(v) > 0,
@@ -141,6 +145,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (or_null(TEXT), "data_path images dataset.options.index_folder"),
     (or_null(TEXT), "pretrained pretrained_weights cache_dir"),
     (TEXTS, "settings env.setup env.srun_args"),
+    (FOLDERS, "jobs apart"),
     (or_null(TEXT), "env.gres env.python"),
     (FOLDER_NAME, "job_name encoder.name video_split"),  # the encoder's is part of job_name
     (or_null(LABEL), "env.partition env.constraint env.nodelist env.exclude"),
