@@ -15,9 +15,10 @@ from eval.features import Features
 from tests.runs import LAUNCHER, final_state, records, run, succeed, succeed_together
 from util.checkpoint import list_checkpoints
 from util.distributed import Ranks
+from util.files import read_records
 from util.metrics import readable_time
 from util.record import RunLog, keep_until_step
-from util.status import last_record
+from util.status import last_number
 
 SHORT = ("epochs=1", "warmup_epochs=0")
 
@@ -46,17 +47,17 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert [record["step"] for record in train] == list(range(1, 11))
     expected = {
         *("epoch step loss sim_pred sim_vis sim_trg sim_goal grad_norm lr momentum".split()),
-        *("images_per_second data_wait eta_seconds memory_gb".split()),
+        *("images_per_second data_wait eta_seconds memory_gb seconds".split()),
     }
     assert set(train[0]) == expected
     assert f"loss {train[-1]['loss']:.4f}" in output
 
     board = EventAccumulator(str(job / "tensorboard"))
     board.Reload()
-    losses = board.Scalars("loss")
+    losses = board.Scalars("train/loss")
     assert [event.step for event in losses] == list(range(1, 11))
     assert [event.value for event in losses] == pytest.approx([r["loss"] for r in train])
-    assert [event.step for event in board.Scalars("nn_accuracy")] == [0, 10]
+    assert [event.step for event in board.Scalars("eval/nn_accuracy")] == [0, 10]
 
     state = final_state(job)
     assert set(state) == {
@@ -127,7 +128,7 @@ def test_damaged_lines_of_a_log_are_dropped(tmp_path):
     good = b'{"step": 1, "loss": 0.1}\n', b'{"step": 2, "loss": 1e-05}\n'
     bad = b'\xff\xfe{"step": 1}\n', b"[1]\n", b"3\n", b'{"loss": 1}\n', b"\0\0\n"
     path.write_bytes(good[0] + b"".join(bad) + good[1])
-    assert last_record(path, "loss") == {"step": 2, "loss": 1e-05}
+    assert last_number(read_records(path), "loss", "step", "d") == "2"
     keep_until_step(path, 2)
     assert path.read_bytes() == b"".join(good)
 
@@ -137,12 +138,15 @@ def test_a_terminal_shows_the_lines_and_a_bar_below(tmp_path, monkeypatch, capsy
     log = RunLog(tmp_path, is_main=True, total_steps=10)
     for step in range(1, 6):
         log.record({"loss": 1.0}, step, f"line {step}")
-        log.progress(step)
+        log.progress(step, f"loss {step}  ")
         time.sleep(0.03)
     log.close()
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [f"line {step}" for step in range(1, 6)]
-    assert "0/10 [00:00<?" in shown.err and "4/10 [00:00<" in shown.err
+    assert "  0% |" in shown.err and "loss 4   40% |" in shown.err
+    said = (tmp_path / "logs" / "console.txt").read_text().splitlines()
+    assert [line[21:] for line in said] == [f"line {step}" for step in range(1, 6)]
+    assert time.strptime(said[0][:19], "%Y-%m-%d %H:%M:%S")
 
 
 def test_readable_time():

@@ -184,8 +184,8 @@ def test_a_run_that_is_watched(tmp_path):
     assert (result["verdict"], result["since"]) == (last.verdict, last.since)
     shown = EventAccumulator(str(job / "tensorboard"))
     shown.Reload()
-    assert [event.step for event in shown.Scalars("rankme")] == [0, 4, 8, 10, 20, 24]
-    (text,) = shown.Tensors("verdict")[-1].tensor_proto.string_val
+    assert [event.step for event in shown.Scalars("collapse/rankme")] == [0, 4, 8, 10, 20, 24]
+    (text,) = shown.Tensors("collapse/verdict")[-1].tensor_proto.string_val
     assert text.decode() == last.verdict
     status = [*LAUNCHER, "--config-name=status", f"output_dir={tmp_path}"]
     header, row = finish(start_process(status))[1].splitlines()

@@ -27,6 +27,8 @@ from util.metrics import Speed, readable_time
 from util.preemption import Interrupted, StopFlag
 from util.record import RunLog
 
+FIRST_STEPS = (1, 2, 5, 10)  # of a start that get a line on the console
+QUIET_SECONDS = 60  # without a line, at most
 Line = tuple[Mapping[str, float | str], str]  # numbers for the log, and how the console puts them
 
 
@@ -63,6 +65,10 @@ class Task:
         """The last `steps` steps, of which `done` are done in all; may raise TrainingStopped. The
         only place that waits for the device."""
         raise NotImplementedError
+
+    def glimpse(self) -> str:
+        """What this process has seen since the last log line: for the console."""
+        return ""
 
     def evaluate(self) -> Line | None:
         raise NotImplementedError
@@ -154,7 +160,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
 
 def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
     """-> the number of finished steps"""
-    describe = partial(checkpoint.describe, task.dataset, task.loader, ranks.world_size)
+    describe = partial(checkpoint.describe, task.dataset, task.loader)
     task.made_from, folder = on_main(describe, ranks), job / "checkpoints"
     try:
         contents = find_checkpoint(task, cfg, folder, ranks)
@@ -199,7 +205,7 @@ class Loop:
         self.watched = watched_steps(self.planned_steps)
         if task.max_steps is not None:
             self.total_steps = min(self.total_steps, task.max_steps)
-        self.images_per_step = task.loader.batch_size * task.loader.accum_iter * ranks.world_size
+        self.images_per_step = task.loader.images_per_step
         self.last_logged = self.last_saved_step = first_step
         self.last_saved = time.monotonic()
         self.start = time.perf_counter()
@@ -214,6 +220,11 @@ class Loop:
     def after_step(self, done: int) -> None:
         if done % self.cfg.print_freq == 0 or done == self.total_steps:
             self.write_log(done)
+        elif self.ranks.is_main and (
+            done - self.first_step in FIRST_STEPS or self.log.silent_for() > QUIET_SECONDS
+        ):
+            speed = self.read_speed(done, done - self.last_logged, keep=True)
+            self.log.say(self.describe(done, self.task.glimpse(), speed))
         self.log.progress(done)
 
     def write_log(self, done: int) -> None:
@@ -225,17 +236,23 @@ class Loop:
                 self.writer.wait()
             saved = [*list_checkpoints(self.folder), "none was written yet"]
             raise TrainingStopped(f"{stopped}; last good checkpoint: {saved[0]}") from stopped
-        speed = self.speed.read(steps, self.images_per_step, self.total_steps - done)
-        self.last_speed = speed
+        self.last_speed = speed = self.read_speed(done, steps)
         epoch = done / self.steps_per_epoch
         if steps < min(self.cfg.print_freq, done):  # at the end, or since a resume
             summary = f"(mean of {steps} steps)  {summary}"
-        summary = (
-            f"epoch {epoch:.2f}/{self.cfg.epochs}  step {done}/{self.total_steps}  {summary}  "
-            f"{speed['images_per_second']:.0f} images/s  waiting {speed['data_wait']:.0%}  "
-            f"eta {readable_time(speed['eta_seconds'])}"
+        self.log.record(
+            {"epoch": epoch, **numbers, **speed}, done, self.describe(done, summary, speed)
         )
-        self.log.record({"epoch": epoch, **numbers, **speed}, done, summary)
+        loss = f"loss {numbers['loss']:.4f}  " if "loss" in numbers else ""
+        self.log.progress(done, loss + describe_speed(speed))
+
+    def read_speed(self, done: int, steps: int, keep: bool = False) -> dict[str, float]:
+        return self.speed.read(steps, self.images_per_step, self.total_steps - done, keep)
+
+    def describe(self, done: int, summary: str, speed: dict[str, float]) -> str:
+        epoch = f"epoch {done / self.steps_per_epoch:.2f}/{self.cfg.epochs}"
+        parts = (epoch, f"step {done}/{self.total_steps}", summary, describe_speed(speed))
+        return "  ".join(filter(None, parts))
 
     def evaluate(self, done: int) -> None:
         self.record(done, self.task.evaluate)
@@ -340,6 +357,13 @@ class Loop:
                 f"training has ended, but its last checkpoint {last} could not be written: make "
                 f"room, and start it again with resume=True"
             )
+
+
+def describe_speed(speed: dict[str, float]) -> str:
+    return (
+        f"{speed['images_per_second']:.0f} images/s  waiting {speed['data_wait']:.0%}  "
+        f"eta {readable_time(speed['eta_seconds'])}"
+    )
 
 
 def watched_steps(planned: int) -> set[int]:
