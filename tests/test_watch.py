@@ -149,7 +149,7 @@ def test_the_judgement(name):
 
 def test_the_reason_names_what_was_lost():
     judged = judge(history(**START, s90=(5, 0.04), s150=(5, 0.02)), 600)
-    assert str(judged) == "collapsed since step 90 (content 0.2 -> 0.02, 0.2 at most)"
+    assert str(judged) == "collapsed since step 90 (content 0.2 -> 0.02)"
     assert judge({}, 600) is None
 
 

@@ -135,3 +135,15 @@ def readable_time(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return (f"{days}d " if days else "") + f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def describe_speed(speed: dict[str, float]) -> str:
+    return (
+        f"{speed['images_per_second']:.0f} images/s  waiting {speed['data_wait']:.0%}  "
+        f"eta {readable_time(speed['eta_seconds'])}"
+    )
+
+
+def bar_text(summary: str, speed: dict[str, float]) -> str:
+    """Short, for a terminal of 80 columns."""
+    return f"{' '.join(summary.split()[:2])}  {describe_speed(speed)} "
