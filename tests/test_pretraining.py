@@ -70,6 +70,7 @@ COMMON = {
     "clip_grad": 0.3,
     "eval_freq": 2,
     "eval_at_start": True,
+    "watch_images": 0,
 }
 VARIANTS = {
     "infonce_patches, ema": {},
@@ -92,7 +93,7 @@ VARIANTS = {
         "accum_iter": 1,
         "eval_freq": 0,
     },
-    "l1, joint": {"loss": "l1", "target": "joint", "decoder_depth": 2},
+    "l1, joint": {"loss": "l1", "target": "joint", "decoder_depth": 2, "watch_images": 9},
     "smooth_l1, frozen": {"loss": "smooth_l1", "target": "frozen", "eval_at_start": False},
     "cosine": {"loss": "cosine", "eval_freq": 3, "epochs": 4, "avg_vis_mask_token": False},
     "l2, frozen": {
