@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
 from engine_pretrain import Training, train_step
+from eval.glimpses import picture
 from eval.nn import leave_one_out_accuracy
 from eval.watch import COLLAPSED, CollapseWatch, judge
 from models.lmim import LatentMIM
@@ -34,6 +35,8 @@ from util.metrics import describe_nodes, memory_in_use
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
 from util.streams import Stream, seed_of
+
+SHOWN = 6  # images in TensorBoard
 
 
 def main(cfg: DictConfig) -> None:
@@ -179,6 +182,15 @@ class Pretraining(Task):
         if judged.verdict == COLLAPSED and self.cfg.on_collapse == "stop":
             self.gives_up = f"on_collapse=stop: {judged}"
         return {**numbers, **judged._asdict()}, f"features {judged}"
+
+    @torch.inference_mode()
+    def picture(self) -> bytes | None:
+        if not self.collapse_watch.batches:
+            return None
+        images, encoder = self.collapse_watch.batches[0][:SHOWN], self.model.encoder
+        with torch.compiler.set_stance("force_eager"):
+            tokens = encoder.encode_images(self.normalised(images))[:, 1:]
+        return picture(images, self.draw_views(0, 0, len(images)), self.geometry, tokens)
 
     def settle_gradient_buckets(self) -> None:
         """DistributedDataParallel regroups gradients after the first backward pass, which changes

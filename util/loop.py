@@ -75,6 +75,10 @@ class Task:
     def evaluate(self) -> Line | None:
         raise NotImplementedError
 
+    def picture(self) -> bytes | None:
+        """A PNG for TensorBoard, at each evaluation. For the first process."""
+        return None
+
     def watch(self, loop: "Loop", done: int) -> Line | None:
         """Now and then: is the run alive? May set gives_up to the reason for which it ends."""
         return None
@@ -264,6 +268,8 @@ class Loop:
     def watch(self, done: int, at_evaluation: bool = False) -> None:
         if at_evaluation or done in self.watched:
             self.record(done, partial(self.task.watch, self, done))
+        if at_evaluation and self.ranks.is_main and (picture := self.task.picture()):
+            self.log.show(picture, done)
         if self.task.gives_up:
             self.save(done)
             self.finish_writing()

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.metadata import create_summary_metadata
@@ -95,6 +96,11 @@ class RunLog:
                 self.say(f"{file.path} cannot be written ({error.strerror}); training goes on")
         self.say(summary)
 
+    def show(self, picture: bytes, step: int) -> None:
+        """A PNG, in TensorBoard alone."""
+        with suppress(OSError):  # it is kept until there is room
+            self.scalars.add({"eval/images": picture}, step)
+
     def silent_for(self) -> float:
         return time.monotonic() - self.last_said
 
@@ -167,7 +173,7 @@ class TensorBoardFile(AppendedFile):
             start = SessionLog(status=SessionLog.START)
             self.unwritten += as_record(step=first_step, session_log=start)
 
-    def add(self, values: Mapping[str, float | str], step: int) -> None:
+    def add(self, values: Mapping[str, float | str | bytes], step: int) -> None:
         shown = [as_value(grouped(name), value) for name, value in values.items()]
         self.append(as_record(step=step, summary=Summary(value=shown)))
 
@@ -176,7 +182,11 @@ def grouped(name: str) -> str:
     return name if "/" in name else f"{GROUP_OF.get(name, 'train')}/{name}"
 
 
-def as_value(name: str, value: float | str) -> Summary.Value:
+def as_value(name: str, value: float | str | bytes) -> Summary.Value:
+    if isinstance(value, bytes):
+        width, height = Image.open(io.BytesIO(value)).size
+        size = {"width": width, "height": height, "colorspace": 3}
+        return Summary.Value(tag=name, image=Summary.Image(**size, encoded_image_string=value))
     if not isinstance(value, str):
         return Summary.Value(tag=name, simple_value=value)
     text = {"metadata": create_summary_metadata("", ""), "tensor": make_tensor_proto([value])}
