@@ -65,7 +65,7 @@ class Pretraining(Task):
         self.loader = train_loader(cfg, ranks, self.dataset, crops)
         centre = EvalTransform(self.geometry.side_without_gaps, cfg.dataset.crop_ratio)
         self.evaluation = eval_loader(cfg, ranks, open_split(cfg, "eval"), centre, tolerant=True)
-        self.collapse_watch = CollapseWatch(cfg, ranks, self.evaluation.dataset, centre)
+        self.collapse_watch = CollapseWatch(cfg, ranks, self.evaluation)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg).to(ranks.device)
         precision = choose_precision(cfg.precision, ranks.device)

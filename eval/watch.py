@@ -13,8 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from data.base import ImageDataset
-from data.transforms import EvalTransform
+from data.loader import EvalLoader
 from eval.collapse import cosine_and_std, measure_tokens, rank_me
 from models.vit import Encoder
 from util.distributed import Ranks, gather_objects
@@ -28,15 +27,15 @@ EARLY = 0.15  # of training: until then both numbers fall in runs that do well
 
 
 class CollapseWatch:
-    """Measures an encoder on a few images of a data set, which are read once."""
+    """Measures an encoder on a few of the images that a loader has, which are read once."""
 
-    def __init__(
-        self, cfg: DictConfig, ranks: Ranks, dataset: ImageDataset, transform: EvalTransform
-    ):
+    def __init__(self, cfg: DictConfig, ranks: Ranks, images: EvalLoader):
+        dataset, transform = images.dataset, images.samples.transform
         count = min(cfg.watch_images, len(dataset))
         chosen = [len(dataset) * place // count for place in range(count)]  # from all parts of it
         smaller = OmegaConf.merge(cfg, {"batch_size": min(cfg.batch_size, BATCH)})
         self.loader = eval_loader(smaller, ranks, dataset, transform, chosen, tolerant=True)
+        self.loader.unreadable = images.unreadable  # each is named once
         self.ranks = ranks
         self.batches: list[Tensor] | None = None  # uint8, on the device
 
@@ -50,6 +49,8 @@ class CollapseWatch:
         """As --config-name=collapse, of the tokens before the final norm and their mean."""
         if self.batches is None:
             self.batches = list(self.read_images())
+            unreadable = self.loader.unreadable
+            unreadable.update(*gather_objects(unreadable, self.ranks))
         pooled: list[Tensor] = []
 
         def tokens_of(first: int) -> Iterator[Tensor]:

@@ -28,6 +28,7 @@ from tests.runs import (
 from util.build import build_model
 from util.config import compose_config
 from util.distributed import Ranks
+from util.loaders import eval_loader
 from util.loop import watched_steps
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -46,7 +47,7 @@ def measured(dataset: ArrayDataset, *overrides: str, ranks: Ranks = ALONE) -> di
     cfg = compose_config("demo", [*SMALL, *overrides])
     torch.manual_seed(3)
     encoder = build_model(cfg).encoder
-    watch = CollapseWatch(cfg, ranks, dataset, EvalTransform(24, 1.0))
+    watch = CollapseWatch(cfg, ranks, eval_loader(cfg, ranks, dataset, EvalTransform(24, 1.0)))
     first = watch.measure(encoder, lambda images: images / 255)
     assert watch.measure(encoder, lambda images: images / 255) == first
     return first
