@@ -70,7 +70,7 @@ class RunLog:
         with suppress(OSError):  # it is kept until there is room
             config = (job / "config.yaml").read_text().replace("\n", "\n    ")
             self.scalars.add({"config": "    " + config}, resumed_step)
-        self.console = open(job / "logs" / "console.txt", "a", buffering=1)  # noqa: SIM115
+        self.console = AppendedFile(job / "logs" / "console.txt")
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -81,8 +81,9 @@ class RunLog:
         with tqdm.external_write_mode(), suppress(OSError):
             print(text, flush=True)
         clock = time.strftime("%Y-%m-%d %H:%M:%S")
-        with suppress(OSError):
-            self.console.writelines(f"{clock}  {line}\n" for line in text.splitlines())
+        lines = "".join(f"{clock}  {line}\n" for line in text.splitlines())
+        with suppress(OSError):  # it is kept until there is room
+            self.console.append(lines.encode())
 
     def record(self, values: Mapping[str, float | str], step: int, summary: str) -> None:
         """Numbers of one step: to log.txt, TensorBoard and the console."""
