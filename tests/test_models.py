@@ -43,7 +43,7 @@ SMALL = {
     "target_depth": None,
     "mask_target": True,
     "recompute": False,
-}
+} | dict.fromkeys(("target_layers", "target_norm", "target_post_norm", "target_tap"))
 
 
 def random_tensor(shape, seed: int) -> torch.Tensor:
@@ -362,7 +362,7 @@ def test_one_training_step_of_vit_base():
     device = torch.device("cpu")
     objective = published_objective()
     training = Training(
-        model, model, optimizer, scaler, objective, schedule, device, 1, "fp32", None
+        model, model, optimizer, scaler, objective, schedule, device, 1, "fp32", None, None
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     images = torch.randn(2, 3, 280, 280, generator=torch.Generator().manual_seed(8))

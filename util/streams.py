@@ -26,6 +26,7 @@ class Stream(IntEnum):
     DROP_PATH = 6  # (seed, step, place of the batch in the step)
     CLASSIFIER = 7  # (seed)
     SHOTS = 8  # (seed, draw)
+    DIRECTIONS = 9  # (seed, step)
 
 
 def generator(stream: Stream, *counter: int) -> np.random.Generator:
