@@ -268,8 +268,8 @@ def check_choices(cfg: DictConfig) -> None:
         ("loss_beta", 1, cfg.loss.name != "smooth_l1", loss),
     ):
         if is_wrong and cfg[key] != only:
-            valid = "null" if only is None else only
-            raise ConfigError(f"{key}={cfg[key]}: expected {valid} with {why}")
+            value, valid = ("null" if v is None else v for v in (cfg[key], only))
+            raise ConfigError(f"{key}={value}: expected {valid} with {why}")
 
 
 def check_layers(cfg: DictConfig) -> None:
@@ -278,7 +278,7 @@ def check_layers(cfg: DictConfig) -> None:
         return
     last = int(layers.removeprefix("top:")) - 1 if isinstance(layers, str) else max(layers)
     if last >= depth:
-        valid = f"top:1 to top:{depth}, or blocks 0 to {depth - 1}, of the target encoder's {depth}"
+        valid = f"top:1 to top:{depth}, or blocks 0 to {depth - 1}, of the target encoder"
         raise ConfigError(f"target_layers={layers}: expected {valid}")
 
 
