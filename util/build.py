@@ -47,11 +47,10 @@ def build_model(cfg) -> LatentMIM:
 
 def target_layers(cfg) -> list[int] | None:
     """Counted from 0; top:K are the last K of the target encoder."""
-    layers = cfg.target_layers
-    if isinstance(layers, str):
+    if isinstance(cfg.target_layers, str):
         depth = cfg.target_depth or cfg.encoder.depth
-        return list(range(depth - int(layers.removeprefix("top:")), depth))
-    return None if layers is None else list(layers)
+        return list(range(depth))[-int(cfg.target_layers.removeprefix("top:")) :]
+    return None if cfg.target_layers is None else list(cfg.target_layers)
 
 
 def build_sigreg(cfg, ranks: Ranks) -> SIGReg | None:

@@ -236,7 +236,8 @@ def accept(path: Path, contents: dict, cfg: DictConfig, facts: dict) -> list[str
     if cfg.epochs > config["epochs"]:
         said.append(f"epochs {config['epochs']} -> {cfg.epochs}: the schedules are stretched")
     per_micro_batch = any(cfg.get(key) for key in ("avg_sim_coeff", "mixup", "sigreg"))
-    per_micro_batch |= "batch" in map(cfg.get, ("pred_unit", "negatives", "target_norm"))
+    batch_wide = ("pred_unit", "negatives", "target_norm", "target_post_norm")
+    per_micro_batch |= any(cfg.get(key) == "batch" for key in batch_wide)
     if cfg.batch_size != config["batch_size"] and per_micro_batch:
         what = "the objective or mixup is per micro-batch, so numbers differ"
         said.append(f"batch_size {config['batch_size']} -> {cfg.batch_size}: {what}")
