@@ -117,6 +117,18 @@ def test_kinds_that_are_not_built_are_named_and_others_fail(copy_of, check):
     assert check(folder)[0] == 0
 
 
+def test_an_array_that_is_missing_or_of_another_shape_fails(copy_of, check):
+    path = copy_of("pixel_mae")
+    with np.load(path) as archive:
+        arrays = dict(archive.items())
+    np.savez(path, **{key: value for key, value in arrays.items() if key != "images"})
+    status, (line, _) = check(path.parent)
+    assert status == 1 and line.endswith("0 arrays: FAILED (KeyError: 'images')")
+    np.savez(path, **arrays | {"patches": arrays["patches"][:1]})
+    status, (line, _) = check(path.parent)
+    assert status == 1 and "FAILED (AssertionError: patches: torch.Size([2," in line
+
+
 def test_nothing_to_compare_is_not_a_success(tmp_path, check):
     assert check(tmp_path) == (1, ["compared 0 arrays in 0 files"])
     assert check(tmp_path / "missing")[0] == 2

@@ -28,8 +28,11 @@ def main() -> int:
             failed = True
             continue
         golden = Golden(stem)
-        KINDS[kind](golden)
-        problems = golden.problems()
+        try:
+            KINDS[kind](golden)
+            problems = golden.problems()
+        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+            problems = [f"{type(error).__name__}: {error}"]
         failed |= bool(problems)
         arrays, pairs = arrays + len(golden.results), pairs + 1
         verdict = f"FAILED ({', '.join(problems)})" if problems else "ok"
