@@ -5,10 +5,11 @@ BIN = .venv/bin
 # Three tests at a time, also on two cores: many only wait, for Slurm or for other processes.
 TOGETHER = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-fast lint types clean
+.PHONY: help demo pictures test test-fast lint types clean
 
 help:
 	@echo "make demo       see it learn: digits on a CPU, one to two minutes (SEED=1: another seed)"
+	@echo "make pictures   what patches of photographs become: 20 minutes on a CPU, into figs/"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
 	@echo "make lint       ruff"
@@ -18,12 +19,17 @@ help:
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --requirement requirements.txt
 	touch $@
 
 demo: .venv/installed
 	$(BIN)/python launcher.py --config-name=demo seed=$(SEED) overwrite=True
 	mkdir -p results && cp checkpoints/demo/results/demo.json results/demo.json
+
+pictures: .venv/installed
+	$(BIN)/python launcher.py --config-name=photographs seed=$(SEED) overwrite=True
+	$(BIN)/python launcher.py --config-name=visualize pretrained=checkpoints/photographs stride=16 "controls=[random,pixels]" "point=[0.35,0.5]" max_iter=500 job_name=pictures
+	for name in china flower; do cp checkpoints/pictures/results/pictures/*-$$name.png figs/$$name.png; done
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(TOGETHER)

@@ -79,11 +79,15 @@ class Pretraining(Task):
     def introduction(self) -> str:
         everything = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        checked = self.evaluation.dataset
+        checked, images = self.evaluation.dataset, len(self.loader.dataset)
         check = "" if checked.labels is None else f" and {len(checked)} for the check"
-        return (
+        left_over = images - self.loader.steps_per_epoch * self.loader.images_per_step
+        notes = f"steps are whole: each epoch leaves out {left_over} images\n" if left_over else ""
+        if checked.labels is None:
+            notes += "there are no labels: no nearest-neighbour check\n"
+        return notes + (
             f"{self.cfg.job_name}: {self.cfg.encoder.name} on {self.cfg.dataset.name}, "
-            f"{len(self.loader.dataset)} images{check}, {trained / 1e6:.1f} M trainable parameters "
+            f"{images} images{check}, {trained / 1e6:.1f} M trainable parameters "
             f"({everything / 1e6:.1f} M in all), {self.training.precision} on "
             f"{self.ranks.world_size} x {self.ranks.device.type}"
         )
@@ -135,12 +139,13 @@ class Pretraining(Task):
             "sim_goal": schedule.similarity_goal(epoch),
             "memory_gb": memory_in_use(self.ranks.device),
         }
-        chance = "" if self.chance is None else f" (chance {self.chance:.4f})"
         return values, (
-            f"loss {values['loss']:.4f}{chance}  similarity pred {values['sim_pred']:.3f} "
-            f"vis {values['sim_vis']:.3f} target {values['sim_trg']:.3f}  lr {values['lr']:.2e}  "
+            f"{describe_loss(values)}  lr {values['lr']:.2e}  "
             f"momentum {values['momentum']:.4f}  {values['memory_gb']:.1f} GB"
         )
+
+    def glimpse(self) -> str:
+        return describe_loss(self.training.meters.read(keep=True))
 
     def check_faults(self) -> None:
         """Steps with a loss or gradient that is not finite were left out: max_bad_steps of them."""
@@ -231,9 +236,17 @@ class Pretraining(Task):
             f"checkpoint   {last} ({last.stat().st_size / 1e9:.3g} GB; "
             f"{shutil.disk_usage(loop.job).free / 1e9:.3g} GB are free)\n"
             f"log          {loop.job / 'log.txt'}\n"
-            f"tensorboard  tensorboard --logdir {loop.job / 'tensorboard'}\n"
+            f"tensorboard  tensorboard --logdir_spec {loop.job.name}:{loop.job / 'tensorboard'}\n"
             f"result       {path}"
         )
+
+
+def describe_loss(values: dict[str, float]) -> str:
+    chance = f" (chance {values['chance']:.4f})" if "chance" in values else ""
+    return (
+        f"loss {values['loss']:.4f}{chance}  similarity pred {values['sim_pred']:.3f} "
+        f"vis {values['sim_vis']:.3f} target {values['sim_trg']:.3f}"
+    )
 
 
 def view_source(

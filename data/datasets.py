@@ -12,7 +12,7 @@ from data.files import build_folder, existing_folder
 from data.imagenet import build_imagefolder, build_imagenet100
 from data.images import build_images
 from data.masks import build_masks, build_voc
-from data.shapes import build_shapes
+from data.photographs import Photographs, Textures, build_photographs
 from data.tar import build_tar
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -69,7 +69,8 @@ def open_archive(name: str, data_path: str | None, **arguments):
 
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": build_digits,
-    "shapes": build_shapes,
+    "textures": partial(build_photographs, Textures),
+    "photographs": partial(build_photographs, Photographs),
     "imagefolder": partial(build_imagefolder, "imagefolder"),
     "tar": build_tar,
     "folder": build_folder,

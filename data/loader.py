@@ -73,11 +73,11 @@ class StepOrder:
         self.batch_size, self.accum_iter = batch_size, accum_iter
         self.rank, self.world_size = rank, world_size
         self.bad_images: set[str] = set()
-        images_per_step = batch_size * accum_iter * world_size
-        self.steps_per_epoch = images // images_per_step
+        self.images_per_step = batch_size * accum_iter * world_size
+        self.steps_per_epoch = images // self.images_per_step
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"the dataset has {images} images, but one step needs {images_per_step}: "
+                f"the dataset has {images} images, but one step needs {self.images_per_step}: "
                 f"batch_size={batch_size} x accum_iter={accum_iter} x {world_size} processes"
             )
 

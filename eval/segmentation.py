@@ -4,8 +4,9 @@ method=unsupervised: the patches of each image are clustered into n segments; mI
 assignment of segments to the labels of the mask, and ARI, both averaged over images.
 method=linear: a linear classifier of single patches, trained on the frozen tokens; mIoU over the
 data set.
+method=knn: the nearest patches of the training images vote on each patch that shows one class.
 
-python launcher.py --config-name=segmentation pretrained=checkpoints/demo dataset=shapes
+python launcher.py --config-name=segmentation pretrained=checkpoints/demo dataset=textures
 """
 
 import math
@@ -26,6 +27,7 @@ from data.loader import epoch_order
 from data.masks import IGNORE, MaskedImages, MaskTransform, WithMasks
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation
+from eval.features import Features, unit_length
 from eval.metrics import (
     CLASSES,
     adjusted_rand_index,
@@ -35,11 +37,13 @@ from eval.metrics import (
     matched_miou,
     mean,
 )
+from eval.nn import QUERIES, check_bank, nearest, vote
 from models.views import extract_patches
 from util.command import run_worker
 from util.config import ConfigError
 from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects
 from util.loaders import eval_loader, open_split
+from util.streams import Stream, generator
 
 SEEN = {"tokens": "patch tokens", "pixels": "raw pixels of patches"}
 
@@ -49,14 +53,14 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(run: EvalRun) -> None:
-    method = {"unsupervised": cluster_images, "linear": linear_head}[run.cfg.method]
-    method(run, masked_data(run.cfg, "eval"))
+    methods = {"unsupervised": cluster_images, "linear": linear_head, "knn": vote_on_patches}
+    methods[run.cfg.method](run, masked_data(run.cfg, "eval"))
 
 
 def masked_data(cfg: DictConfig, split: str) -> MaskedImages:
     dataset = open_split(cfg, split)
     if not isinstance(dataset, MaskedImages):
-        raise DataError(f"dataset={cfg.dataset.name} has no masks: expected shapes, masks, voc")
+        raise DataError(f"dataset={cfg.dataset.name} has no masks: expected textures, masks, voc")
     return dataset
 
 
@@ -85,11 +89,15 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     cfg = run.cfg
     scores = []  # of each image: [number of labels in its mask, mIoU, ARI, mIoU, ARI, ...]
     for tokens, masks in token_batches(run, dataset, "batches clustered:"):
-        patches = F.normalize(tokens.patches, dim=-1).cpu().numpy()
+        vectors = tokens.patches
+        vectors = vectors - vectors.mean(dim=1, keepdim=True) if cfg.centre else vectors
+        patches = F.normalize(vectors, dim=-1).cpu().numpy()
         for vectors, mask in zip(patches, masks, strict=True):
             scores.append(score_image(cfg, vectors, tokens.grid, mask))
     scores = [score for part in gather_objects(scores, run.ranks) for score in part]
-    scored = [score for score in scores if score[0] > 0]
+    # One class is one segment, which is no achievement.
+    least = 2 if "truth" in cfg.segments else 1
+    scored = [score for score in scores if score[0] >= least]
     if not any(score[0] > 1 for score in scored):
         raise DataError(
             f"none of the {len(scores)} masks holds two classes: expected values such as 0 and 1 "
@@ -99,11 +107,13 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     _, *columns = zip(*scored, strict=True)
     results = {name: 100 * mean(values) for name, values in zip(names, columns, strict=True)}
     where = "neighbouring" if cfg.clustering.connected else "any"
+    centred = "minus their mean in the image, " if cfg.centre else ""
     run.finish(
         results,
-        protocol=f"unsupervised, {SEEN[cfg.features]}, agglomerative clustering of {where} patches "
-        f"of one image ({cfg.clustering.linkage} linkage, {cfg.clustering.metric} distance), n "
-        f"segments in miou_n and ari_n, means over images, percent",
+        protocol=f"unsupervised, {SEEN[cfg.features]}, {centred}agglomerative clustering of "
+        f"{where} patches of one image ({cfg.clustering.linkage} linkage, {cfg.clustering.metric} "
+        f"distance), n segments in miou_n and ari_n (truth: as many as the mask has classes), "
+        f"means over images with {least} or more classes, percent",
         images=len(scored),
     )
 
@@ -112,15 +122,17 @@ def score_image(
     cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], mask: np.ndarray
 ) -> list[float]:
     """vectors [L, D], mask [H, W]"""
-    if (mask == IGNORE).all():  # no class
+    classes = len(np.unique(mask[mask != IGNORE]))
+    if classes == 0:
         return [0]
     scores = []
     for count in cfg.segments:
+        count = classes if count == "truth" else count
         segments = cluster(cfg, vectors, grid, count).reshape(grid)
         segments = to_pixels(segments, mask.shape)
-        counts = contingency(mask, segments)
-        scores += [matched_miou(counts), adjusted_rand_index(mask, segments)]
-    return [len(counts), *scores]
+        scores.append(matched_miou(contingency(mask, segments)))
+        scores.append(adjusted_rand_index(mask, segments))
+    return [classes, *scores]
 
 
 def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
@@ -146,15 +158,70 @@ def to_pixels(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return values[rows[:, None], columns]
 
 
+# --- knn: single patches, of which nearly all pixels show one class -----------------------------
+
+
+def vote_on_patches(run: EvalRun, dataset: MaskedImages) -> None:
+    cfg, ranks = run.cfg, run.ranks
+    batches = token_batches(run, training_images(cfg, dataset), "training batches encoded:")
+    parts = gather_to_first([pure_patches(*batch) for batch in batches], ranks)
+    bank, centre = broadcast_object(build_bank(cfg, parts) if ranks.is_main else None, ranks)
+    check_bank(max(cfg.neighbours), len(bank.labels), "training patches of one class")
+    classes = int(bank.labels.max()) + 1
+    hits = torch.zeros(1 + len(cfg.neighbours), dtype=torch.int64)  # of each k; first, of all
+    for batch in token_batches(run, dataset, "batches searched:"):
+        vectors, labels = pure_patches(*batch)
+        vectors = unit_length(vectors - centre)
+        for rows in torch.arange(len(labels)).split(QUERIES):
+            found = nearest(bank.features, vectors[rows], max(cfg.neighbours), ranks.device)
+            hits[0] += len(rows)
+            for column, k in enumerate(cfg.neighbours, start=1):
+                voted = vote(found, bank.labels, k, cfg.temperature, classes)[:, 0]
+                hits[column] += (voted == labels[rows]).sum()
+    patches, *hits = all_reduce(hits.to(ranks.device)).tolist()
+    if patches == 0:
+        raise DataError(f"dataset={cfg.dataset.name}: no evaluation patch shows one class")
+    run.finish(
+        {f"accuracy_{k}": 100 * n / patches for k, n in zip(cfg.neighbours, hits, strict=True)},
+        protocol=f"k-NN of {SEEN[cfg.features]} minus their mean in the bank, k neighbours in "
+        f"accuracy_k, votes of exp(cosine / {cfg.temperature}), bank of {len(bank.labels)} "
+        f"training patches; of {patches} patches with 90 % of their pixels of one class, percent",
+        images=len(dataset),
+        extra={"bank": len(bank.labels), "patches": patches},
+    )
+
+
+def training_images(cfg: DictConfig, evaluated: MaskedImages) -> MaskedImages:
+    dataset = masked_data(cfg, "train")
+    if dataset.describe(0) == evaluated.describe(0):
+        valid = "expected images/train/ and images/val/, but both splits are the same images"
+        raise DataError(f"method={cfg.method}: {valid}")
+    return dataset
+
+
+def pure_patches(tokens: Tokens, masks: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Those with 90 % of their pixels of one class, [N, D], and that class, [N]; on the CPU."""
+    pixels, labels = class_counts(torch.from_numpy(masks), tokens.grid, CLASSES).max(dim=-1)
+    pure = 10 * pixels >= 9 * (masks[0].size // pixels.shape[1])
+    return tokens.patches.cpu()[pure], labels[pure]
+
+
+def build_bank(cfg: DictConfig, parts: list[tuple[Tensor, Tensor]]) -> tuple[Features, Tensor]:
+    """What votes, of length 1 after the mean is taken off; and the mean."""
+    vectors, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    if cfg.bank_patches is not None and cfg.bank_patches < len(labels):
+        drawn = generator(Stream.BANK, cfg.seed).permutation(len(labels))[: cfg.bank_patches]
+        vectors, labels = vectors[np.sort(drawn)], labels[np.sort(drawn)]
+    centre = vectors.mean(dim=0, dtype=torch.float64).float()
+    return Features(unit_length(vectors - centre), labels), centre
+
+
 # --- linear: a head for single patches ----------------------------------------------------------
 
 
 def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     cfg = run.cfg
-    train_set = masked_data(cfg, "train")
-    if train_set.describe(0) == dataset.describe(0):
-        found = "both splits are the same images"
-        raise DataError(f"method=linear: expected images/train/ and images/val/, but {found}")
+    train_set = training_images(cfg, dataset)
     batches = token_batches(run, train_set, "training batches encoded:")
     # What waits for its turn waits in the memory of the host.
     parts = [(tokens._replace(patches=tokens.patches.cpu()), masks) for tokens, masks in batches]

@@ -72,7 +72,8 @@ class Judgement(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.verdict} since step {self.since} ({self.reason})"
+        since = "" if self.verdict == TOO_EARLY else f" since step {self.since}"
+        return f"{self.verdict}{since} ({self.reason})"
 
 
 def judge(history: dict[int, dict[str, float]], planned_steps: int) -> Judgement | None:
@@ -92,7 +93,8 @@ def judge(history: dict[int, dict[str, float]], planned_steps: int) -> Judgement
             verdict = TOO_EARLY
         since = judged.since if judged and judged.verdict == verdict else step
         reason = ", ".join(
-            f"{name} {found[0]:.3g} -> {found[-1]:.3g}, {max(found):.3g} at most"
+            f"{name} {found[0]:.3g} -> {found[-1]:.3g}"
+            + (f", once {max(found):.3g}" if name in lost and max(found) > found[0] else "")
             for name, found in values.items()
             if name in (lost or less or values)
         )

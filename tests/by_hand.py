@@ -142,7 +142,7 @@ def prediction_loss(keys: dict, predicted: Tensor, target: Tensor) -> Tensor:
 
 def sigreg(keys: dict, step: int, visible: list[Tensor], own: int) -> Tensor:
     """Of the latents of all processes, with the gradient of one's own times their number."""
-    counter = np.random.SeedSequence([9, keys["seed"], step]).generate_state(1, np.uint64)
+    counter = np.random.SeedSequence([10, keys["seed"], step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(counter[0]))
     width = keys["encoder.embed_dim"]
     directions = torch.randn(width, keys["sigreg_slices"], generator=generator)

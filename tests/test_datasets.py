@@ -2,7 +2,6 @@
 ImageNet: test_imagenet.py."""
 
 import warnings
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from data.base import UNREADABLE, DataError
 from data.datasets import DATASETS, build_dataset
 from data.files import PathList, given_images
 from data.picture import Picture, to_image
-from data.shapes import OUTLINES
 
+WITHOUT_FILES = {"digits", "textures", "photographs"}
 CONFIGS = {
     path.stem: yaml.safe_load(path.read_text())
     for path in (Path(__file__).parents[1] / "configs" / "dataset").glob("*.yaml")
@@ -198,7 +197,7 @@ def test_damaged_files_raise_a_known_error(tmp_path, damage):
 BAD_SETTINGS = [
     (("digits", "train", None, {"seed": 3}), "digits has no such option; expected one of none"),
     (
-        ("shapes", "train", None, {"size": 3}),
+        ("textures", "train", None, {"size": 3}),
         "no such option; expected one of image_size, train_images",
     ),
 ]
@@ -210,7 +209,7 @@ def test_bad_settings_are_answered_with_the_valid_ones(settings, message):
         build_dataset(*settings)
 
 
-@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"digits", "shapes"}))
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - WITHOUT_FILES))
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_a_bad_data_path_is_named(name, split, tmp_path):
     with pytest.raises(DataError, match=f"dataset {name} needs data_path: "):
@@ -255,60 +254,6 @@ def test_digits_are_scikit_learns_in_their_order():
     assert train.describe(12) == "digits/train[12]"
 
 
-def shapes(split="train", **options):
-    defaults = {"image_size": 48, "train_images": 40, "eval_images": 20}
-    return build_dataset("shapes", split, options=defaults | options)
-
-
-def test_shapes_are_a_function_of_seed_split_and_index():
-    first, again = shapes(), shapes()
-    for index in (0, 17):
-        assert first.load(index).tobytes() == again.load(index).tobytes()
-    assert shapes(seed=1).load(0).tobytes() != first.load(0).tobytes()
-    assert shapes("eval").load(0).tobytes() != first.load(0).tobytes()
-    assert first.load(0).tobytes() != first.load(10).tobytes()
-
-
-def test_shapes_have_ten_balanced_classes():
-    dataset = shapes()
-    assert (len(dataset), len(shapes("eval"))) == (40, 20)
-    assert len(dataset.classes) == 10
-    assert np.bincount(dataset.labels).tolist() == [4] * 10
-
-
-def test_shape_outlines_fit_their_disc_and_differ():
-    """The pose keeps the disc inside the image: an outline that fits it is never cut off."""
-    x, y = np.meshgrid(np.linspace(-1.5, 1.5, 301), np.linspace(-1.5, 1.5, 301))
-    areas = [outline(x, y) for outline in OUTLINES.values()]
-    assert all(np.hypot(x, y)[area].max() <= 1 for area in areas)
-    for first, second in combinations(areas, 2):
-        assert (first & second).sum() < 0.85 * (first | second).sum()
-
-
-@pytest.mark.parametrize("side", [16, 33, 96])
-def test_shape_masks_lie_on_objects_that_stand_out(side):
-    dataset = shapes(image_size=side)
-    for index in range(20):
-        mask = dataset.mask(index)
-        assert dataset.load(index).size == (side, side)
-        assert mask.shape == (side, side) and mask.dtype == np.uint8
-        assert set(np.unique(mask)) == {0, dataset.labels[index] + 1}
-        assert 0.01 < (mask > 0).mean() < 0.6
-        pixels = np.asarray(dataset.load(index)) / 255
-        difference = pixels[mask > 0].mean(axis=0) - pixels[mask == 0].mean(axis=0)
-        assert np.linalg.norm(difference) > 0.05
-
-
-def test_shape_colours_do_not_tell_the_class():
-    """The mean colour of an object varies far more within a class than between classes."""
-    dataset = shapes(image_size=16, train_images=1000)
-    colours = np.stack(
-        [np.asarray(dataset.load(i))[dataset.mask(i) > 0].mean(axis=0) for i in range(1000)]
-    )
-    class_means = np.stack([colours[dataset.labels == label].mean(axis=0) for label in range(10)])
-    assert class_means.std(axis=0).max() < 0.25 * colours.std(axis=0).min()
-
-
 # ---- Configuration files. ------------------------------------------------------------------------
 
 
@@ -319,7 +264,7 @@ def test_each_data_set_has_a_config_with_the_same_keys():
         assert config["name"] == name
 
 
-@pytest.mark.parametrize("name", ["digits", "shapes"])
+@pytest.mark.parametrize("name", sorted(WITHOUT_FILES))
 def test_configured_mean_and_std_are_those_of_the_images(name):
     config = CONFIGS[name]
     dataset = build_dataset(name, "train", options=config["options"])

@@ -39,7 +39,7 @@ def scalars(folder: Path) -> list[tuple[int, float]]:
     """What TensorBoard shows of the loss."""
     shown = EventAccumulator(str(folder))
     shown.Reload()
-    return [(event.step, event.value) for event in shown.Scalars("loss")]
+    return [(event.step, event.value) for event in shown.Scalars("train/loss")]
 
 
 def test_what_a_full_disk_refuses_is_written_later(small_disk):

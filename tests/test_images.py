@@ -286,8 +286,10 @@ def test_mistakes_in_what_others_follow_from_are_named(mistake):
 @pytest.mark.parametrize("processes", [1, 3, 8])
 @pytest.mark.parametrize("accum_iter", [1, 2])
 def test_the_batch_never_exceeds_the_data_set(processes, accum_iter):
-    cfg = composed("dataset=shapes", f"accum_iter={accum_iter}", "dataset.options.train_images=50")
-    dataset = build_dataset("shapes", "train", options=dict(cfg.dataset.options))
+    cfg = composed(
+        "dataset=textures", f"accum_iter={accum_iter}", "dataset.options.train_images=50"
+    )
+    dataset = build_dataset("textures", "train", options=dict(cfg.dataset.options))
     ranks = Ranks(0, processes, torch.device("cpu"))
     loader = train_loader(cfg, ranks, dataset, transform=lambda *_: None)
     assert 0 < loader.batch_size * accum_iter * processes <= 50

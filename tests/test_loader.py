@@ -138,7 +138,7 @@ def test_processes_and_accumulation_together_see_each_step_once():
 
 
 def test_pixels_do_not_depend_on_the_number_of_workers():
-    dataset = build_dataset("shapes", "train", options={"image_size": 24, "train_images": 22})
+    dataset = build_dataset("textures", "train", options={"image_size": 24, "train_images": 22})
     # Five steps an epoch: the stream crosses epochs, and three workers share them unevenly.
     streams = [train_loader(dataset, num_workers=workers).stream(3, 14) for workers in (0, 1, 3)]
     expected, *others = (list(stream) for stream in streams)
@@ -330,7 +330,7 @@ def test_evaluation_without_labels_says_so():
 
 
 def test_evaluation_does_not_depend_on_workers_and_can_be_repeated():
-    dataset = build_dataset("shapes", "eval", options={"image_size": 24, "eval_images": 10})
+    dataset = build_dataset("textures", "eval", options={"image_size": 24, "eval_images": 10})
     with_workers, without = (eval_loader(dataset, num_workers=workers) for workers in (2, 0))
     for loader in (with_workers, without, with_workers):
         images = torch.cat([batch.images for batch in loader])

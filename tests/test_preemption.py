@@ -1,6 +1,7 @@
 """Signals: one step more, everything saved, and the right exit code."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -187,12 +188,21 @@ def test_a_second_interrupt_leaves_at_once():
 
 
 @pytest.mark.slow
-def test_what_torchrun_starts_again_resumes(tmp_path):
-    program = [sys.executable, "main_lmim.py", *TINY, "resume=False", "epochs=1"]
-    command = [*program, "warmup_epochs=0", f"output_dir={tmp_path}"]
-    code, output = finish(start_process(command))
+def test_what_torchrun_starts_again_resumes(tmp_path, undisturbed):
+    """Without resume=True: one of two processes is killed once."""
+    command = [*torchrun(2), *TINY, *settings_of(2), "resume=False", "save_minutes=1e-4"]
+    command = [*command, f"output_dir={tmp_path}"]
+    command.insert(command.index("--standalone"), "--max-restarts=1")
+    job = tmp_path / "demo"
+    process = start_process(command)
+    wait_until(lambda: any(r["step"] >= 5 for r in records(job)), process)
+    ranks = [pid for pid in descendants(process.pid) if b"RANK=1" in environment_of(pid)]
+    os.kill(ranks[0], signal.SIGKILL)
+    code, output = finish(process)
     assert code == 0, output
-    code, output = finish(start_process(command))
-    assert code == 2 and "already holds" in output
-    code, output = finish(start_process(command, TORCHELASTIC_RESTART_COUNT="1"))
-    assert code == 0, output
+    assert re.search("from step [1-9]", output), output
+    assert_same_state(final_state(job), undisturbed(2))
+
+
+def environment_of(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -21,6 +21,7 @@ from util.config import CONFIG_DIR, compose_config, flatten, parse_command_line,
 SIZES = ("name", "embed_dim", "depth", "num_heads", "patch_size", "grid_size")
 ENCODERS = [
     ("vit_nano", 96, 4, 3, 6, 4),
+    ("vit_mini", 128, 4, 4, 8, 8),
     ("vit_tiny", 192, 12, 3, 16, 14),
     ("vit_small", 384, 12, 6, 16, 14),
     ("vit_base", 768, 12, 12, 16, 14),
@@ -30,10 +31,11 @@ ENCODERS = [
 DATA_KEYS = ("name", "flip", "crop_ratio", "mean", "std", "options")
 COLOURS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # of ImageNet
 FAST = {"decoder": "fast"}
-DRAWN = {"image_size": 64, "train_images": 20000, "eval_images": 2000, "seed": 0}
+DRAWN = {"image_size": 96, "train_images": 6000, "eval_images": 400, "seed": 0}
 DATA = [
     ("digits", False, 1.0, [0.306] * 3, [0.375] * 3, {}),
-    ("shapes", True, 1.0, [0.5] * 3, [0.258] * 3, DRAWN),
+    ("textures", True, 0.6667, [0.497] * 3, [0.156] * 3, DRAWN),
+    ("photographs", True, 1.0, [0.477, 0.404, 0.379], [0.263, 0.217, 0.226], DRAWN),
     *[(n, True, 0.875, *COLOURS, FAST | {"index_folder": None}) for n in ("tar", "images")],
     *[(n, True, 0.875, *COLOURS, {}) for n in ("cifar10", "cifar100", "stl10")],
     *[(n, True, 0.875, *COLOURS, FAST) for n in "folder imagefolder imagenet imagenet100".split()],
@@ -79,6 +81,16 @@ TABLE = {
     "patch_size=6 patch_gap=1 num_vis=6 min_crop=0.7 proj.mlp_dim=256 decoder_embed_dim=96 "
     "decoder_depth=2 decoder_num_heads=3 precision=fp32 epochs=60 warmup_epochs=5 blr=4e-3 "
     "min_lr_frac=0.02 batch_size=128 accum_iter=1",
+    "textures": RECIPE
+    + "encoder=vit_mini dataset=textures env.slurm=False env.ngpu=1 patch_size=8 "
+    "grid_size=8 patch_gap=2 num_vis=10 min_crop=0.5 proj.mlp_dim=512 decoder_embed_dim=128 "
+    "decoder_depth=2 decoder_num_heads=4 precision=fp32 epochs=14 warmup_epochs=1.4 blr=2e-3 "
+    "min_lr_frac=0.02 batch_size=128 accum_iter=1",
+    "photographs": RECIPE + "encoder=vit_tiny dataset=photographs env.slurm=False env.ngpu=1 "
+    "encoder.name=vit_tiny_6 encoder.depth=6 encoder.patch_size=8 encoder.grid_size=8 patch_size=8 "
+    "grid_size=8 patch_gap=2 num_vis=16 min_crop=0.35 proj.mlp_dim=512 decoder_embed_dim=192 "
+    "decoder_depth=2 decoder_num_heads=3 precision=fp32 epochs=6 warmup_epochs=0.6 blr=2e-3 "
+    "min_lr_frac=0.02 batch_size=128 accum_iter=1",
     "nn": EVALUATION + "protocol=paper final_norm=False pooling=mean neighbours=[10,20,100,200] "
     "temperature=0.07",
     "few_shot": EVALUATION + "pooling=mean shots=[1,5,10,25] draws=5 "
@@ -89,8 +101,9 @@ TABLE = {
     "warmup_epochs=5 min_lr=1e-6 layer_decay=0.65 weight_decay=0.05 precision=auto batch_size=128 "
     "accum_iter=1 min_crop=0.08 auto_augment=rand-m9-mstd0.5-inc1 erase=0.25 mixup=0.8 cutmix=1.0 "
     "label_smoothing=0.1",
-    "segmentation": EVALUATION + "dataset=shapes method=unsupervised features=tokens "
-    "segments=[2,3,4,5] clustering.metric=cosine clustering.linkage=average "
+    "segmentation": EVALUATION + "dataset=textures method=unsupervised features=tokens "
+    "segments=[2,3,4,5] centre=False neighbours=[20] temperature=0.07 bank_patches=50000 "
+    "clustering.metric=cosine clustering.linkage=average "
     "clustering.connected=False patch_head.epochs=20 patch_head.lr=1e-3 "
     "patch_head.weight_decay=1e-4 patch_head.batch_images=16",
     "video": EVALUATION + "dataset=folder video_split=val frame_side=480 previous_frames=7 "
@@ -100,9 +113,11 @@ TABLE = {
     "evaluate": EVALUATION + "evals=[nn,knn,few_shot,collapse] settings=[] "
     "beside_random_init=False",
     "export": EVALUATION,
+    "visualize": EVALUATION + "dataset=images images=null controls=[] stride=null upsample=null "
+    "clusters=[3,4,5] max_iter=1000 point=[0.5,0.5]",
 }
 # There the size of a batch changes results.
-TRAINED = ("lmim", "imagenet100", "images", "demo", "linear_probe", "finetune")
+TRAINED = "lmim imagenet100 images demo textures photographs linear_probe finetune".split()
 CHANGES_NO_RESULT = CHANGE_NO_RESULT | {"save_masks"}
 
 
@@ -151,7 +166,7 @@ def test_groups(group):
 
 
 def test_the_table_is_complete_and_defaults_in_code_agree_with_it():
-    assert {path.stem for path in CONFIG_DIR.glob("*.yaml")} == {*TABLE, "status"}
+    assert {path.stem for path in CONFIG_DIR.glob("*.yaml")} == {*TABLE, "status", "report"}
     for name, build in datasets.DATASETS.items():
         options = inspect.signature(build).parameters.values()
         defaults = {p.name: p.default for p in options if p.kind is p.KEYWORD_ONLY}

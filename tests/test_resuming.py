@@ -155,7 +155,7 @@ def test_fewer_epochs_than_are_trained(tmp_path):
 
 def described(dataset: str, root=None) -> dict:
     images = build_dataset(dataset, "train", root, {})
-    return describe(images, StepOrder(len(images), 0, 1, 2, 0, 3), processes=3)
+    return describe(images, StepOrder(len(images), 0, 1, 2, 0, 3))
 
 
 def test_the_description_of_images(tmp_path):

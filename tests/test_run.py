@@ -3,21 +3,26 @@
 import json
 import sys
 import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval import nn
 from eval.features import Features
 from tests.runs import LAUNCHER, final_state, records, run, succeed, succeed_together
+from util import status
 from util.checkpoint import list_checkpoints
 from util.distributed import Ranks
+from util.files import read_records
+from util.lock import Owner, this_process
 from util.metrics import readable_time
 from util.record import RunLog, keep_until_step
-from util.status import last_record
+from util.status import last_number
 
 SHORT = ("epochs=1", "warmup_epochs=0")
 
@@ -46,17 +51,17 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert [record["step"] for record in train] == list(range(1, 11))
     expected = {
         *("epoch step loss chance sim_pred sim_vis sim_trg sim_goal grad_norm lr momentum".split()),
-        *("images_per_second data_wait eta_seconds memory_gb".split()),
+        *("images_per_second data_wait eta_seconds memory_gb seconds".split()),
     }
     assert set(train[0]) == expected
     assert f"loss {train[-1]['loss']:.4f}" in output
 
     board = EventAccumulator(str(job / "tensorboard"))
     board.Reload()
-    losses = board.Scalars("loss")
+    losses = board.Scalars("train/loss")
     assert [event.step for event in losses] == list(range(1, 11))
     assert [event.value for event in losses] == pytest.approx([r["loss"] for r in train])
-    assert [event.step for event in board.Scalars("nn_accuracy")] == [0, 10]
+    assert [event.step for event in board.Scalars("eval/nn_accuracy")] == [0, 10]
 
     state = final_state(job)
     assert set(state) == {
@@ -127,7 +132,7 @@ def test_damaged_lines_of_a_log_are_dropped(tmp_path):
     good = b'{"step": 1, "loss": 0.1}\n', b'{"step": 2, "loss": 1e-05}\n'
     bad = b'\xff\xfe{"step": 1}\n', b"[1]\n", b"3\n", b'{"loss": 1}\n', b"\0\0\n"
     path.write_bytes(good[0] + b"".join(bad) + good[1])
-    assert last_record(path, "loss") == {"step": 2, "loss": 1e-05}
+    assert last_number(read_records(path), "loss", "step", "d") == "2"
     keep_until_step(path, 2)
     assert path.read_bytes() == b"".join(good)
 
@@ -137,12 +142,16 @@ def test_a_terminal_shows_the_lines_and_a_bar_below(tmp_path, monkeypatch, capsy
     log = RunLog(tmp_path, is_main=True, total_steps=10)
     for step in range(1, 6):
         log.record({"loss": 1.0}, step, f"line {step}")
-        log.progress(step)
+        log.progress(step, f"loss {step}  ")
         time.sleep(0.03)
-    log.close()
+    with log:
+        pass
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [f"line {step}" for step in range(1, 6)]
-    assert "0/10 [00:00<?" in shown.err and "4/10 [00:00<" in shown.err
+    assert "  0% |" in shown.err and "loss 4   40% |" in shown.err
+    said = (tmp_path / "logs" / "console.txt").read_text().splitlines()
+    assert [line[21:] for line in said] == [f"line {step}" for step in range(1, 6)]
+    assert time.strptime(said[0][:19], "%Y-%m-%d %H:%M:%S")
 
 
 def test_readable_time():
@@ -179,3 +188,32 @@ def test_unreadable_images_are_replaced_until_there_are_too_many(tmp_path):
         replaced = [line for line in output.splitlines() if line.startswith("unreadable image")]
         assert len(set(replaced)) == 3, "each is named (by two processes, if both met it)"
         assert len(records(tmp_path / "tolerant" / f"demo{processes}")) == 4 // processes
+
+
+def test_status_of_what_runs_without_slurm(tmp_path, capsys):
+    """By who has the folder, and by the last checkpoint."""
+
+    def make(name: str, checkpoint: str | None, owner: Owner | None) -> None:
+        job = tmp_path / name
+        for folder in ("logs", "checkpoints", "results"):
+            (job / folder).mkdir(parents=True)
+        (job / "config.yaml").write_text("epochs: 3\n")
+        (job / "checkpoints" / (checkpoint or "none")).touch()
+        if owner is not None:
+            (job / "logs" / "running-x-1.json").write_text(json.dumps(asdict(owner)))
+
+    me = this_process()
+    make("a", "step-00000007.pth", me)
+    make("b", "step-00000007.pth", replace(me, started="long ago"))
+    make("c", "step-00000007.pth", None)
+    make("d", "epoch-0003-step-00000030.pth", None)
+    make("e", "epoch-0003-step-00000030.pth", replace(me, host="elsewhere", slurm_job=None))
+    (tmp_path / "d" / "log.txt").write_text('{"step": 30, "nn_accuracy": 61.25}\n')
+    (tmp_path / "d" / "results" / "nn.json").write_text('{"evaluation": "nn"}')
+    (tmp_path / "d" / "results" / "d.json").write_text('{"before": 1}')
+    status.main(OmegaConf.create({"output_dir": str(tmp_path)}))
+    header, *rows = capsys.readouterr().out.splitlines()
+    start = header.index("state")
+    states = [row[start : header.index("epoch")].strip() for row in rows]
+    assert states == ["running", "dead", "stopped", "finished", "running on elsewhere"]
+    assert rows[3].split()[6:9] == ["61.25", "-", "nn"]

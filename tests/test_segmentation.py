@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
 from data.base import DataError
+from data.datasets import build_dataset
 from data.masks import IGNORE
 from eval import segmentation
 from eval.backbone import Tokens
@@ -21,7 +23,7 @@ from eval.metrics import (
     contingency,
     matched_miou,
 )
-from eval.segmentation import class_counts, start, to_pixels, train_epoch
+from eval.segmentation import build_bank, class_counts, start, to_pixels, train_epoch
 from tests.backbones import digits_checkpoint
 from tests.runs import run_together
 from tests.test_masks import blocks, save, write_blocks
@@ -172,6 +174,74 @@ def test_a_blank_patch_is_no_error(tmp_path):
     assert found["results"] == {"miou_1": 25.0, "ari_1": 0.0}
 
 
+def test_as_many_segments_as_the_mask_has_classes(tmp_path):
+    for number in (1, 2, 3):  # classes; the first image is left out
+        mask = (np.arange(24) * number // 24).repeat(24).reshape(24, 24)
+        noise = np.random.default_rng(number).integers(0, 20, (24, 24, 3))
+        save(tmp_path / "images" / f"{number}.png", noise + 200 * (mask[..., None] == np.arange(3)))
+        save(tmp_path / "masks" / f"{number}.png", mask)
+    data = ["dataset=masks", "features=pixels", f"data_path={tmp_path}"]
+    found = evaluate(tmp_path, *data, "segments=[truth,2]")
+    assert found["results"]["miou_truth"] == found["results"]["ari_truth"] == 100
+    assert found["results"]["ari_2"] < 100 and found["images"] == 2
+    assert evaluate(tmp_path, *data, "segments=[2]")["images"] == 3
+
+
+@pytest.mark.parametrize("centre, success", [(True, True), (False, False)])
+def test_centred_patches_differ_where_directions_do_not(tmp_path, centre, success):
+    """Bright and dark patches of one colour."""
+    mask = np.arange(24).repeat(24).reshape(24, 24) // 12
+    noise = np.random.default_rng(0).integers(0, 9, (24, 24, 3))
+    save(tmp_path / "images" / "a.png", noise + 100 + 100 * mask[..., None])
+    save(tmp_path / "masks" / "a.png", mask)
+    data = [*PIXELS, f"data_path={tmp_path}", f"centre={centre}"]
+    assert (evaluate(tmp_path, *data)["results"]["ari_2"] == 100) == success
+
+
+def pure_pixels(split: str, options: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of patches of 4 x 4 of which 90 % are of one class, and that class."""
+    dataset = build_dataset("textures", split, options=options)
+    vectors, labels = [], []
+    for index, row, column in itertools.product(range(len(dataset)), range(6), range(6)):
+        place = slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4)
+        classes = dataset.mask(index)[place].ravel().tolist()
+        most = max(set(classes), key=classes.count)
+        if classes.count(most) >= 0.9 * 16:
+            vectors.append(np.asarray(dataset.load(index))[place].ravel() / 255)
+            labels.append(most)
+    return np.array(vectors), np.array(labels)
+
+
+def test_votes_of_patches_are_those_of_scikit_learn(tmp_path):
+    options = {"image_size": 24, "train_images": 20, "eval_images": 15}
+    data = [f"dataset.options.{key}={value}" for key, value in options.items()]
+    data += ["dataset=textures", "dataset.crop_ratio=1", "features=pixels", "method=knn"]
+    found = evaluate(tmp_path, *data, "neighbours=[20,1]", "bank_patches=null")
+    (bank, labels), (vectors, truth) = pure_pixels("train", options), pure_pixels("eval", options)
+    centre = bank.mean(axis=0)
+    for k in (20, 1):
+        voting = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+        ).fit(bank - centre, labels)
+        accuracy = 100 * voting.score(vectors - centre, truth)
+        assert found["results"][f"accuracy_{k}"] == pytest.approx(accuracy)
+    assert (found["bank"], found["patches"], found["images"]) == (len(bank), len(vectors), 15)
+
+
+def test_a_bank_of_some_patches_is_drawn_by_seed():
+    vectors, labels = torch.randn(50, 4), torch.arange(50)
+    banks = []
+    for seed in (0, 0, 1):
+        cfg = compose_config("segmentation", ["bank_patches=30", f"seed={seed}"])
+        bank, centre = build_bank(cfg, [(vectors[:20], labels[:20]), (vectors[20:], labels[20:])])
+        banks.append(bank.labels.tolist())
+        assert banks[-1] == sorted(set(banks[-1])) and len(banks[-1]) == 30
+        assert torch.allclose(centre, vectors[bank.labels].mean(dim=0), atol=1e-6)
+        expected = torch.nn.functional.normalize(vectors[bank.labels] - centre, dim=1)
+        assert torch.allclose(bank.features, expected, atol=1e-6)
+    assert banks[0] == banks[1] != banks[2]
+
+
 def test_a_linear_head_learns_what_single_patches_tell(tmp_path):
     write_blocks(tmp_path / "data", "train", 12, classes=3)
     write_blocks(tmp_path / "data", "val", 6, classes=3)
@@ -203,20 +273,21 @@ def test_the_head_finds_the_optimum_that_scikit_learn_finds():
     assert np.allclose(ours, reference.predict_proba(vectors), atol=1e-2)
 
 
-def test_a_linear_head_needs_images_of_its_own(tmp_path):
+@pytest.mark.parametrize("method", ["linear", "knn"])
+def test_what_is_learned_needs_images_of_its_own(tmp_path, method):
     image, mask = blocks(0)
     save(tmp_path / "images" / "a.png", image)
     save(tmp_path / "masks" / "a.png", mask)
     with pytest.raises(DataError, match="both splits are the same images"):
-        evaluate(tmp_path, "dataset=masks", f"data_path={tmp_path}", "method=linear")
+        evaluate(tmp_path, "dataset=masks", f"data_path={tmp_path}", f"method={method}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["unsupervised", "linear"])
+@pytest.mark.parametrize("method", ["unsupervised", "linear", "knn"])
 def test_two_processes_give_the_same_numbers(tmp_path, method):
-    data = ["dataset=shapes", "dataset.options.image_size=24", "dataset.options.train_images=40"]
+    data = ["dataset=textures", "dataset.options.image_size=24", "dataset.options.train_images=40"]
     settings = [*data, "dataset.options.eval_images=50", "batch_size=8", f"method={method}"]
-    settings += ["patch_head.epochs=2"]
+    settings += ["patch_head.epochs=2", "bank_patches=500"]
     alone = evaluate(tmp_path, *settings)
     place = [f"output_dir={tmp_path}", "job_name=two", "num_workers=0"]
     arguments = [f"pretrained={tmp_path}/digits.pth", *place, *settings]
@@ -285,7 +356,7 @@ def test_bad_masks_are_named(tmp_path, damage):
 
 
 def test_a_data_set_without_masks_is_named(tmp_path):
-    with pytest.raises(DataError, match="dataset=digits has no masks.*shapes, masks, voc$"):
+    with pytest.raises(DataError, match="dataset=digits has no masks.*textures, masks, voc$"):
         evaluate(tmp_path, "dataset=digits")
 
 
@@ -293,6 +364,14 @@ def test_more_segments_than_patches_is_an_error(tmp_path):
     write_blocks(tmp_path / "data")
     with pytest.raises(ConfigError, match="segments: 37 of 36 patches"):
         evaluate(tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}", "segments=[37]")
+
+
+def test_an_empty_bank_is_an_error(tmp_path):
+    for split in ("train", "val"):
+        write_blocks(tmp_path / "data", split)
+    data = ["dataset=masks", f"data_path={tmp_path / 'data'}", "method=knn", "neighbours=[181]"]
+    with pytest.raises(ConfigError, match="=181: expected 1 to 180, as many training patches of"):
+        evaluate(tmp_path, *data)
 
 
 def test_ward_is_euclidean():

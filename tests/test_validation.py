@@ -290,9 +290,9 @@ def test_a_dataset_smaller_than_one_step(error_of, tmp_path):
 
 
 def test_an_option_that_a_dataset_does_not_have(error_of):
-    message = error_of("dataset=shapes", "+dataset.options.colour=red")
+    message = error_of("dataset=textures", "+dataset.options.colour=red")
     assert message.startswith(
-        "dataset.options.colour: shapes has no such option; expected one of image_size"
+        "dataset.options.colour: textures has no such option; expected one of image_size"
     )
 
 

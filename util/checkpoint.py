@@ -187,7 +187,7 @@ CHANGE_NO_RESULT = {*PATHS, "dataset.options.index_folder"} | set(
 MAY_DIFFER = CHANGE_NO_RESULT | {"batch_size", "accum_iter"}  # images_per_step may not
 
 
-def describe(dataset: ImageDataset, loader: StepOrder, processes: int) -> dict[str, object]:
+def describe(dataset: ImageDataset, loader: StepOrder) -> dict[str, object]:
     """What a run depends on besides its config. Of the images their names and labels: reading them
     would take too long."""
     names = [dataset.describe(index) for index in range(len(dataset))]
@@ -198,7 +198,7 @@ def describe(dataset: ImageDataset, loader: StepOrder, processes: int) -> dict[s
     return {
         "images": len(names),
         "image_list": digest.hexdigest()[:16],
-        "images_per_step": loader.batch_size * loader.accum_iter * processes,
+        "images_per_step": loader.images_per_step,
         "steps_per_epoch": loader.steps_per_epoch,
     }
 

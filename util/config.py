@@ -83,12 +83,29 @@ def parse_command_line(
 
 def describe_configs(config_dirs: list[Path]) -> str:
     """The epilog of --help: what can be chosen."""
-    lines = ["configs (--config-name):", "  " + "  ".join(yaml_names(config_dirs)), ""]
-    lines.append("groups (group=choice):")
+    lines = ["configs (--config-name):", *describe_files(config_dirs)]
     for group in group_names(config_dirs):
-        lines.append(f"  {group:8} " + "  ".join(group_choices(group, config_dirs)))
+        lines += [
+            f"\n{group} ({group}=NAME):",
+            *describe_files([folder / group for folder in config_dirs]),
+        ]
     lines.append("\nkeys: python launcher.py --config-name=NAME --cfg job")
     return "\n".join(lines)
+
+
+def describe_files(folders: list[Path]) -> list[str]:
+    """For each name its first line, where that is a comment."""
+    lines = []
+    for name in yaml_names(folders):
+        path = next(path for folder in folders if (path := folder / f"{name}.yaml").exists())
+        texts = [text for text in path.read_text().splitlines() if not text.startswith("# @")]
+        first = texts[0].removeprefix("# ") if texts and texts[0].startswith("#") else ""
+        lines.append(shorten(f"  {name:15} {first}", 79, "..."))
+    return lines
+
+
+def shorten(text: str, width: int, end: str) -> str:
+    return text.rstrip() if len(text) <= width else text[: width - len(end)].rstrip() + end
 
 
 def yaml_names(folders: list[Path]) -> list[str]:
@@ -135,11 +152,20 @@ def compose_config(
         raise ConfigError(explain(error, config_dirs, worker)) from error
     check_keys(config)
     for key in PATHS:
-        if isinstance(path := config.get(key), str):
-            # Of pretrained=FAMILY:FILE the file.
-            family, colon, file = path.rpartition(":" if key == "pretrained" else "\0")
-            config[key] = family + colon + os.path.expanduser(file)
+        paths = config.get(key)
+        if isinstance(paths, str):
+            config[key] = expand_user(key, paths)
+        elif OmegaConf.is_list(paths):  # several to compare
+            config[key] = [expand_user(key, path) for path in paths]
     return config
+
+
+def expand_user(key: str, path: object) -> object:
+    """Of pretrained=FAMILY:FILE the file."""
+    if not isinstance(path, str):
+        return path
+    family, colon, file = path.rpartition(":" if key == "pretrained" else "\0")
+    return family + colon + os.path.expanduser(file)
 
 
 def check_override(text: str, config_dirs: list[Path], worker: str | None) -> str:

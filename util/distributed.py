@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import share_of
@@ -84,7 +85,17 @@ def join_processes() -> Ranks:
         end_with_parent()
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+        # torchrun's own store outlives its processes: it still has the addresses of those that are
+        # started again.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            backend,
+            timeout=TIMEOUT,
+            store=dist.PrefixStore(f"start {start}", store),
+            rank=rank,
+            world_size=world_size,
+        )
         # A rank that finds an error at once must not leave while others are still connecting: they
         # would report a crash.
         dist.barrier()

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data.base import ImageDataset
 from data.loader import StepOrder
@@ -23,10 +25,12 @@ from util.config import TrainingStopped
 from util.distributed import Ranks, all_reduce, barrier, gather_objects, on_main
 from util.job import checkpoint_name, list_checkpoints, prepare_job_directory, record_start
 from util.lock import unlock
-from util.metrics import Speed, readable_time
+from util.metrics import Speed, bar_text, describe_speed
 from util.preemption import Interrupted, StopFlag
 from util.record import RunLog
 
+FIRST_STEPS = (1, 2, 5, 10)  # of a start that get a line on the console
+QUIET_SECONDS = 60  # without a line, at most
 Line = tuple[Mapping[str, float | str], str]  # numbers for the log, and how the console puts them
 
 
@@ -63,6 +67,10 @@ class Task:
         """The last `steps` steps, of which `done` are done in all; may raise TrainingStopped. The
         only place that waits for the device."""
         raise NotImplementedError
+
+    def glimpse(self) -> str:
+        """What this process has seen since the last log line: for the console."""
+        return ""
 
     def evaluate(self) -> Line | None:
         raise NotImplementedError
@@ -115,12 +123,12 @@ def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopF
     start = f"from step {loop.first_step}" if loop.first_step else "from the beginning"
     steps = f"{loop.images_per_step} images per step, {loop.total_steps} steps, {start}"
     loop.log.say(f"{task.introduction()}, {steps}")
-    if loop.first_step < loop.total_steps:
-        run_steps(task, cfg, loop)
-    else:
-        loop.log.say("already finished: nothing is left to train")
-    task.finish(loop)
-    loop.log.close()
+    with loop.log, logging_redirect_tqdm():
+        if loop.first_step < loop.total_steps:
+            run_steps(task, cfg, loop)
+        else:
+            loop.log.say("already finished: nothing is left to train")
+        task.finish(loop)
 
 
 def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
@@ -154,7 +162,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
 
 def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
     """-> the number of finished steps"""
-    describe = partial(checkpoint.describe, task.dataset, task.loader, ranks.world_size)
+    describe = partial(checkpoint.describe, task.dataset, task.loader)
     task.made_from, folder = on_main(describe, ranks), job / "checkpoints"
     try:
         contents = find_checkpoint(task, cfg, folder, ranks)
@@ -199,7 +207,7 @@ class Loop:
         self.watched = watched_steps(self.planned_steps)
         if task.max_steps is not None:
             self.total_steps = min(self.total_steps, task.max_steps)
-        self.images_per_step = task.loader.batch_size * task.loader.accum_iter * ranks.world_size
+        self.images_per_step = task.loader.images_per_step
         self.last_logged = self.last_saved_step = first_step
         self.last_saved = time.monotonic()
         self.start = time.perf_counter()
@@ -212,12 +220,17 @@ class Loop:
             self.writer = checkpoint.CheckpointWriter(self.folder, report=self.log.say)
 
     def after_step(self, done: int) -> None:
+        is_early = done - self.first_step in FIRST_STEPS
         if done % self.cfg.print_freq == 0 or done == self.total_steps:
             self.write_log(done)
+        elif self.ranks.is_main and (is_early or self.log.silent_for() > QUIET_SECONDS):
+            speed, summary = self.read_speed(done, keep=True), self.task.glimpse()
+            self.log.say(self.describe(done, summary, speed))
+            self.log.progress(done, bar_text(summary, speed))
         self.log.progress(done)
 
     def write_log(self, done: int) -> None:
-        steps, self.last_logged = done - self.last_logged, done
+        steps = done - self.last_logged
         try:
             numbers, summary = self.task.log_line(done, steps)
         except TrainingStopped as stopped:
@@ -225,17 +238,25 @@ class Loop:
                 self.writer.wait()
             saved = [*list_checkpoints(self.folder), "none was written yet"]
             raise TrainingStopped(f"{stopped}; last good checkpoint: {saved[0]}") from stopped
-        speed = self.speed.read(steps, self.images_per_step, self.total_steps - done)
-        self.last_speed = speed
+        self.last_speed = speed = self.read_speed(done)
+        self.last_logged = done
         epoch = done / self.steps_per_epoch
+        bar = bar_text(summary, speed)
         if steps < min(self.cfg.print_freq, done):  # at the end, or since a resume
             summary = f"(mean of {steps} steps)  {summary}"
-        summary = (
-            f"epoch {epoch:.2f}/{self.cfg.epochs}  step {done}/{self.total_steps}  {summary}  "
-            f"{speed['images_per_second']:.0f} images/s  waiting {speed['data_wait']:.0%}  "
-            f"eta {readable_time(speed['eta_seconds'])}"
+        self.log.record(
+            {"epoch": epoch, **numbers, **speed}, done, self.describe(done, summary, speed)
         )
-        self.log.record({"epoch": epoch, **numbers, **speed}, done, summary)
+        self.log.progress(done, bar)
+
+    def read_speed(self, done: int, keep: bool = False) -> dict[str, float]:
+        steps, left = done - self.last_logged, self.total_steps - done
+        return self.speed.read(steps, self.images_per_step, left, keep)
+
+    def describe(self, done: int, summary: str, speed: dict[str, float]) -> str:
+        epoch = f"epoch {done / self.steps_per_epoch:.2f}/{self.cfg.epochs}"
+        parts = (epoch, f"step {done}/{self.total_steps}", summary, describe_speed(speed))
+        return "  ".join(filter(None, parts))
 
     def evaluate(self, done: int) -> None:
         self.record(done, self.task.evaluate)
@@ -366,4 +387,4 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def print_error(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    tqdm.write(text, file=sys.stderr)  # above the bar, where there is one

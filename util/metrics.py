@@ -43,13 +43,14 @@ class DeviceMeters:
         self.grad_norm += grad_norm.nan_to_num(0.0, 0.0)  # of a step that was left out
         self.steps += 1
 
-    def read(self) -> dict[str, float]:
-        """Means since the last call, on this rank; then start again."""
+    def read(self, keep: bool = False) -> dict[str, float]:
+        """Means since the last call, on this rank; then start again, or keep the sums."""
         means = [self.sums / max(self.micro_steps, 1), self.grad_norm[None] / max(self.steps, 1)]
         values = torch.cat(means).tolist()
-        self.sums.zero_()
-        self.grad_norm.zero_()
-        self.micro_steps = self.steps = 0
+        if not keep:
+            self.sums.zero_()
+            self.grad_norm.zero_()
+            self.micro_steps = self.steps = 0
         return dict(zip((*self.names, "grad_norm"), values, strict=True))
 
     def count_faults(self) -> int:
@@ -88,8 +89,10 @@ class Speed:
             yield batch
             start = time.perf_counter()
 
-    def read(self, steps: int, images_per_step: int, steps_left: int) -> dict[str, float]:
-        """Since the last call."""
+    def read(
+        self, steps: int, images_per_step: int, steps_left: int, keep: bool = False
+    ) -> dict[str, float]:
+        """Since the last call; then start again, or keep what was counted."""
         now = time.perf_counter()
         seconds = now - self.last
         values = {
@@ -97,7 +100,8 @@ class Speed:
             "data_wait": self.waited / seconds,
             "eta_seconds": steps_left * seconds / steps,
         }
-        self.last, self.waited = now, 0.0
+        if not keep:
+            self.last, self.waited = now, 0.0
         return values
 
     @contextmanager
@@ -131,3 +135,15 @@ def readable_time(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return (f"{days}d " if days else "") + f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def describe_speed(speed: dict[str, float]) -> str:
+    return (
+        f"{speed['images_per_second']:.0f} images/s  waiting {speed['data_wait']:.0%}  "
+        f"eta {readable_time(speed['eta_seconds'])}"
+    )
+
+
+def bar_text(summary: str, speed: dict[str, float]) -> str:
+    """Short, for a terminal of 80 columns."""
+    return f"{' '.join(summary.split()[:2])}  {describe_speed(speed)} "

@@ -1,4 +1,5 @@
-"""What a run says: lines on the console or a progress bar, log.txt, TensorBoard.
+"""What a run says: lines on the console, above a bar on a terminal, and with the time of each in
+logs/console.txt; log.txt; TensorBoard.
 
 A full disk does not stop training: what could not be written is kept until there is room again.
 """
@@ -24,6 +25,16 @@ from tqdm import tqdm
 
 from util.files import read_records, write_whole
 
+GROUPS = {  # of TensorBoard; what is in none is about training
+    "similarity": "sim_pred sim_vis sim_trg sim_goal",
+    "schedule": "epoch lr momentum",
+    "speed": "images_per_second data_wait eta_seconds memory_gb seconds",
+    "collapse": "verdict since reason rankme mean_cosine same_place other_places "
+    "token_similarity position_probe position_chance",
+    "eval": "nn_accuracy top1 top5",
+}
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names.split()}
+
 # tqdm's default lock between processes would be reported as leaked at the end.
 tqdm.set_lock(RLock())
 
@@ -37,12 +48,14 @@ class RunLog:
 
     def __init__(self, job: Path, is_main: bool, total_steps: int, resumed_step: int = 0):
         self.job, self.is_main = job, is_main
+        self.start = self.last_said = time.monotonic()
         self.bar = tqdm(
             total=total_steps,
             initial=resumed_step,
             unit="step",
             leave=False,
             dynamic_ncols=True,
+            bar_format="{desc}{percentage:3.0f}% |{bar}|",
             disable=not (is_main and sys.stderr.isatty()),
         )
         if not is_main:
@@ -52,38 +65,59 @@ class RunLog:
             shutil.rmtree(job / "tensorboard", ignore_errors=True)
         self.lines = JsonLines(job / "log.txt")
         self.scalars = TensorBoardFile(job / "tensorboard", resumed_step + 1)
+        (job / "logs").mkdir(exist_ok=True)
+        with suppress(OSError):  # it is kept until there is room
+            config = (job / "config.yaml").read_text().replace("\n", "\n    ")
+            self.scalars.add({"config": "    " + config}, resumed_step)
+        self.console = open(job / "logs" / "console.txt", "a", buffering=1)  # noqa: SIM115
 
     def say(self, text: str) -> None:
         """A line on the console."""
-        if self.is_main:
-            # OSError: the console is a file on a full disk.
-            with tqdm.external_write_mode(), suppress(OSError):
-                print(text, flush=True)
+        if not self.is_main:
+            return
+        self.last_said = time.monotonic()
+        # OSError: on a full disk, where the console is a file, too.
+        with tqdm.external_write_mode(), suppress(OSError):
+            print(text, flush=True)
+        clock = time.strftime("%Y-%m-%d %H:%M:%S")
+        with suppress(OSError):
+            self.console.writelines(f"{clock}  {line}\n" for line in text.splitlines())
 
     def record(self, values: Mapping[str, float | str], step: int, summary: str) -> None:
         """Numbers of one step: to log.txt, TensorBoard and the console."""
         if not self.is_main:
             return
+        seconds = {"seconds": round(time.monotonic() - self.start, 1)}
         for file in (self.lines, self.scalars):
             try:
-                file.add(values, step)
+                file.add({**values, **seconds}, step)
             except OSError as error:
                 self.say(f"{file.path} cannot be written ({error.strerror}); training goes on")
         self.say(summary)
+
+    def silent_for(self) -> float:
+        return time.monotonic() - self.last_said
 
     def records_with(self, name: str) -> dict[int, dict]:
         """The lines of log.txt that have this number, by step. For the first process."""
         records = read_records(self.lines.path)
         return {record["step"]: record for record in records if name in record}
 
-    def progress(self, step: int) -> None:
+    def progress(self, step: int, text: str = "") -> None:
+        """text: what stands in front of the bar from now on"""
+        if text:
+            self.bar.set_description_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """The bar must not stand in front of the last words."""
         self.bar.close()
         if self.is_main:
-            self.lines.close()
-            self.scalars.close()
+            for file in (self.lines, self.scalars, self.console):
+                file.close()
 
 
 def keep_until_step(path: Path, last_step: int) -> None:
@@ -134,8 +168,12 @@ class TensorBoardFile(AppendedFile):
             self.unwritten += as_record(step=first_step, session_log=start)
 
     def add(self, values: Mapping[str, float | str], step: int) -> None:
-        shown = [as_value(name, value) for name, value in values.items()]
+        shown = [as_value(grouped(name), value) for name, value in values.items()]
         self.append(as_record(step=step, summary=Summary(value=shown)))
+
+
+def grouped(name: str) -> str:
+    return name if "/" in name else f"{GROUP_OF.get(name, 'train')}/{name}"
 
 
 def as_value(name: str, value: float | str) -> Summary.Value:

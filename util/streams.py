@@ -26,7 +26,8 @@ class Stream(IntEnum):
     DROP_PATH = 6  # (seed, step, place of the batch in the step)
     CLASSIFIER = 7  # (seed)
     SHOTS = 8  # (seed, draw)
-    DIRECTIONS = 9  # (seed, step)
+    BANK = 9  # (seed)
+    DIRECTIONS = 10  # (seed, step)
 
 
 def generator(stream: Stream, *counter: int) -> np.random.Generator:

@@ -106,6 +106,10 @@ TEXTS: Rule = (
     "a list of texts, such as ['linear_probe.epochs=10']",
     lambda v: is_list(v, is_text),
 )
+FOLDERS: Rule = (
+    "a list of folders of jobs or globs of them, such as [checkpoints/demo,reference/*]",
+    lambda v: is_list(v, is_text),
+)
 COUNTS: Rule = (
     "a list of whole numbers of at least 1, such as [1,2]",
     lambda v: is_list(v, whole(1)[1]) and len(v) > 0,
@@ -113,6 +117,23 @@ COUNTS: Rule = (
 LAYERS: Rule = (
     "top:K, such as top:6, or a list of different blocks counted from 0, such as [2,5]",
     lambda v: (is_text(v) and bool(re.fullmatch(r"top:[1-9]\d*", v))) or is_choice(v, whole(0)[1]),
+)
+RISING: Rule = (
+    "a rising list of whole numbers from 2 to 12, such as [3,4,5]",
+    lambda v: is_choice(v, whole(2, 12)[1]) and list(v) == sorted(v),
+)
+PLACE: Rule = (
+    "a place in the picture as shares of its width and height from 0 to 1, such as [0.5,0.5]",
+    lambda v: is_list(v, number(0, 1)[1]) and len(v) == 2,
+)
+BACKBONES: Rule = ("a text or a list of texts", lambda v: is_text(v) or is_choice(v, is_text))
+CONTROLS: Rule = (
+    "[], [random], [pixels] or [random,pixels]",
+    lambda v: is_list(v, lambda name: name in ("random", "pixels")) and len(v) == len(set(v)),
+)
+SEGMENTS: Rule = (
+    "a list of whole numbers of at least 1, or truth, such as [2,truth]",
+    lambda v: is_list(v, lambda n: n == "truth" or whole(1)[1](n)) and len(v) > 0,
 )
 RATES: Rule = ("a list of different numbers above 0", lambda v: is_choice(v, POSITIVE[1]))
 RAND_AUGMENT: Rule = (
@@ -129,6 +150,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (or_null(TEXT), "data_path images dataset.options.index_folder"),
     (or_null(TEXT), "pretrained pretrained_weights cache_dir"),
     (TEXTS, "settings env.setup env.srun_args"),
+    (FOLDERS, "jobs apart"),
     (or_null(TEXT), "env.gres env.python"),
     (FOLDER_NAME, "job_name encoder.name video_split"),  # the encoder's is part of job_name
     (or_null(LABEL), "env.partition env.constraint env.nodelist env.exclude"),
@@ -145,11 +167,16 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (whole(1), "env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers"),
     (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
     (whole(1), "sigreg_slices draws frame_side top_k patch_head.epochs patch_head.batch_images"),
-    (or_null(whole(1)), "target_depth image_side max_steps"),
+    (or_null(whole(1)), "target_depth image_side max_steps bank_patches"),
     (whole(2, 1000), "grid_size encoder.grid_size"),
     (whole(4), "probe_images"),
     (whole(8), "dataset.options.image_size"),
-    (COUNTS, "neighbours shots segments"),
+    (COUNTS, "neighbours shots"),
+    (SEGMENTS, "segments"),
+    (RISING, "clusters"),
+    (or_null(PLACE), "point"),
+    (or_null(whole(1)), "stride"),
+    (or_null(whole(250)), "max_iter"),
     # Other numbers.
     (number(-1, 1), "sim_init sim_end"),
     (or_null(number(-1, 1)), "same_target"),
@@ -159,6 +186,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (number(0, 0.99), "drop_path label_smoothing"),
     (POSITIVE, "loss_beta tau blr save_minutes temperature patch_head.lr"),
     (or_null(POSITIVE), "clip_grad"),
+    (or_null(number(1)), "upsample"),
     (or_null(number(0)), "env.mem"),
     (SHARE, "min_crop dataset.crop_ratio layer_decay"),
     (RATES, "blrs regularisers"),
@@ -184,11 +212,12 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (one_of("eval", "train"), "split"),
     (one_of("warn", "stop"), "on_collapse"),
     (one_of("float32", "float16"), "dtype"),
-    (one_of("unsupervised", "linear"), "method"),
+    (one_of("unsupervised", "linear", "knn"), "method"),
     (one_of("tokens", "pixels"), "features"),
     (one_of("cosine", "euclidean", "manhattan"), "clustering.metric"),
     (one_of("average", "complete", "single", "ward"), "clustering.linkage"),
     (several_of("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"), "evals"),
+    (CONTROLS, "controls"),
     (several_of("cls", "mean", "cls+mean", "attentive"), "poolings"),
     (or_null(RAND_AUGMENT), "auto_augment"),
 ]
@@ -198,7 +227,10 @@ RULES: dict[str, Rule] = {key: rule for rule, keys in KEYS_OF_RULES for key in k
 def check_config(cfg: DictConfig) -> None:
     """Each key that the config has; then what must fit together."""
     switches = {key for key, value in shipped_keys().items() if isinstance(value, bool)}
-    for key, (valid, holds) in (dict.fromkeys(switches, YES_OR_NO) | RULES).items():
+    rules = dict.fromkeys(switches, YES_OR_NO) | RULES
+    if "controls" in cfg:  # several side by side
+        rules["pretrained"] = or_null(BACKBONES)
+    for key, (valid, holds) in rules.items():
         value = OmegaConf.select(cfg, key, default=ABSENT)
         if value is not ABSENT and not holds(value):
             raise ConfigError(f"{key}={'null' if value is None else value}: expected {valid}")

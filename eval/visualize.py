@@ -1,0 +1,326 @@
+"""What a network tells apart: pictures of the patch tokens of each image.
+
+clusters      agglomerative (Ward), of one image's tokens; finer levels divide the clusters of
+              coarser ones, and their colours say so
+t-SNE         of the same tokens, in the colours of the finest level
+PCA           of the tokens of all images together, as red, green and blue: the same colour means
+              the same everywhere
+similarity    cosine to the token at `point`
+
+The controls are the same network with random weights, and the raw pixels of the same patches.
+
+python launcher.py --config-name=visualize pretrained=checkpoints/demo images=photos
+"""
+
+import shlex
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from data.base import UNREADABLE, DataError
+from data.files import FileDataset, given_images
+from data.picture import Picture, crop_and_resize, size_of
+from data.transforms import EvalTransform
+from eval.common import EvalRun, load_for_all, write_json
+from eval.families import BackboneError
+from eval.pictures import Panel, Row, draw, nested_colours
+from models.views import extract_patches
+from util.command import run_worker
+from util.config import ConfigError, compose_config, flatten, quote
+from util.distributed import Ranks, join_processes, leave_processes
+
+MOST_PATCHES = 16384  # of one image: clustering keeps a distance for each pair, 1 GB
+PERPLEXITY = 30
+
+
+class Method(NamedTuple):
+    """A network, or what it is compared with: a row of each figure."""
+
+    name: str
+    run: EvalRun
+    is_pixels: bool
+
+    @property
+    def side(self) -> int:
+        """Of the images that the network was made for, in whole patches."""
+        backbone = self.run.backbone
+        return backbone.image_side // backbone.patch_size * backbone.patch_size
+
+
+class View(NamedTuple):
+    """What a method makes of an image."""
+
+    image: Tensor  # uint8 [3, H, W], whole patches
+    tokens: np.ndarray  # float32 [L, D]
+    grid: tuple[int, int]  # rows, columns
+
+
+def main(cfg: DictConfig) -> None:
+    ranks = join_processes()
+    methods = load_methods(cfg, ranks)
+    if ranks.is_main:  # the others have nothing to do
+        visualize(cfg, methods)
+    leave_processes()
+
+
+def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
+    """Each network, followed by its controls."""
+    methods, cut = [], set()
+    for source in cfg.pretrained if isinstance(cfg.pretrained, ListConfig) else [cfg.pretrained]:
+        for is_random in (False, True) if "random" in cfg.controls else (False,):
+            own = OmegaConf.merge(cfg, {"pretrained": source})
+            own.random_init = cfg.random_init or is_random
+            backbone = load_for_all(own, ranks).to(ranks.device)
+            weights = f"{source}, random weights" if own.random_init else source
+            run = EvalRun(own, ranks, "visualize", backbone)
+            methods.append(Method(f"{backbone.family} {backbone.name} ({weights})", run, False))
+        patch = backbone.patch_size
+        if "pixels" in cfg.controls and (patch, methods[-1].side) not in cut:
+            cut.add((patch, methods[-1].side))  # other networks may have the same patches
+            methods.append(Method(f"raw pixels of {patch} x {patch} patches", run, True))
+    return methods
+
+
+def visualize(cfg: DictConfig, methods: list[Method]) -> None:
+    first, dataset = methods[0].run, given_images(cfg.images or samples())
+    run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all of them
+    paths = [path if cfg.images else Path(path).name for path in dataset.paths]
+    run.prepare()
+    views = []  # of each image, one per method
+    for index in run.tracked(range(len(dataset)), "images encoded:"):
+        picture = load(dataset, index)
+        views.append([see(method, picture, paths[index]) for method in methods])
+    labels, lines, reports, colours = [], [], [], []
+    for number, method in enumerate(methods):
+        own = [view[number].tokens for view in views]
+        pca = fit_pca(np.concatenate(own))
+        colours.append(as_rgb([pca.transform(tokens) for tokens in own]))
+        shares = [round(100 * share, 1) for share in pca.explained_variance_ratio_.tolist()]
+        labels.append(f"{chr(ord('A') + number)}: {method.name}")
+        lines.append(
+            f"{labels[-1]}, {conditions(method)}; PCA explains {', '.join(map(str, shares))} %"
+        )
+        run.say(f"visualize: {lines[-1]}")
+        backbone = method.run.backbone.describe()
+        reports.append({"name": method.name, "backbone": backbone, "pca_percent": shares})
+    lines += [legend(cfg, len(paths)), command_of(cfg)]
+    folder, sheet, files = run.job / "results" / "pictures", [], []
+    folder.mkdir(exist_ok=True)
+    for index in run.tracked(range(len(paths)), "images drawn:"):
+        path, seen = paths[index], views[index]
+        panels = [show(cfg, view, rgb[index]) for view, rgb in zip(seen, colours, strict=True)]
+        files.append(f"{index:03d}-{Path(path).stem}")
+        rows = [Row(*row) for row in zip(labels, panels, strict=True)]
+        draw(folder / files[-1], rows, [path, *lines])
+        overview = {"input": panels[0]["input"]._replace(mark=None)}
+        for label, own in zip(labels, panels, strict=True):
+            chosen = (f"{cfg.clusters[-1]} clusters", "PCA")
+            overview |= {f"{label[0]}: {name}": own[name] for name in chosen}
+        sheet.append(Row(path, overview))
+    draw(folder / "all", sheet, lines)
+    report = {"command": lines[-1], "caption": lines, "methods": reports, "images": paths}
+    write_json(run.job / "results" / "visualize.json", report | {"pictures": files})
+    run.say(f"visualize: {len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/")
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def samples() -> str:
+    """The folder of scikit-learn's two photographs. Importing its data sets takes seconds."""
+    return f"{find_spec('sklearn').submodule_search_locations[0]}/datasets/images"
+
+
+def load(dataset: FileDataset, index: int) -> Picture:
+    try:
+        return dataset.load(index)
+    except UNREADABLE as error:
+        raise DataError(
+            f"cannot read {dataset.describe(index)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def prepare(method: Method, picture: Picture) -> Tensor:
+    """The crop of the evaluations; or the whole image, less what is no whole patch at its edges."""
+    cfg, side, patch = method.run.cfg, method.side, method.run.backbone.patch_size
+    if cfg.stride is None and cfg.upsample is None:
+        return EvalTransform(side, cfg.dataset.crop_ratio)(picture)
+    size = size_of(picture)
+    shorter = max(min(size), side) if cfg.upsample is None else round(side * cfg.upsample)
+    resized = EvalTransform(shorter, crop_ratio=1).resized(*size)
+    image = crop_and_resize(picture, (0, 0, *size), *resized)
+    width, height = (length // patch * patch for length in resized)
+    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+    return image[:, top : top + height, left : left + width]
+
+
+def conditions(method: Method) -> str:
+    """What else the tokens depend on, in words."""
+    cfg, backbone, side = method.run.cfg, method.run.backbone, method.side
+    seen = f"central crop of {side} x {side} pixels (crop_ratio {cfg.dataset.crop_ratio})"
+    how = ""
+    if cfg.stride is not None or cfg.upsample is not None:
+        scale = "as stored" if cfg.upsample is None else f"shorter side {side * cfg.upsample:.0f}"
+        windows = f", mean of windows of {side} x {side} pixels every {cfg.stride}"
+        seen = f"whole image ({scale})"
+        how = ", positions resampled" if cfg.stride is None else windows
+    norm = "with" if backbone.final_norm else "without"
+    network = f"layer {backbone.layer}, {norm} final norm, {seen}{how}"
+    return seen if method.is_pixels else network
+
+
+# --- tokens -------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def see(method: Method, picture: Picture, path: str) -> View:
+    cfg, run = method.run.cfg, method.run
+    image = prepare(method, picture)
+    patch = run.backbone.patch_size
+    rows, columns = image.shape[1] // patch, image.shape[2] // patch
+    least = max(3, cfg.clusters[-1])
+    if not least <= rows * columns <= MOST_PATCHES:
+        raise ConfigError(
+            f"{path} makes {rows} x {columns} patches: expected {least} or more for three colours "
+            f"and clusters={listed(cfg.clusters)}, and {MOST_PATCHES} at most (see upsample=)"
+        )
+    batch = image[None].to(run.ranks.device)
+    if method.is_pixels:
+        tokens = extract_patches(run.normalised(batch), patch)[0]
+    elif cfg.stride is not None:
+        tokens = average_windows(method, batch[0]).flatten(0, 1)
+    else:
+        try:
+            (tokens,), (rows, columns) = run.tokens(batch)[1:]
+        except AssertionError as error:  # how timm's models refuse a size
+            raise BackboneError(f"upsample={cfg.upsample}: {method.name}: {error}") from error
+    return View(image, tokens.float().cpu().numpy(), (rows, columns))
+
+
+def average_windows(method: Method, image: Tensor) -> Tensor:
+    """Each patch: the mean of its tokens in all windows that it lies in. -> [rows, columns, D]"""
+    run, patch, stride = method.run, method.run.backbone.patch_size, method.run.cfg.stride
+    if stride % patch or stride > method.side:
+        valid = f"a multiple of the patch size {patch}, at most {method.side}"
+        raise ConfigError(f"stride={stride}: expected {valid} ({method.name})")
+    cells = method.side // patch
+    rows, columns = image.shape[1] // patch, image.shape[2] // patch
+    # The last window lies at the edge, whatever the step.
+    lasts, step = (rows - cells, columns - cells), stride // patch
+    corners = list(product(*([*range(0, last, step), last] for last in lasts)))
+    total = torch.zeros(rows, columns, run.backbone.embed_dim, device=image.device)
+    count = torch.zeros(rows, columns, 1, device=image.device)
+    windows = image.unfold(1, method.side, patch).unfold(2, method.side, patch)
+    for first in range(0, len(corners), run.cfg.batch_size):
+        part = corners[first : first + run.cfg.batch_size]
+        tokens = run.tokens(torch.stack([windows[:, row, column] for row, column in part]))
+        maps = tokens.patches.float().unflatten(1, (cells, cells))
+        for (row, column), own in zip(part, maps, strict=True):
+            total[row : row + cells, column : column + cells] += own
+            count[row : row + cells, column : column + cells] += 1
+    return total / count
+
+
+# --- what is shown of them ----------------------------------------------------------------------
+
+
+def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
+    """By title, in the order of the figure."""
+    panels = {"input": Panel(view.image.permute(1, 2, 0).numpy(), mark=cfg.point)}
+    levels = nested_clusters(view.tokens, cfg.clusters)
+    for count, colours in zip(cfg.clusters, nested_colours(levels), strict=True):
+        panels[f"{count} clusters"] = Panel(colours.reshape(*view.grid, 3))
+    if cfg.max_iter is not None:
+        panels["t-SNE"] = Panel(colours, places=embed(cfg, view.tokens))
+    panels["PCA"] = Panel(rgb.reshape(*view.grid, 3))
+    if cfg.point is not None:
+        similar = similarity(view, cfg.point)
+        note = f"{similar.min():.2f} to {similar.max():.2f}"
+        panels["similarity to +"] = Panel(similar, mark=cfg.point, note=note)
+    return panels
+
+
+def nested_clusters(tokens: np.ndarray, counts: list[int]) -> list[np.ndarray]:
+    """For each count the cluster of each token, int [L]: one tree, cut at several heights."""
+    merges = AgglomerativeClustering(compute_full_tree=True).fit(tokens).children_
+    levels, leaves = [], len(tokens)
+    for count in counts:
+        # Merge i makes the node leaves + i. The last count - 1 are undone; below, each node takes
+        # the name of the one that it is merged into.
+        names = np.arange(leaves + len(merges))
+        for merge in reversed(range(leaves - count)):
+            names[merges[merge]] = names[leaves + merge]
+        levels.append(np.unique(names[:leaves], return_inverse=True)[1])
+    return levels
+
+
+def embed(cfg: DictConfig, tokens: np.ndarray) -> np.ndarray:
+    """-> [L, 2]"""
+    perplexity = min(PERPLEXITY, (len(tokens) - 1) / 3)
+    seed = cfg.seed % 2**32  # what numpy takes
+    tsne = TSNE(perplexity=perplexity, max_iter=cfg.max_iter, init="pca", random_state=seed)
+    return tsne.fit_transform(tokens)
+
+
+def fit_pca(tokens: np.ndarray) -> PCA:
+    """Three components, each with its strongest weight positive: otherwise signs are chance."""
+    pca = PCA(n_components=3, svd_solver="covariance_eigh").fit(tokens.astype(np.float64))
+    strongest = np.abs(pca.components_).argmax(axis=1)
+    pca.components_ *= np.sign(pca.components_[range(3), strongest])[:, None]
+    return pca
+
+
+def as_rgb(scores: list[np.ndarray]) -> list[np.ndarray]:
+    """Each component from its first to its 99th percentile over all images."""
+    low, high = np.percentile(np.concatenate(scores), [1, 99], axis=0)
+    return [((own - low) / np.maximum(high - low, 1e-9)).clip(0, 1) for own in scores]
+
+
+def similarity(view: View, point: list[float]) -> np.ndarray:
+    """Of all tokens to the one at the point. -> [rows, columns]"""
+    column, row = (min(int(at * n), n - 1) for at, n in zip(point, view.grid[::-1], strict=True))
+    unit = F.normalize(torch.from_numpy(view.tokens), dim=1).reshape(*view.grid, -1)
+    return (unit @ unit[row, column]).numpy()
+
+
+# --- how to draw it again -----------------------------------------------------------------------
+
+
+def legend(cfg: DictConfig, images: int) -> str:
+    return (
+        f"Clusters: Ward, of one image's patch tokens. PCA: of those of all {images} images. "
+        f"t-SNE: perplexity {PERPLEXITY}, max_iter {cfg.max_iter}, seed {cfg.seed}. Similarity: "
+        f"cosine to the token at point {cfg.point}, as shares of width and height."
+    )
+
+
+def command_of(cfg: DictConfig) -> str:
+    """With all that is not as shipped, whatever it was started by."""
+    name = "visualize"
+    chosen = compose_config(name, []).dataset.name != cfg.dataset.name
+    words = [f"dataset={cfg.dataset.name}"] if chosen else []
+    shipped = flatten(OmegaConf.to_container(compose_config(name, words)))
+    for key, value in flatten(OmegaConf.to_container(cfg)).items():
+        if not key.startswith("env.") and value != shipped.get(key):
+            value = "null" if value is None else value
+            words.append(f"{key}={listed(value) if isinstance(value, list) else value}")
+    return shlex.join(["python", "launcher.py", f"--config-name={name}", *words])
+
+
+def listed(values: list) -> str:
+    """As the command line has it."""
+    return f"[{','.join(quote(str(value)) for value in values)}]"
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="visualize")

@@ -1,0 +1,399 @@
+"""Pictures of patch tokens: what they show against scikit-learn and slow formulations, how they are
+drawn, and the whole command."""
+
+import itertools
+import json
+import math
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.decomposition import PCA
+
+from data.base import DataError
+from data.picture import to_tensor
+from eval import visualize
+from eval.families import BackboneError
+from eval.pictures import Panel, Row, compose, nested_colours
+from eval.visualize import Method, View, as_rgb, average_windows, fit_pca, nested_clusters, see
+from tests.backbones import digits_checkpoint
+from tests.evaluations import assert_bad_input, config, launch
+from util.config import ConfigError, compose_config, parse_command_line
+from util.distributed import Ranks
+from util.validate import check_config
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+QUICK = ["dataset=images", "max_iter=250"]
+
+
+def vectors(count: int = 60, width: int = 8, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def method(tmp_path, *overrides: str) -> Method:
+    """Of a network for 24 x 24 pixels with patches of 4."""
+    checkpoint = digits_checkpoint(tmp_path)
+    cfg = config("visualize", checkpoint, tmp_path, *QUICK, *overrides)
+    (only, *_) = visualize.load_methods(cfg, ALONE)
+    return only
+
+
+# ---- Clusters and their colours. -----------------------------------------------------------------
+
+
+def same_partition(first: np.ndarray, second: np.ndarray) -> bool:
+    pairs = set(zip(first.tolist(), second.tolist(), strict=True))
+    return len(pairs) == len(set(first.tolist())) == len(set(second.tolist()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_level_is_scikit_learns_clustering(seed):
+    tokens, counts = vectors(seed=seed), [2, 3, 5, 12]
+    for count, found in zip(counts, nested_clusters(tokens, counts), strict=True):
+        assert same_partition(found, AgglomerativeClustering(count).fit_predict(tokens))
+
+
+def test_as_many_clusters_as_patches():
+    assert sorted(nested_clusters(vectors(count=4), [4])[0]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("counts", [[3, 4, 5], [2, 7, 12], [1, 12]])
+def test_colours_follow_the_nesting(counts):
+    levels = nested_clusters(vectors(), counts)
+    colours = nested_colours(levels)
+    for labels, own in zip(levels, colours, strict=True):
+        assert same_partition(labels, np.unique(own, axis=0, return_inverse=True)[1])
+    pairs = list(zip(levels, colours, strict=True))
+    for (coarse, old), (fine, new) in itertools.pairwise(pairs):
+        for parent in set(coarse.tolist()):
+            parts = [fine == part for part in set(fine[coarse == parent].tolist())]
+            assert sum(part.sum() for part in parts) == (coarse == parent).sum()  # nested
+            before = old[coarse == parent][0]
+            largest = max(parts, key=np.sum)
+            kept = [part for part in parts if np.allclose(new[part], before)]
+            assert len(kept) == 1 and kept[0].sum() == largest.sum()
+            assert all(hue(new[part][0]) == pytest.approx(hue(before), abs=1e-6) for part in parts)
+
+
+def hue(colour: np.ndarray) -> float:
+    import colorsys
+
+    return colorsys.rgb_to_hsv(*colour)[0]
+
+
+# Vienot, Brettel, Mollon 1999: what dichromats see, from linear light.
+SEEN = {
+    "all colours": np.eye(3),
+    "protanopia": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
+    "deuteranopia": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
+}
+
+
+def lab(colour: np.ndarray, matrix) -> np.ndarray:
+    """sRGB from 0 to 1 -> CIE L*a*b* of what is seen."""
+    linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+    linear = (np.array(matrix) @ linear).clip(0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(np.array(to_xyz) @ linear / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("sight", SEEN)
+def test_colour_blind_readers_tell_five_clusters_apart(sight):
+    """However three clusters divide into four and five."""
+    for first, second in itertools.product(range(3), range(4)):
+        three = np.repeat(range(3), 64)
+        four, five = three.copy(), three.copy()
+        four[np.flatnonzero(three == first)[:16]] = 3
+        five = four.copy()
+        members = np.flatnonzero(four == second)
+        five[members[: len(members) // 4]] = 4
+        colours = np.unique(nested_colours([three, four, five])[-1], axis=0)
+        assert len(colours) == 5
+        for a, b in itertools.combinations(colours, 2):
+            assert np.linalg.norm(lab(a, SEEN[sight]) - lab(b, SEEN[sight])) > 20
+
+
+# ---- PCA, similarity. ----------------------------------------------------------------------------
+
+
+def test_pca_is_scikit_learns_up_to_sign_and_always_the_same():
+    tokens = vectors()
+    pca, reference = fit_pca(tokens), PCA(3, svd_solver="full").fit(tokens.astype(np.float64))
+    ours, theirs = pca.transform(tokens), reference.transform(tokens)
+    signs = np.sign((ours * theirs).sum(axis=0))
+    assert np.allclose(ours, theirs * signs, atol=1e-5)
+    assert np.allclose(pca.explained_variance_ratio_, reference.explained_variance_ratio_)
+    mirrored = fit_pca(-tokens)  # whose components are the same, but for their sign
+    assert np.allclose(mirrored.components_, pca.components_, atol=1e-6)
+    assert (pca.components_[range(3), np.abs(pca.components_).argmax(axis=1)] > 0).all()
+
+
+def test_the_same_token_has_the_same_colour_in_all_images():
+    first, second = vectors(seed=1), 3 + vectors(seed=2)
+    second[5] = first[7]
+    pca = fit_pca(np.concatenate([first, second]))
+    left, right = as_rgb([pca.transform(first), pca.transform(second)])
+    assert np.array_equal(left[7], right[5])
+    assert left.min() >= 0 and max(left.max(), right.max()) == 1
+
+
+def test_similarity_is_the_cosine_to_the_patch_at_the_point():
+    tokens, grid = vectors(count=12), (3, 4)
+    view = View(torch.zeros(3, 6, 8), tokens, grid)
+    for point, place in [((0, 0), 0), ((1, 1), 11), ((0.6, 0.4), 6), ((0.25, 0.99), 9)]:
+        found = visualize.similarity(view, point)
+        for row, column in itertools.product(range(3), range(4)):
+            a, b = tokens[place], tokens[4 * row + column]
+            cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+            assert found[row, column] == pytest.approx(cosine, abs=1e-6)
+
+
+# ---- Images of any shape. ------------------------------------------------------------------------
+
+
+def slow_windows(own: Method, image: torch.Tensor, stride: int) -> np.ndarray:
+    """Patch by patch: the mean over the windows that it lies in."""
+    height, width = image.shape[1:]
+    tops, lefts = ({*range(0, n - 24, stride), n - 24} for n in (height, width))
+    maps = {}
+    for top, left in itertools.product(tops, lefts):
+        with torch.inference_mode():
+            tokens = own.run.tokens(image[None, :, top : top + 24, left : left + 24]).patches[0]
+        maps[top, left] = tokens.reshape(6, 6, -1).numpy()
+    found = []
+    for y, x in itertools.product(range(0, height, 4), range(0, width, 4)):
+        inside = [
+            tokens[(y - top) // 4, (x - left) // 4]
+            for (top, left), tokens in maps.items()
+            if 0 <= y - top < 24 and 0 <= x - left < 24
+        ]
+        found.append(np.mean(inside, axis=0))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("stride, batch", [(4, 256), (12, 3), (24, 1)])
+def test_windows_are_averaged_where_they_overlap(tmp_path, stride, batch):
+    own = method(tmp_path, f"stride={stride}", f"batch_size={batch}")
+    image = to_tensor(picture(44, 32))
+    with torch.inference_mode():
+        found = average_windows(own, image)
+    assert found.shape == (8, 11, 24)
+    expected = slow_windows(own, image, stride)
+    assert np.allclose(found.flatten(0, 1).numpy(), expected, atol=1e-5)
+
+
+def test_windows_see_the_image_as_it_is_stored_and_its_middle(tmp_path):
+    own = method(tmp_path, "stride=12")
+    stored = picture(47, 33)
+    view = see(own, stored, "image")
+    assert view.grid == (8, 11)
+    assert torch.equal(view.image, to_tensor(stored)[:, 0:32, 1:45])
+    assert np.allclose(view.tokens, slow_windows(own, view.image, 12), atol=1e-5)
+
+
+def test_images_that_are_smaller_than_a_window_are_enlarged(tmp_path):
+    assert see(method(tmp_path, "stride=12"), picture(15, 10), "image").image.shape == (3, 24, 36)
+
+
+@pytest.mark.parametrize("times", [1, 1.5, 2])
+def test_resampled_positions(tmp_path, times):
+    own = method(tmp_path, f"upsample={times}")
+    view = see(own, picture(90, 60), "image")
+    rows, columns = (round(24 * times) // 4, round(36 * times) // 4)
+    assert view.grid == (rows, columns) and view.image.shape == (3, 4 * rows, 4 * columns)
+    with torch.inference_mode():
+        tokens = own.run.tokens(view.image[None]).patches[0].numpy()
+    assert np.array_equal(view.tokens, tokens)
+
+
+def test_the_crop_of_the_evaluations_is_the_default(tmp_path):
+    own = method(tmp_path, "dataset.crop_ratio=1")
+    stored = picture(40, 24)
+    view = see(own, stored, "image")
+    assert torch.equal(view.image, to_tensor(stored)[:, :, 8:32])
+
+
+# ---- Methods. ------------------------------------------------------------------------------------
+
+
+def test_controls_follow_each_network(tmp_path):
+    checkpoint = digits_checkpoint(tmp_path)
+    two = f"pretrained=[{checkpoint},timm:resnet18]"
+    controls = [two, "controls=[random,pixels]", "dataset.crop_ratio=1", "random_init=True"]
+    cfg = config("visualize", None, tmp_path, *QUICK, *controls[:3])
+    cfg.pretrained = [str(checkpoint)]
+    network, fresh, pixels = visualize.load_methods(cfg, ALONE)
+    weights = [own.run.backbone.encoder.blocks[0].mlp.fc1.weight for own in (network, fresh)]
+    assert weights[0].shape == weights[1].shape and not torch.equal(*weights)
+    image = picture(24, 24)
+    seen = see(pixels, image, "image").tokens
+    values = pixels.run.normalised(to_tensor(image))
+    assert np.allclose(seen[7], values[:, 4:8, 4:8].permute(1, 2, 0).flatten(), atol=1e-6)
+    assert pixels.run is fresh.run and "random weights" in fresh.name
+    cfg = config("visualize", None, tmp_path, *QUICK, *controls)
+    names = [own.name for own in visualize.load_methods(cfg, ALONE)]
+    assert len(names) == 6 and "resnet18" in names[3] and "32 x 32" in names[5]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("shape", [["stride=32"], ["upsample=1"], []])
+def test_any_backbone(tmp_path, name, shape):
+    options = [f"pretrained=timm:{name}", "random_init=True", *shape]
+    cfg = config("visualize", None, tmp_path, *QUICK, *options)
+    (own,) = visualize.load_methods(cfg, ALONE)
+    view = see(own, picture(256, 224), "image")
+    assert view.tokens.shape == (math.prod(view.grid), own.run.backbone.embed_dim)
+    assert view.image.shape[2] == (256 if shape else 224)
+
+
+# ---- Figures. ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height, width", [(20, 40), (60, 20), (10, 10)])
+def test_nothing_overlaps_and_no_pixel_is_stretched(height, width):
+    maps = {f"similarity to + {n}": Panel(vectors(height, width)) for n in range(4)}
+    label = "A: " + "/a/long/folder" * 20 + "/checkpoint.pth"
+    figure = compose([Row(label, maps)] * 3, ["words " * 100, "x" * 400, "$a$ b_c"])
+    figure.canvas.draw()
+    boxes = [item.get_window_extent() for item in figure.texts]
+    boxes += [axes.get_window_extent() for axes in figure.axes]
+    assert len(figure.axes) == 12
+    for axes in figure.axes:
+        box = axes.get_window_extent()
+        assert box.height / box.width == pytest.approx(height / width, rel=1e-6)
+    for first, second in itertools.combinations(boxes, 2):
+        assert not first.padded(-0.01).overlaps(second.padded(-0.01))
+    for box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+# ---- The command. --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """One wide and one high."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    for name, size in (("wide", (48, 24)), ("deep/high", (24, 48))):
+        picture(*size).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_real_run(tmp_path, photos):
+    checkpoint = digits_checkpoint(tmp_path)
+    options = [f"images={photos}", "stride=12", "controls=[random,pixels]", *QUICK]
+    code, output = launch("visualize", checkpoint, tmp_path, *options, "point=[0.1,0.9]")
+    assert code == 0, output
+    results = tmp_path / "visualize" / "results"
+    names = ["000-high", "001-wide", "all"]
+    found = sorted(path.name for path in (results / "pictures").iterdir())
+    assert found == sorted(f"{name}.{ending}" for name in names for ending in ("pdf", "png"))
+    for name in names:
+        assert (results / "pictures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        with Image.open(results / "pictures" / f"{name}.png") as image:
+            assert np.asarray(image.convert("RGB")).std() > 20
+    report = json.loads((results / "visualize.json").read_text())
+    assert len(report["methods"]) == 3 and report["images"][0].endswith("deep/high.png")
+    assert all(len(own["pca_percent"]) == 3 for own in report["methods"])
+    assert "PCA explains" in output and "random weights" in output
+    # Its command draws the same again, bit for bit.
+    again = report["command"].split()[3:]
+    assert f"images={photos}" in again and "point=[0.1,0.9]" in report["command"]
+    before = {path.name: path.read_bytes() for path in (results / "pictures").iterdir()}
+    code, output = launch("visualize", checkpoint, tmp_path, *options, "point=[0.1,0.9]")
+    assert code == 0, output
+    assert before == {path.name: path.read_bytes() for path in (results / "pictures").iterdir()}
+
+
+def test_without_images_the_two_photographs(tmp_path, capsys):
+    cfg = config("visualize", digits_checkpoint(tmp_path), tmp_path, *QUICK, "max_iter=null")
+    visualize.main(cfg)
+    pictures = {path.name for path in (tmp_path / "visualize/results/pictures").glob("*.png")}
+    assert pictures == {"000-china.png", "001-flower.png", "all.png"}
+
+
+BAD = {
+    "images=nowhere/*.jpg": (DataError, "images=nowhere/.*: expected an image file"),
+    "clusters=[5,12]": (ConfigError, r"2 x 2 patches: expected 12 or more .*clusters=\[5,12\]"),
+    "stride=6": (ConfigError, "stride=6: expected a multiple of the patch size 4, at most 24"),
+    "stride=28": (ConfigError, "stride=28: expected a multiple of the patch size 4, at most 24"),
+    "upsample=200": (ConfigError, "and 16384 at most"),
+    "pretrained=null": (BackboneError, "pretrained=null: expected a checkpoint"),
+    "pretrained=[timm:resnet18,timm:nope]": (BackboneError, "timm has no such model"),
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_input(tmp_path, override):
+    picture(24, 24).save(tmp_path / "a.png")
+    small = ["image_side=8"] if override.startswith("clusters") else []
+    options = [f"images={tmp_path / 'a.png'}", *QUICK, *small, "random_init=True", override]
+    cfg = config("visualize", digits_checkpoint(tmp_path), tmp_path, *options)
+    assert_bad_input(visualize.main, cfg, *BAD[override])
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    cfg = config("visualize", digits_checkpoint(tmp_path), tmp_path, f"images={tmp_path}/a.jpg")
+    assert_bad_input(visualize.main, cfg, DataError, "cannot read .*a.jpg: ")
+
+
+def test_a_network_that_takes_one_size_only_says_so(tmp_path):
+    name = "vit_relpos_small_patch16_224"
+    options = [f"pretrained=timm:{name}", "random_init=True", "upsample=2"]
+    (own,) = visualize.load_methods(config("visualize", None, tmp_path, *QUICK, *options), ALONE)
+    with pytest.raises(BackboneError, match="upsample=2: .*vit_relpos_small"):
+        see(own, picture(224, 224), "image")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["point=[1.2,0.5]", "point=[0.5]", "clusters=[5,4]", "clusters=[1,2]", "controls=[noise]"]
+    + ["stride=0", "upsample=0.5", "max_iter=10", "pretrained=[]", "images=''"],
+)
+def test_wrong_values_are_named(tmp_path, override):
+    with pytest.raises(ConfigError, match=f"^{override.partition('=')[0]}=.*: expected "):
+        check_config(config("visualize", None, tmp_path, override))
+
+
+def test_folders_of_several_backbones_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = config("visualize", None, tmp_path, "pretrained=['~/a','mae:~/b.pth']")
+    assert cfg.pretrained == [f"{tmp_path}/a", f"mae:{tmp_path}/b.pth"]
+
+
+def test_other_evaluations_take_one_backbone(tmp_path):
+    with pytest.raises(ConfigError, match="pretrained=.*: expected a text that is not empty"):
+        config("nn", None, tmp_path, "pretrained=[a,b]")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pretrained=['a b','s-seed=0/x']", "images=my photos/**/*.jpg", "point=null"],
+        [
+            "pretrained=timm:resnet18",
+            "dataset=digits",
+            "dataset.crop_ratio=0.5",
+            "controls=[pixels]",
+        ],
+    ],
+)
+def test_the_command_composes_the_same_config(tmp_path, overrides):
+    cfg = config("visualize", None, tmp_path, "dataset=images", *overrides)
+    program, launcher, *arguments = shlex.split(visualize.command_of(cfg))
+    command = parse_command_line(arguments, "")
+    assert (program, launcher) == ("python", "launcher.py")
+    assert compose_config(command.config_name, command.overrides) == cfg
