@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.lmim import LatentMIM, Latents
+from models.losses import METRICS, SIGReg
 from models.views import Views
 from util.metrics import DeviceMeters
 from util.schedules import Schedule
@@ -34,6 +35,7 @@ class Training:
     accum_iter: int
     precision: str
     clip_grad: float | None
+    sigreg: SIGReg | None
 
     def __post_init__(self) -> None:
         self.moving_average = self.model.moving_average()
@@ -41,7 +43,8 @@ class Training:
         self.half_done = False  # while networks and optimiser are between two steps
         # On the device: compiled code takes it as it comes.
         self.similarity_goal = torch.zeros((), device=self.device)
-        self.meters = DeviceMeters(self.device)
+        names = METRICS if self.sigreg is None else (*METRICS, "sigreg")
+        self.meters = DeviceMeters(self.device, names)
 
     def compile(self) -> None:
         """Compile each transformer block and the loss. The blocks share one compilation, and
@@ -81,6 +84,10 @@ def micro_step(training: Training, images: Tensor, views: Views, last_of_step: b
         with training.autocast():
             latents = network(images, views)
         loss, metrics = training.objective(latents, training.similarity_goal)
+        if training.sigreg is not None:
+            statistic = training.sigreg(latents.visible)
+            loss = loss + training.sigreg.weight * statistic
+            metrics = torch.cat([loss[None], metrics[1:], statistic[None]]).detach()
         training.scaler.scale(loss / training.accum_iter).backward()
     training.meters.add_micro_step(metrics)
     return metrics
@@ -121,6 +128,8 @@ def train_step(
     """One step of the optimiser, numbered from the start of training, at a fractional epoch.
     batches: normalised images [N, 3, side, side]; their views: draw_views(step, micro_step, N)."""
     begin_step(training, epoch)
+    if training.sigreg is not None:
+        training.sigreg.draw(step)
     for micro in range(training.accum_iter):
         images = next(batches)
         views = draw_views(step, micro, len(images))

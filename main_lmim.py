@@ -71,7 +71,11 @@ class Pretraining(Task):
         precision = choose_precision(cfg.precision, ranks.device)
         if ranks.device.type == "cpu":
             tune_for_cpu(self.model, precision, compiled=cfg.compile)
-        self.training = Training(**training_parts(cfg, self.model, ranks, precision))
+        parts = training_parts(cfg, self.model, ranks, precision)
+        self.training = Training(**parts)
+        masked = self.geometry.grid_size**2 - self.geometry.num_vis
+        sizes = (self.loader.batch_size, masked, self.model.decoder.head.out_features)
+        self.chance: float | None = parts["objective"].chance(*sizes)
         self.optimizer, self.scaler = self.training.optimizer, self.training.scaler
         self.draw_views = view_source(cfg, ranks, self.geometry)
 
@@ -127,8 +131,12 @@ class Pretraining(Task):
         means = {name: sum / self.ranks.world_size for name, sum in zip(mine, sums, strict=True)}
         # The schedules as they stood at the start of this step.
         epoch = (done - 1) / self.loader.steps_per_epoch
+        levels = {} if self.chance is None else {"chance": self.chance}
+        if self.training.sigreg is not None:
+            levels["sigreg_collapsed"] = self.training.sigreg.collapsed(self.loader.batch_size)
         values = {
             **means,
+            **levels,
             "lr": schedule.learning_rate(epoch),
             "momentum": schedule.target_momentum(epoch),
             "sim_goal": schedule.similarity_goal(epoch),
@@ -246,8 +254,9 @@ class Pretraining(Task):
 
 
 def describe_loss(values: dict[str, float]) -> str:
+    chance = f" (chance {values['chance']:.4f})" if "chance" in values else ""
     return (
-        f"loss {values['loss']:.4f}  similarity pred {values['sim_pred']:.3f} "
+        f"loss {values['loss']:.4f}{chance}  similarity pred {values['sim_pred']:.3f} "
         f"vis {values['sim_vis']:.3f} target {values['sim_trg']:.3f}"
     )
 
@@ -265,7 +274,13 @@ def view_source(
         first = (micro_step * ranks.world_size + ranks.rank) * batch_size  # as data/loader.py
         own = slice(first, first + batch_size)
         return sample_views(
-            images, geometry.grid_size, geometry.num_vis, geometry.patch_gap, generator, own
+            images,
+            geometry.grid_size,
+            geometry.num_vis,
+            geometry.patch_gap,
+            generator,
+            own,
+            cfg.masks,
         )
 
     return draw_views

@@ -80,6 +80,7 @@ class Decoder(nn.Module):
         *,
         grid_size: int,
         encoder_dim: int,
+        target_dim: int,
         dim: int,
         depth: int,
         num_heads: int,
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = PositionTable(dim, grid_size, freeze_pe)
         self.norm = LayerNorm(dim)
-        self.head = nn.Linear(dim, encoder_dim)
+        self.head = nn.Linear(dim, target_dim)
         self.blocks = nn.ModuleList(self.block(dim, num_heads) for _ in range(depth))
         self.apply(initialise_weights)
 
@@ -122,7 +123,7 @@ class CrossDecoder(Decoder):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], its own class token first."""
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, target_dim], its own class token first."""
         embedded, context = self.embed_visible(latents, visible_ids)
         cls_token = self.cls_token + self.pos_embed.class_row()
         queries = self.mask_tokens(embedded, visible_ids, masked_ids)
@@ -135,7 +136,7 @@ class SelfDecoder(Decoder):
     block = staticmethod(transformer_block)
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, encoder_dim], the encoder's token first."""
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, target_dim], the encoder's token first."""
         embedded, visible = self.embed_visible(latents, visible_ids)
         tokens = torch.cat([visible, self.mask_tokens(embedded, visible_ids, masked_ids)], dim=1)
         tokens = run_blocks(self.blocks, tokens, recompute=self.recompute)

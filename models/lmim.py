@@ -1,5 +1,6 @@
 """Latent MIM: online encoder, target encoder and decoder in one forward pass."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -7,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from models.decoder import DECODERS
-from models.target import OWN_WEIGHTS, MovingAverage, make_target
+from models.target import (
+    OWN_WEIGHTS,
+    MovingAverage,
+    average_layers,
+    make_projection,
+    make_target,
+)
 from models.views import Views, extract_patches, take_tokens
 from models.vit import Encoder
 
@@ -15,8 +22,8 @@ from models.vit import Encoder
 class Latents(NamedTuple):
     """What the loss needs. Class tokens are not part of any of them."""
 
-    predictions: Tensor  # [N, M, D]
-    targets: Tensor  # [N, M, D]
+    predictions: Tensor  # [N, M, D], for pixels [N, M, patch_dim]
+    targets: Tensor  # of the same shape
     visible: Tensor  # [N, V, D]
 
 
@@ -33,18 +40,28 @@ class LatentMIM(nn.Module):
         target: str,
         target_depth: int | None,
         mask_target: bool,
+        target_layers: Sequence[int] | None,
+        target_norm: str | None,
+        target_post_norm: str | None,
+        target_tap: str,
         **encoder,
     ):
         """encoder: the arguments of Encoder, of which the decoder shares four."""
         super().__init__()
         self.patch_size, self.patch_gap = encoder["patch_size"], patch_gap
         self.target, self.target_depth, self.mask_target = target, target_depth, mask_target
+        self.target_layers, self.target_tap = target_layers, target_tap
+        self.target_norm, self.target_post_norm = target_norm, target_post_norm
+        patch_dim, embed_dim = 3 * self.patch_size**2, encoder["embed_dim"]
         self.encoder = Encoder(**encoder)
         if target in OWN_WEIGHTS:
             self.target_encoder = make_target(self.encoder, target_depth)
+        elif target == "projection":
+            self.target_projection = make_projection(patch_dim, embed_dim)
         self.decoder = DECODERS[decoder](
             grid_size=encoder["grid_size"],
-            encoder_dim=encoder["embed_dim"],
+            encoder_dim=embed_dim,
+            target_dim=patch_dim if target == "pixels" else embed_dim,
             dim=decoder_embed_dim,
             depth=decoder_depth,
             num_heads=decoder_num_heads,
@@ -73,13 +90,22 @@ class LatentMIM(nn.Module):
         return self.encoder(take_tokens(patches, views.visible_ids), views.visible_ids)
 
     def encode_target(self, patches: Tensor, views: Views) -> Tensor:
-        """-> [N, 1 + M, D]; without mask_target all patches, visible first: [N, 1 + V + M, D]"""
+        """-> [N, 1 + M, D]; without mask_target all patches, visible first: [N, 1 + V + M, D]. What
+        is no output of an encoder has no class token."""
         ids = views.masked_ids
+        if self.target in ("pixels", "projection"):
+            masked = take_tokens(patches, ids)
+            return masked if self.target == "pixels" else self.target_projection(masked)
         if not self.mask_target:
             ids = torch.cat([views.visible_ids, views.masked_ids], dim=1)
         encoder = self.target_encoder if self.target in OWN_WEIGHTS else self.encoder
         with nullcontext() if self.target == "joint" else torch.no_grad():
-            return encoder(take_tokens(patches, ids), ids, self.target_depth)
+            patches = take_tokens(patches, ids)
+            if self.target_layers is None:
+                return encoder(patches, ids, self.target_depth)
+            layers = encoder.forward_layers(patches, ids, self.target_layers, self.target_tap)
+            without_class = [layer[:, 1:] for layer in layers]
+            return average_layers(without_class, self.target_norm, self.target_post_norm)
 
     def forward(self, images: Tensor, views: Views) -> Latents:
         patches = self.patches(images, views)

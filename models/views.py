@@ -5,10 +5,16 @@ patch_gap pixels wide and the patch sits at a random integer offset inside it, s
 patches never touch and a masked patch cannot be read off the border of a visible one.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# random: any patches (published). Others: a rectangle of masked (block) or of visible ones
+# (inverse), _roll: moved over the borders of the grid, so that each cell is visible equally often.
+MASKS = ("random", "block", "block_roll", "inverse", "inverse_roll")
+LARGEST_ASPECT = 2  # height by width of a rectangle; the smallest is its inverse
 
 
 class Geometry(NamedTuple):
@@ -45,14 +51,23 @@ def sample_views(
     patch_gap: int,
     generator: torch.Generator,
     own: slice = slice(None),
+    masks: str = "random",
 ) -> Views:
     """The views of the images `own` of so many, on the generator's device, so that nothing is
     copied to a GPU. The random numbers of all images are drawn: which of them are one's own does
     not change their views."""
     device = generator.device
-    # The order of uniform numbers is a uniform permutation: one sort for the whole batch.
-    noise = torch.rand(images, grid_size**2, generator=generator, device=device)
-    permutation = noise[own].argsort(dim=1)
+    numbers = grid_size**2 if masks == "random" else 5
+    noise = torch.rand(images, numbers, generator=generator, device=device)[own]
+    if masks == "random":
+        # The order of uniform numbers is a uniform permutation: one sort for the whole batch.
+        permutation = noise.argsort(dim=1)
+    elif masks.startswith("inverse"):
+        permutation = rectangle_first(noise, grid_size, num_vis, masks.endswith("roll"))
+    else:
+        num_masked = grid_size**2 - num_vis
+        permutation = rectangle_first(noise, grid_size, num_masked, masks.endswith("roll"))
+        permutation = permutation.roll(num_vis, dims=1)
     offsets = (None, None)
     if patch_gap > 0:
         # 0 .. gap-1, never `gap`: neighbours are at least one pixel apart.
@@ -60,6 +75,35 @@ def sample_views(
         offsets = torch.randint(patch_gap, shape, generator=generator, device=device)
         offsets = offsets[:, own].unbind(0)
     return Views(permutation[:, :num_vis], permutation[:, num_vis:], *offsets)
+
+
+def rectangle_first(uniform: Tensor, grid_size: int, cells: int, roll: bool) -> Tensor:
+    """The ids of all cells, those of a random rectangle first: its first `cells` ones in the order
+    of ids, because few numbers are a product of two sides. uniform [N, 5]: from 0 to 1, one each
+    for the aspect, its place, and how far it is rolled. -> [N, L]"""
+    aspect, top, left, down, right = uniform.unbind(dim=1)
+    least = max(-math.log(LARGEST_ASPECT), math.log(cells / grid_size**2))
+    most = min(math.log(LARGEST_ASPECT), math.log(grid_size**2 / (cells + 1e-5)))
+    aspect = torch.exp(least + (most - least) * aspect)
+    # Rounding may give one more than the side.
+    height, width = (
+        (cells * ratio).sqrt().ceil().clamp(max=grid_size) for ratio in (aspect, 1 / aspect)
+    )
+    place = torch.arange(grid_size, device=uniform.device)
+    inside = []  # of the rows, of the columns
+    for start, length in ((top, height), (left, width)):
+        start = (start * (grid_size - length + 1)).floor()
+        from_start = place - start[:, None]
+        inside.append((from_start >= 0) & (from_start < length[:, None]))
+    outside = ~(inside[0][:, :, None] & inside[1][:, None, :])
+    ids = outside.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
+    if roll:
+        rows, columns = (
+            (along + (shift * grid_size).floor().long()[:, None]) % grid_size
+            for along, shift in ((ids // grid_size, down), (ids % grid_size, right))
+        )
+        ids = rows * grid_size + columns
+    return ids
 
 
 def extract_patches(

@@ -1,7 +1,7 @@
 """The encoder: a ViT that accepts any subset of an image's patches. Online and target are two."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 
 import torch
@@ -139,6 +139,23 @@ class Encoder(nn.Module):
         """The first `depth` blocks (None: all), before the final norm. -> [N, 1 + K, D]"""
         tokens = self.embed_tokens(patches, self.pos_embed.patch_rows(ids))
         return run_blocks(self.blocks[:depth], tokens, recompute=self.recompute)
+
+    def forward_layers(
+        self, patches: Tensor, ids: Tensor, layers: Collection[int], tap: str
+    ) -> list[Tensor]:
+        """Of the blocks `layers`, counted from 0, the output, or (tap=mlp) what its MLP adds to it.
+        -> [N, 1 + K, D] each"""
+        tokens, found = self.embed_tokens(patches, self.pos_embed.patch_rows(ids)), []
+        for index, block in enumerate(self.blocks[: max(layers) + 1]):
+            if tap == "mlp":  # in parts, which are not compiled
+                tokens = tokens + block.attn(block.norm1(tokens))
+                tapped = block.mlp(block.norm2(tokens))
+                tokens = tokens + tapped
+            else:
+                tokens = tapped = run_blocks([block], tokens, recompute=self.recompute)
+            if index in layers:
+                found.append(tapped)
+        return found
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Whole images [N, 3, H, W], of any number of patches: all of them, without a gap, before

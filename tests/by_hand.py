@@ -70,11 +70,34 @@ def views_of_step(keys: dict, step: int, per_step: int) -> Views:
     counter = np.random.SeedSequence([3, keys["seed"], step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(counter[0]))
     grid, gap = keys["grid_size"], keys["patch_gap"]
-    order = torch.rand(per_step, grid**2, generator=generator).argsort(dim=1)
+    if keys["masks"] == "random":
+        order = torch.rand(per_step, grid**2, generator=generator).argsort(dim=1)
+    else:
+        numbers = torch.rand(per_step, 5, generator=generator).tolist()
+        order = torch.tensor([rectangle_order(keys, *own) for own in numbers])
     rows = columns = None
     if gap:
         rows, columns = torch.randint(gap, (2, per_step, grid, grid), generator=generator)
     return Views(order[:, : keys["num_vis"]], order[:, keys["num_vis"] :], rows, columns)
+
+
+def rectangle_order(keys: dict, aspect, top, left, down, right) -> list[int]:
+    """Cell by cell: a rectangle of visible ones (inverse), or of masked ones (block)."""
+    side, num_vis = keys["grid_size"], keys["num_vis"]
+    is_inverse, rolls = keys["masks"].startswith("inverse"), keys["masks"].endswith("roll")
+    wanted = num_vis if is_inverse else side**2 - num_vis
+    least, most = max(1 / 2, wanted / side**2), min(2, side**2 / (wanted + 1e-5))
+    aspect = least * (most / least) ** aspect
+    height, width = math.ceil((wanted * aspect) ** 0.5), math.ceil((wanted / aspect) ** 0.5)
+    top, left = int(top * (side - height + 1)), int(left * (side - width + 1))
+    cells = [(row, column) for row in range(side) for column in range(side)]
+    inside = [c for c in cells if 0 <= c[0] - top < height and 0 <= c[1] - left < width]
+    order = inside + [cell for cell in cells if cell not in inside]
+    if rolls:
+        down, right = int(down * side), int(right * side)
+        order = [((row + down) % side, (column + right) % side) for row, column in order]
+    ids = [row * side + column for row, column in order]
+    return ids if is_inverse else ids[-num_vis:] + ids[:-num_vis]
 
 
 # --- objective ----------------------------------------------------------------------------------
@@ -85,32 +108,82 @@ def similarity(tokens: Tensor) -> Tensor:
     return mean_unit_vector.square().sum(dim=-1).mean()
 
 
-def prediction_loss(name: str, predicted: Tensor, target: Tensor, tau: float) -> Tensor:
+def discrimination(keys: dict, predicted: Tensor, target: Tensor) -> Tensor:
+    """Image by image."""
+    units = {"image": list(predicted), "batch": [predicted.flatten(0, 1)], None: []}
+    rows = [(u - u.mean(dim=0)) / (u.std(dim=0) + 1e-4) for u in units[keys["pred_unit"]]]
+    predicted = F.normalize(torch.cat(rows).view_as(predicted) if rows else predicted, dim=-1)
+    target, losses = F.normalize(target, dim=-1), []
+    if keys["negatives"] == "batch":
+        predicted, target = predicted.flatten(0, 1)[None], target.flatten(0, 1)[None]
+    for own, candidates in zip(predicted, target, strict=True):
+        cosines = own @ candidates.T
+        alike = candidates @ candidates.T > (keys["same_target"] or 2)
+        cosines = cosines.masked_fill(alike.fill_diagonal_(False), -math.inf)
+        if (alike.sum(dim=1) < len(own) - 1).all():
+            losses.append(F.cross_entropy(cosines / keys["tau"], torch.arange(len(own))))
+    return 2 * keys["tau"] * sum(losses) / len(losses)
+
+
+def prediction_loss(keys: dict, predicted: Tensor, target: Tensor) -> Tensor:
+    name = keys["loss"]
     if name == "infonce_patches":
-        spread = predicted.std(dim=1, keepdim=True) + 1e-4
-        predicted = (predicted - predicted.mean(dim=1, keepdim=True)) / spread
-        cosines = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).transpose(1, 2)
-        own = torch.arange(cosines.shape[1]).repeat(len(cosines))
-        return 2 * tau * F.cross_entropy((cosines / tau).flatten(0, 1), own)
+        return discrimination(keys, predicted, target)
     if name == "norm_l2":
         centred = target - target.mean(dim=-1, keepdim=True)
         target = centred / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     if name == "cosine":
         return 1 - F.cosine_similarity(predicted, target, dim=-1).mean()
     functions = {"norm_l2": F.mse_loss, "l2": F.mse_loss, "l1": F.l1_loss}
-    return functions.get(name, F.smooth_l1_loss)(predicted, target)
+    if name == "smooth_l1":
+        return F.smooth_l1_loss(predicted, target, beta=keys["loss_beta"])
+    return functions[name](predicted, target)
+
+
+def sigreg(keys: dict, step: int, visible: list[Tensor], own: int) -> Tensor:
+    """Of the latents of all processes, with the gradient of one's own times their number."""
+    counter = np.random.SeedSequence([10, keys["seed"], step]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(counter[0]))
+    width = keys["encoder.embed_dim"]
+    directions = torch.randn(width, keys["sigreg_slices"], generator=generator)
+    samples = torch.cat([v if p == own else v.detach() for p, v in enumerate(visible)])
+    on_image = keys["sigreg_on"] == "image"
+    samples = samples.mean(dim=1)[None] if on_image else samples.transpose(0, 1)
+    projected, total = samples @ (directions / directions.norm(dim=0)), 0
+    for knot in range(17):
+        t = 3 * knot / 16
+        normal, weight = math.exp(-(t**2) / 2), (3 if knot in (0, 16) else 6) / 16
+        cosine, sine = (t * projected).cos().mean(dim=1), (t * projected).sin().mean(dim=1)
+        total = total + weight * normal * ((cosine - normal) ** 2 + sine**2).mean()
+    statistic = samples.shape[1] * total
+    return statistic + (len(visible) - 1) * (statistic - statistic.detach())
 
 
 def objective(keys: dict, latents: Latents, goal: float) -> tuple[Tensor, Tensor]:
     """-> the loss; loss and similarities of predictions, visible latents, targets"""
     predicted, target, visible = (part.float() for part in latents)
-    loss = prediction_loss(keys["loss"], predicted, target, keys["tau"])
+    loss = prediction_loss(keys, predicted, target)
     similarities = [similarity(part) for part in (predicted, visible, target)]
     if keys["avg_sim_coeff"]:
         goal = torch.tensor(goal)
         distance = (similarities[0] - goal) ** 2 + (similarities[1] - goal) ** 2
         loss = loss + keys["avg_sim_coeff"] * distance
     return loss, torch.stack([loss, *similarities]).detach()
+
+
+def levels(keys: dict, images: int, processes: int) -> dict[str, float]:
+    """What predictions that know nothing cost; SIGReg of latents that are all alike."""
+    candidates = keys["grid_size"] ** 2 - keys["num_vis"]
+    candidates *= images if keys["negatives"] == "batch" else 1
+    width = {"pixels": 3 * keys["patch_size"] ** 2}.get(keys["target"], keys["encoder.embed_dim"])
+    chance = {"infonce_patches": 2 * keys["tau"] * math.log(candidates)}
+    chance |= {"norm_l2": (width - 1) / width, "cosine": 1}
+    found = {"chance": chance[keys["loss"]]} if keys["loss"] in chance else {}
+    if keys["sigreg"]:
+        knots = [(3 * k / 16, (3 if k in (0, 16) else 6) / 16) for k in range(17)]
+        alike = sum(w * math.exp(-t * t / 2) * (1 - math.exp(-t * t)) for t, w in knots)
+        found["sigreg_collapsed"] = images * processes * alike
+    return found
 
 
 # --- networks and their updates -----------------------------------------------------------------
@@ -136,6 +209,10 @@ def build_model(keys: dict) -> LatentMIM:
         target=keys["target"],
         target_depth=keys["target_depth"],
         mask_target=keys["mask_target"],
+        target_layers=keys["target_layers"],
+        target_tap=keys["target_tap"],
+        target_norm=keys["target_norm"],
+        target_post_norm=keys["target_post_norm"],
         recompute=False,
     )
 
@@ -194,6 +271,7 @@ def train(keys: dict, processes: int = 1, last_step: int | None = None) -> ByHan
         share = min(share, len(dataset) // parts)
     per_step = share * parts
     steps_per_epoch = len(dataset) // per_step
+    known = levels(keys, share, processes)
     total = steps_per_epoch * keys["epochs"] if last_step is None else last_step
     if keys["eval_at_start"]:
         run.accuracies[0] = nearest_neighbour_accuracy(model, keys)
@@ -205,18 +283,23 @@ def train(keys: dict, processes: int = 1, last_step: int | None = None) -> ByHan
             move_target(model, now["momentum"])
         images = images_of_step(dataset, keys, step, per_step)
         views = views_of_step(keys, step, per_step)
-        numbers = torch.zeros(4, dtype=torch.float64)
+        numbers = torch.zeros(5, dtype=torch.float64)
         gradients = [torch.zeros_like(p) for p in trained(optimiser)]
         for process in range(processes):
             for micro in range(keys["accum_iter"]):
-                first = (micro * processes + process) * share
-                own = slice(first, first + share)
-                own_views = Views(*(part if part is None else part[own] for part in views))
-                with torch.autocast("cpu", torch.bfloat16, enabled=keys["precision"] == "bf16"):
-                    latents = model(images[own], own_views)
+                parts_of_micro = [
+                    slice(first, first + share)
+                    for first in range(micro * processes * share, per_step, share)
+                ][:processes]
+                latents = forward(model, keys, images, views, parts_of_micro[process])
                 loss, found = objective(keys, latents, now["sim_goal"])
+                statistic = torch.zeros(())
+                if keys["sigreg"]:
+                    visible = [forward(model, keys, images, views, p)[2] for p in parts_of_micro]
+                    statistic = sigreg(keys, step, visible, process)
+                loss = loss + keys["sigreg"] * statistic
                 (loss / keys["accum_iter"]).backward()
-                numbers += found
+                numbers += torch.stack([loss, *found[1:], statistic]).detach()
             for sum_of_all, parameter in zip(gradients, trained(optimiser), strict=True):
                 sum_of_all += parameter.grad / processes
                 parameter.grad = None
@@ -225,14 +308,22 @@ def train(keys: dict, processes: int = 1, last_step: int | None = None) -> ByHan
         norm = nn.utils.clip_grad_norm_(trained(optimiser), keys["clip_grad"] or math.inf)
         optimiser.step()
         optimiser.zero_grad()
-        names = ("loss", "sim_pred", "sim_vis", "sim_trg")
+        names = ("loss", "sim_pred", "sim_vis", "sim_trg", "sigreg")
         means = dict(zip(names, (numbers / parts).tolist(), strict=True))
-        run.losses.append({"step": step + 1, **means, "grad_norm": norm.item(), **now})
+        if not keys["sigreg"]:
+            del means["sigreg"]
+        run.losses.append({"step": step + 1, **means, "grad_norm": norm.item(), **now, **known})
         epoch, rest = divmod(step + 1, steps_per_epoch)
         is_due = keys["eval_freq"] and epoch % keys["eval_freq"] == 0
         if rest == 0 and keys["eval_freq"] and (is_due or epoch == keys["epochs"]):
             run.accuracies[epoch] = nearest_neighbour_accuracy(model, keys)
     return run
+
+
+def forward(model: LatentMIM, keys: dict, images: Tensor, views: Views, own: slice) -> Latents:
+    own_views = Views(*(part if part is None else part[own] for part in views))
+    with torch.autocast("cpu", torch.bfloat16, enabled=keys["precision"] == "bf16"):
+        return model(images[own], own_views)
 
 
 def trained(optimiser: torch.optim.AdamW) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """Networks and objective of the published recipe, in everything that a test does not set itself."""
 
+from dataclasses import fields
 from functools import cache
 
 from omegaconf import DictConfig, OmegaConf
@@ -35,5 +36,6 @@ def published_model(**changes) -> LatentMIM:
 
 def published_objective(**changes) -> Objective:
     cfg = recipe()
-    values = {"loss": cfg.loss.name, "tau": cfg.tau, "avg_sim_coeff": cfg.avg_sim_coeff}
+    names = (field.name for field in fields(Objective) if field.name != "loss")
+    values = {"loss": cfg.loss.name} | {name: cfg[name] for name in names}
     return Objective(**values | changes)

@@ -49,7 +49,7 @@ def build_training(
         objective=published_objective(avg_sim_coeff=avg_sim_coeff),
         schedule=Schedule(1e-3, 0.25, 1, 4, 0.9, 0.75, 0.25),
         device=CPU,
-        **{"accum_iter": 1, "precision": "fp32", "clip_grad": None} | options,
+        **{"accum_iter": 1, "precision": "fp32", "clip_grad": None, "sigreg": None} | options,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models.lmim import Latents
-from models.losses import LOSSES, METRICS, Objective, average_similarity, prediction_loss
+from models.losses import LOSSES, METRICS, average_similarity, prediction_loss
 from tests import reference
 from tests.published import published_objective
 
@@ -146,7 +146,7 @@ def test_objective_adds_the_similarity_constraint(name, coefficient):
     latents, goal = random_latents(), 0.3
 
     def fast(predictions, targets, visible):
-        objective = Objective(name, tau=0.2, avg_sim_coeff=coefficient)
+        objective = published_objective(loss=name, avg_sim_coeff=coefficient)
         return objective(Latents(predictions, targets, visible), goal)[0]
 
     def slow(predictions, targets, visible):

@@ -43,7 +43,7 @@ SMALL = {
     "target_depth": None,
     "mask_target": True,
     "recompute": False,
-}
+} | dict.fromkeys(("target_layers", "target_norm", "target_post_norm", "target_tap"))
 
 
 def random_tensor(shape, seed: int) -> torch.Tensor:
@@ -177,7 +177,7 @@ def test_predictions_do_not_see_masked_patches(variant):
     assert not torch.allclose(first.targets, second.targets)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["ema", "joint", "stopgrad", "frozen"])
 @pytest.mark.parametrize("mask_target", [True, False])
 def test_targets_see_visible_patches_only_without_mask_target(target, mask_target):
     model, config = small_model(target=target, mask_target=mask_target)
@@ -197,7 +197,7 @@ def test_which_parameters_get_gradients(target):
     latents = model(*random_inputs(config))
     randomly_weighted_sum(latents).backward()
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
-    trained = {n for n, p in model.named_parameters() if not n.startswith("target_encoder.")}
+    trained = {n for n, p in model.named_parameters() if not n.startswith("target_")}
     assert with_gradient == trained
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.grad is not None)
     assert latents.targets.requires_grad == (target == "joint")
@@ -362,7 +362,7 @@ def test_one_training_step_of_vit_base():
     device = torch.device("cpu")
     objective = published_objective()
     training = Training(
-        model, model, optimizer, scaler, objective, schedule, device, 1, "fp32", None
+        model, model, optimizer, scaler, objective, schedule, device, 1, "fp32", None, None
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     images = torch.randn(2, 3, 280, 280, generator=torch.Generator().manual_seed(8))

@@ -53,6 +53,9 @@ COMMON = {
     "target": "ema",
     "target_depth": 2,
     "mask_target": False,
+    **dict.fromkeys("target_layers target_norm target_post_norm same_target".split()),
+    **{"masks": "random", "pred_unit": "image", "negatives": "image", "target_tap": "block"},
+    **{"loss_beta": 1.0, "sigreg": 0, "sigreg_slices": 5, "sigreg_on": "token"},
     "loss": "infonce_patches",
     "tau": 0.3,
     "avg_sim_coeff": 0.7,
@@ -105,6 +108,41 @@ VARIANTS = {
         "shrink_batch": True,
     },
 }
+SWITCHES = {
+    "pixels": {
+        "target": "pixels",
+        "loss": "norm_l2",
+        "target_depth": None,
+        "avg_sim_coeff": 0,
+        "masks": "inverse",
+    },
+    "projection in batches": {
+        "target": "projection",
+        "target_depth": None,
+        "pred_unit": "batch",
+        "negatives": "batch",
+        "masks": "block_roll",
+    },
+    "same targets": {"pred_unit": None, "same_target": 0.8, "masks": "block"},
+    "layers and sigreg on tokens": {
+        "target_layers": [0, 1],
+        "target_tap": "mlp",
+        "target_norm": "batch",
+        "target_post_norm": "layer",
+        "loss": "smooth_l1",
+        "loss_beta": 0.4,
+        "sigreg": 0.1,
+        "masks": "inverse_roll",
+    },
+    "sigreg on images": {
+        "target": "joint",
+        "loss": "l2",
+        "avg_sim_coeff": 0,
+        "sigreg": 0.2,
+        "sigreg_on": "image",
+    },
+}
+VARIANTS |= SWITCHES
 
 
 def configured(keys: dict, folder: Path, **others) -> DictConfig:
@@ -257,6 +295,30 @@ def test_two_processes_average_the_gradients_of_their_parts(tmp_path):
     """The similarity constraint squares a mean over the images of one process: each has its own."""
     weights = pretrain_together(tmp_path, COMMON, processes=2)
     assert_same_run(tmp_path / "run", weights, by_hand.train(COMMON, processes=2))
+
+
+def switched(variant: str) -> dict:
+    return COMMON | SWITCHES[variant] | {"eval_freq": 0, "eval_at_start": False}
+
+
+def pretrain_each_switch(ranks: Ranks, folder: Path) -> None:
+    """Two steps; then two more in a run that is resumed."""
+    for variant in SWITCHES:
+        for steps in (2, 4):
+            settings = {"max_steps": steps, "watch_images": 0, "resume": True}
+            cfg = configured(switched(variant), folder / variant, **settings)
+            weights = pretrain(cfg, ranks).state_dict()
+        torch.save(weights, folder / f"{variant}{ranks.rank}")
+
+
+@pytest.mark.slow
+def test_each_switch_in_two_processes_that_are_resumed(tmp_path):
+    spawn(pretrain_each_switch, 2, tmp_path, tmp_path)
+    for variant in SWITCHES:
+        first, second = (torch.load(tmp_path / f"{variant}{rank}") for rank in (0, 1))
+        assert all(torch.equal(second[name], value) for name, value in first.items()), variant
+        expected = by_hand.train(switched(variant), processes=2, last_step=4)
+        assert_same_run(tmp_path / variant / "run", first, expected)
 
 
 @pytest.mark.slow

@@ -41,13 +41,14 @@ DATA = [
     *[(n, True, 0.875, *COLOURS, FAST) for n in "folder imagefolder imagenet imagenet100".split()],
     *[(n, True, 1.0, *COLOURS, {}) for n in ("masks", "voc")],
 ]
+TARGETS = "ema frozen joint pixels projection stopgrad"
 LOSSES = "cosine infonce_patches l1 l2 norm_l2 smooth_l1"
 GROUPS = {
     "encoder": {row[0]: dict(zip(SIZES, row, strict=True)) for row in ENCODERS},
     "dataset": {row[0]: dict(zip(DATA_KEYS, row, strict=True)) for row in DATA},
     "loss": {name: {"name": name} for name in LOSSES.split()},
     "decoder": {name: {"name": name} for name in ("cross", "self")},
-    "target": {name: {"name": name} for name in ("ema", "frozen", "joint", "stopgrad")},
+    "target": {name: {"name": name} for name in TARGETS.split()},
 }
 
 RECIPE = (
@@ -58,7 +59,9 @@ RECIPE = (
     "decoder_num_heads=16 avg_vis_mask_token=True target_depth=null mask_target=True tau=0.2 "
     "avg_sim_coeff=0.1 sim_init=0.75 sim_end=0.25 target_mom=0.99 epochs=800 max_steps=null "
     "warmup_epochs=40 blr=1.5e-4 min_lr_frac=0.25 weight_decay=0.05 batch_size=256 accum_iter=2 "
-    "clip_grad=null shrink_batch=False "
+    "clip_grad=null shrink_batch=False masks=random target_layers=null target_tap=block "
+    "target_norm=null target_post_norm=null pred_unit=image negatives=image same_target=null "
+    "loss_beta=1 sigreg=0 sigreg_slices=1024 sigreg_on=image "
 )
 RHYTHM = "eval_freq=10 save_freq=50 print_freq=100 worker=main_lmim "
 EVALUATION = (

@@ -55,7 +55,7 @@ def test_optimiser_schedules_and_objective():
     }.items():
         assert {epoch: schedule(epoch) for epoch in values} == approx(values)
     found = (training.objective, training.accum_iter, training.clip_grad)
-    assert found == (Objective("infonce_patches", 0.2, 0.1), 16, None)
+    assert found == (Objective("infonce_patches", 0.2, 0.1, "image", "image", None, 1), 16, None)
     names = "weight cls_token proj a_bias a_norm2 an_embed head qkv kv position".split()
     model = nn.ParameterDict({name: torch.zeros(2, 2) for name in names} | {"b": torch.zeros(2)})
     others = {id(p) for p in build_adamw(model, 0.05).param_groups[1]["params"]}

@@ -116,8 +116,11 @@ def test_all_differences_are_one_message(tmp_path):
 def test_what_may_differ_and_is_said(tmp_path):
     before = made("batch_size=64")
     (said,) = accept(tmp_path, before, configured(), FACTS)
-    assert said.startswith("batch_size 64 -> 128: the similarity constraint and mixup are per")
+    assert said.startswith("batch_size 64 -> 128: the objective or mixup is per micro-batch")
     assert accept(tmp_path, made("avg_sim_coeff=0"), configured("avg_sim_coeff=0"), FACTS) == []
+    batch = ["avg_sim_coeff=0", "negatives=batch"]
+    (said,) = accept(tmp_path, made(*batch, "batch_size=64"), configured(*batch), FACTS)
+    assert said.startswith("batch_size 64 -> 128: the objective or mixup is per micro-batch")
     (said,) = accept(tmp_path, made(), configured("epochs=5"), FACTS)
     assert said == "epochs 3 -> 5: the schedules are stretched"
 

@@ -50,7 +50,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     train = [record for record in records(job) if "loss" in record]
     assert [record["step"] for record in train] == list(range(1, 11))
     expected = {
-        *("epoch step loss sim_pred sim_vis sim_trg sim_goal grad_norm lr momentum".split()),
+        *("epoch step loss chance sim_pred sim_vis sim_trg sim_goal grad_norm lr momentum".split()),
         *("images_per_second data_wait eta_seconds memory_gb seconds".split()),
     }
     assert set(train[0]) == expected

@@ -7,7 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine_pretrain import train_step
-from models.views import sample_views
+from models.lmim import Latents
+from models.losses import SIGReg
+from models.target import average_layers
+from models.views import MASKS, sample_views
+from tests.published import published_objective
 from tests.runs import LAUNCHER, records, succeed, succeed_together, torchrun
 from tests.test_engine import GAP, GRID, VISIBLE, build_training, draw, run_steps
 
@@ -86,6 +90,25 @@ def run_epoch(after_step: Callable[[int], None], **options) -> list[str]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nothing_waits_for_the_device_between_log_points(precision):
     assert run_epoch(lambda training: None, precision=precision) == []
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("change", ["negatives", "pred_unit", "same_target"])
+def test_no_switch_waits_for_the_device(masks, change):
+    others = {"negatives": "batch", "pred_unit": None, "same_target": 0.9}
+    objective = published_objective(**{change: others[change]})
+    cpu = torch.device("cpu")
+    sizes = {"slices": 4, "dim": 6, "seed": 0, "processes": 1, "device": cpu}
+    sigreg = SIGReg(weight=1.0, on="image", all_reduce=lambda total: total, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    layers = list(torch.randn(3, 4, 16, 6, requires_grad=True))
+    with HostWaits() as waits:
+        views = sample_views(4, 4, 5, 1, generator, masks=masks)
+        targets = average_layers(layers, "instance", "batch")[:, 5:]
+        loss, _ = objective(Latents(targets, targets.detach(), layers[0]), 0.5)
+        sigreg.draw(3)
+        (loss + sigreg(layers[0])).backward()
+    assert waits.found == [] and views.visible_ids.shape == (4, 5)
 
 
 WAITS = {

@@ -6,9 +6,9 @@ cfg: a composed config, or anything with its keys as attributes.
 import torch
 
 from models.lmim import LatentMIM
-from models.losses import Objective
+from models.losses import Objective, SIGReg
 from models.views import Geometry
-from util.distributed import Ranks, synchronised
+from util.distributed import Ranks, all_reduce, synchronised
 from util.optim import build_adamw
 from util.schedules import Schedule, peak_learning_rate
 
@@ -37,7 +37,34 @@ def build_model(cfg) -> LatentMIM:
         target=cfg.target.name,
         target_depth=cfg.target_depth,
         mask_target=cfg.mask_target,
+        target_layers=target_layers(cfg),
+        target_norm=cfg.target_norm,
+        target_post_norm=cfg.target_post_norm,
+        target_tap=cfg.target_tap,
         recompute=cfg.recompute,
+    )
+
+
+def target_layers(cfg) -> list[int] | None:
+    """Counted from 0; top:K are the last K of the target encoder."""
+    if isinstance(cfg.target_layers, str):
+        depth = cfg.target_depth or cfg.encoder.depth
+        return list(range(depth))[-int(cfg.target_layers.removeprefix("top:")) :]
+    return None if cfg.target_layers is None else list(cfg.target_layers)
+
+
+def build_sigreg(cfg, ranks: Ranks) -> SIGReg | None:
+    if cfg.sigreg == 0:
+        return None
+    return SIGReg(
+        weight=cfg.sigreg,
+        slices=cfg.sigreg_slices,
+        on=cfg.sigreg_on,
+        dim=cfg.encoder.embed_dim,
+        seed=cfg.seed,
+        processes=ranks.world_size,
+        all_reduce=all_reduce,
+        device=ranks.device,
     )
 
 
@@ -57,10 +84,19 @@ def training_parts(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> dict:
         "model": model,
         "optimizer": build_adamw(model, cfg.weight_decay),
         "scaler": torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
-        "objective": Objective(cfg.loss.name, cfg.tau, cfg.avg_sim_coeff),
+        "objective": Objective(
+            loss=cfg.loss.name,
+            tau=cfg.tau,
+            avg_sim_coeff=cfg.avg_sim_coeff,
+            pred_unit=cfg.pred_unit,
+            negatives=cfg.negatives,
+            same_target=cfg.same_target,
+            loss_beta=cfg.loss_beta,
+        ),
         "schedule": schedule,
         "device": ranks.device,
         "accum_iter": cfg.accum_iter,
         "precision": precision,
         "clip_grad": cfg.clip_grad,
+        "sigreg": build_sigreg(cfg, ranks),
     }

@@ -235,8 +235,11 @@ def accept(path: Path, contents: dict, cfg: DictConfig, facts: dict) -> list[str
     said = [f"resume=changed: {text}"] if found else []
     if cfg.epochs > config["epochs"]:
         said.append(f"epochs {config['epochs']} -> {cfg.epochs}: the schedules are stretched")
-    if cfg.batch_size != config["batch_size"] and (cfg.get("avg_sim_coeff") or cfg.get("mixup")):
-        what = "the similarity constraint and mixup are per micro-batch, so numbers differ"
+    per_micro_batch = any(cfg.get(key) for key in ("avg_sim_coeff", "mixup", "sigreg"))
+    batch_wide = ("pred_unit", "negatives", "target_norm", "target_post_norm")
+    per_micro_batch |= any(cfg.get(key) == "batch" for key in batch_wide)
+    if cfg.batch_size != config["batch_size"] and per_micro_batch:
+        what = "the objective or mixup is per micro-batch, so numbers differ"
         said.append(f"batch_size {config['batch_size']} -> {cfg.batch_size}: {what}")
     if contents.get("format", 1) < FORMAT:
         said.append("the checkpoint is of an earlier version, which drew other random numbers")

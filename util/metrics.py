@@ -5,21 +5,21 @@ import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from models.losses import METRICS
 from util.distributed import Ranks, gather_objects
 
 
 class DeviceMeters:
     """Sums since the last log point, on the device. Only `read` and `faults` wait for it."""
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, names: Sequence[str]):
+        self.names = names
+        self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         self.grad_norm, self.step_loss = torch.zeros(2, dtype=torch.float64, device=device)
         self.micro_steps = self.steps = 0
         # Since the start of the process. The loss is this rank's own; the gradient is common.
@@ -51,7 +51,7 @@ class DeviceMeters:
             self.sums.zero_()
             self.grad_norm.zero_()
             self.micro_steps = self.steps = 0
-        return dict(zip((*METRICS, "grad_norm"), values, strict=True))
+        return dict(zip((*self.names, "grad_norm"), values, strict=True))
 
     def count_faults(self) -> int:
         return int(self.bad_losses.count + self.bad_gradients.count)

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     CLASSIFIER = 7  # (seed)
     SHOTS = 8  # (seed, draw)
     BANK = 9  # (seed)
+    DIRECTIONS = 10  # (seed, step)
 
 
 def generator(stream: Stream, *counter: int) -> np.random.Generator:

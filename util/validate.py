@@ -23,6 +23,7 @@ from util.config import (
 
 Rule = tuple[str, Callable[[object], bool]]  # what is expected, in words and as a test
 ABSENT = object()
+MOST_CANDIDATES = 2**14  # of negatives=batch: their square are 1 GB in float32
 
 
 def is_whole(value) -> bool:
@@ -113,6 +114,10 @@ COUNTS: Rule = (
     "a list of whole numbers of at least 1, such as [1,2]",
     lambda v: is_list(v, whole(1)[1]) and len(v) > 0,
 )
+LAYERS: Rule = (
+    "top:K, such as top:6, or a list of different blocks counted from 0, such as [2,5]",
+    lambda v: (is_text(v) and bool(re.fullmatch(r"top:[1-9]\d*", v))) or is_choice(v, whole(0)[1]),
+)
 RISING: Rule = (
     "a rising list of whole numbers from 2 to 12, such as [3,4,5]",
     lambda v: is_choice(v, whole(2, 12)[1]) and list(v) == sorted(v),
@@ -161,7 +166,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (whole(1), "epochs batch_size accum_iter print_freq save_freq"),
     (whole(1), "env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers"),
     (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
-    (whole(1), "draws frame_side top_k patch_head.epochs patch_head.batch_images"),
+    (whole(1), "sigreg_slices draws frame_side top_k patch_head.epochs patch_head.batch_images"),
     (or_null(whole(1)), "target_depth image_side max_steps bank_patches"),
     (whole(2, 1000), "grid_size encoder.grid_size"),
     (whole(4), "probe_images"),
@@ -174,11 +179,12 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (or_null(whole(250)), "max_iter"),
     # Other numbers.
     (number(-1, 1), "sim_init sim_end"),
-    (number(0), "data_timeout avg_sim_coeff warmup_epochs weight_decay min_lr mixup cutmix"),
+    (or_null(number(-1, 1)), "same_target"),
+    (number(0), "sigreg data_timeout avg_sim_coeff warmup_epochs weight_decay min_lr mixup cutmix"),
     (number(0), "patch_head.weight_decay"),
     (number(0, 1), "max_bad_images target_mom min_lr_frac erase"),
     (number(0, 0.99), "drop_path label_smoothing"),
-    (POSITIVE, "tau blr save_minutes temperature patch_head.lr"),
+    (POSITIVE, "loss_beta tau blr save_minutes temperature patch_head.lr"),
     (or_null(POSITIVE), "clip_grad"),
     (or_null(number(1)), "upsample"),
     (or_null(number(0)), "env.mem"),
@@ -190,6 +196,13 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (choice_of("decoder"), "decoder.name"),
     (choice_of("target"), "target.name"),
     (choice_of("loss"), "loss.name"),
+    (one_of("random", "block", "block_roll", "inverse", "inverse_roll"), "masks"),
+    (or_null(LAYERS), "target_layers"),
+    (one_of("block", "mlp"), "target_tap"),
+    (or_null(one_of("layer", "instance", "batch")), "target_norm target_post_norm"),
+    (or_null(one_of("image", "batch")), "pred_unit"),
+    (one_of("image", "batch"), "negatives"),
+    (one_of("image", "token"), "sigreg_on"),
     (choice_of("dataset"), "dataset.name"),
     (one_of("fast", "pil"), "dataset.options.decoder"),
     (one_of("auto", "bf16", "fp16", "fp32"), "precision"),
@@ -257,6 +270,48 @@ def check_networks(cfg: DictConfig) -> None:
     if cfg.target_depth is not None and cfg.target_depth > cfg.encoder.depth:
         valid = f"1 to {cfg.encoder.depth} (encoder.depth), or null for all of them"
         raise ConfigError(f"target_depth={cfg.target_depth}: expected {valid}")
+    check_choices(cfg)
+    check_layers(cfg)
+    batch_masked = cfg.batch_size * (patches - cfg.num_vis)
+    if cfg.negatives == "batch" and batch_masked > MOST_CANDIDATES:
+        valid = f"image, or a batch_size of at most {MOST_CANDIDATES} masked patches"
+        why = f"each of {batch_masked} is compared with all"
+        raise ConfigError(f"negatives=batch: expected {valid}, because {why}")
+
+
+def check_choices(cfg: DictConfig) -> None:
+    """Choices that do not go together, or that would do nothing."""
+    target, loss = f"target={cfg.target.name}", f"loss={cfg.loss.name}"
+    no_encoder = cfg.target.name in ("pixels", "projection")
+    not_infonce = cfg.loss.name != "infonce_patches"
+    no_layers = cfg.target_layers is None
+    for key, only, is_wrong, why in (
+        ("avg_sim_coeff", 0, cfg.target.name == "pixels", f"{target}: predictions are pixels"),
+        ("target_depth", None, no_encoder, f"{target}, which has no blocks"),
+        ("target_layers", None, no_encoder, f"{target}, which has no blocks"),
+        ("mask_target", False, not no_layers, "target_layers, which are of all positions"),
+        ("target_tap", "block", no_layers, "target_layers=null"),
+        ("target_norm", None, no_layers, "target_layers=null"),
+        ("target_post_norm", None, no_layers, "target_layers=null"),
+        ("pred_unit", "image", not_infonce, loss),
+        ("negatives", "image", not_infonce, loss),
+        ("same_target", None, not_infonce, loss),
+        ("same_target", None, cfg.negatives == "batch", "negatives=batch"),
+        ("loss_beta", 1, cfg.loss.name != "smooth_l1", loss),
+    ):
+        if is_wrong and cfg[key] != only:
+            value, valid = ("null" if v is None else v for v in (cfg[key], only))
+            raise ConfigError(f"{key}={value}: expected {valid} with {why}")
+
+
+def check_layers(cfg: DictConfig) -> None:
+    layers, depth = cfg.target_layers, cfg.target_depth or cfg.encoder.depth
+    if layers is None:
+        return
+    last = int(layers.removeprefix("top:")) - 1 if isinstance(layers, str) else max(layers)
+    if last >= depth:
+        valid = f"top:1 to top:{depth}, or blocks 0 to {depth - 1}, of the target encoder"
+        raise ConfigError(f"target_layers={layers}: expected {valid}")
 
 
 def check_job(cfg: DictConfig) -> None:

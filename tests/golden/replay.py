@@ -15,7 +15,7 @@ from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import Views, extract_patches
-from tests.published import published_model
+from tests.published import published_model, published_objective
 from util.optim import build_adamw, decays
 from util.schedules import Schedule
 
@@ -61,7 +61,8 @@ class GoldenPair:
         return model
 
     def build_objective(self) -> Objective:
-        return Objective(**{key: self.config[key] for key in ("loss", "tau", "avg_sim_coeff")})
+        given = {key: self.config[key] for key in ("loss", "tau", "avg_sim_coeff")}
+        return published_objective(**given)
 
     def build_training(self) -> Training:
         model = self.build_model()
@@ -78,6 +79,7 @@ class GoldenPair:
             accum_iter=self.config["accum_iter"],
             precision="fp32",
             clip_grad=None,
+            sigreg=None,
         )
 
 

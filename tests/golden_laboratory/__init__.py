@@ -1,0 +1,1 @@
+"""Numbers of other methods' original code, and the command that holds the switches against them."""
