@@ -136,6 +136,7 @@ def test_a_folder_without_classes_is_trained_on_as_a_whole(photos, tmp_path):
     assert output.count("unreadable image, replaced by its neighbour") == 2
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_images_stop_the_run(photos, tmp_path):
     """Two of the 300 are more than this share of those that are trained on."""
     code, output = train(photos, tmp_path, "max_bad_images=0.005")

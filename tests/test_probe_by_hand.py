@@ -267,6 +267,7 @@ def compare(
     assert found["top5_by_head"] == pytest.approx({name: top5 for name, (_, top5) in last.items()})
 
 
+@pytest.mark.slow
 def test_augmented_images(tmp_path):
     path = pretrained(tmp_path, colours=TRAINED)
     encoder = load_encoder(path, "target_encoder.", blocks=2, norm=False).requires_grad_(False)

@@ -178,6 +178,7 @@ def test_runs_on_other_numbers_of_images_are_no_band(page_of, tmp_path):
     assert {row["steps per epoch"] for row in settings.values()} == {"10", "2"}
 
 
+@pytest.mark.slow
 def test_a_band_has_the_steps_that_all_have_and_says_so(report, page_of, tmp_path):
     write_job(tmp_path / "a", "seed=1")
     write_job(tmp_path / "b", "seed=2", steps=(150, 200), shift=0.5)

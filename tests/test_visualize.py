@@ -317,6 +317,7 @@ def test_a_real_run(tmp_path, photos):
     assert before == {path.name: path.read_bytes() for path in (results / "pictures").iterdir()}
 
 
+@pytest.mark.slow
 def test_without_images_the_two_photographs(tmp_path, capsys):
     cfg = config("visualize", digits_checkpoint(tmp_path), tmp_path, *QUICK, "max_iter=null")
     visualize.main(cfg)
