@@ -88,8 +88,8 @@ def log_without_times(job: Path) -> list[dict]:
 
 
 def end_again_and_again(folder: Path, processes: int, times: int, end: Callable) -> None:
-    """Half of the ends come some steps after the start, the others at a random time, which may be
-    before the first step. What is then left to its end equals a run that was never ended."""
+    """Half of the ends come some steps after the start, the others at a random time, the first of
+    them before there is a step. What is then left to its end equals a run that was never ended."""
     settings = [f"epochs={10 * times}", "num_workers=1", "save_minutes=1e-4"]
     settings += [f"batch_size={128 // processes}"]
     command = [*LAUNCHER, f"env.tasks_per_node={processes}"]
@@ -101,7 +101,7 @@ def end_again_and_again(folder: Path, processes: int, times: int, end: Callable)
             until = last_step(job) + chance.randrange(1, 5)
             wait_until(lambda until=until: last_step(job) >= until, process)
         else:
-            time.sleep(chance.uniform(0, 4))
+            time.sleep(chance.uniform(0, min(4, number / 5)))
         end(process, job)
         without_any += not list_checkpoints(job / "checkpoints")
     for place in (folder, folder / "whole"):
