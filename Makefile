@@ -5,11 +5,13 @@ BIN = .venv/bin
 # Three tests at a time, also on two cores: many only wait, for Slurm or for other processes.
 TOGETHER = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo pictures test test-fast lint types clean
+.PHONY: help demo pictures challenges laboratory test test-fast lint types clean
 
 help:
 	@echo "make demo       see it learn: digits on a CPU, one to two minutes (SEED=1: another seed)"
 	@echo "make pictures   what patches of photographs become: 20 minutes on a CPU, into figs/"
+	@echo "make challenges the paper's argument in numbers: an hour on two cores, into docs/challenges.md"
+	@echo "make laboratory published choices of the target, compared: into docs/laboratory.md"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  without the slow tests"
 	@echo "make lint       ruff"
@@ -30,6 +32,9 @@ pictures: .venv/installed
 	$(BIN)/python launcher.py --config-name=photographs seed=$(SEED) overwrite=True
 	$(BIN)/python launcher.py --config-name=visualize pretrained=checkpoints/photographs stride=16 "controls=[random,pixels]" "point=[0.35,0.5]" max_iter=500 job_name=pictures
 	for name in china flower; do cp checkpoints/pictures/results/pictures/*-$$name.png figs/$$name.png; done
+
+challenges laboratory: .venv/installed
+	$(BIN)/python launcher.py --config-name=$@ env.parallel=2
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(TOGETHER)

@@ -23,12 +23,14 @@ def launch(configs: list[DictConfig]) -> int:
 
         return submit(configs)
     from util.job import is_finished
-    from util.local import run_here
+    from util.local import run_here, run_side_by_side
 
+    if len(configs) > 1:  # of a sweep, what is missing
+        configs = [cfg for cfg in configs if not is_finished(cfg)]
+    if cfg.env.parallel > 1 and len(configs) > 1:
+        return run_side_by_side(configs, cfg.env.parallel)
     exit_codes = [0]
     for cfg in configs:
-        if len(configs) > 1 and is_finished(cfg):  # of a sweep, what is missing
-            continue
         exit_codes.append(run_here(cfg))
         if exit_codes[-1] > 128:  # interrupted: the rest of a sweep is not wanted either
             break

@@ -22,6 +22,9 @@ from util.validate import check_config
 PROTOCOLS = {
     "nn": ("nn", ["protocol=paper"]),
     "knn": ("nn", ["protocol=knn", "final_norm=True"]),
+    "patches_knn": ("segmentation", ["method=knn"]),
+    "patches_linear": ("segmentation", ["method=linear"]),
+    "clusters": ("segmentation", ["segments=[truth]"]),
 }
 # What an evaluation takes over from this config, where it has the key.
 SHARED = (

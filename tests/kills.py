@@ -1,7 +1,7 @@
 """Runs that are ended again and again, and started again: kill -9 while checkpoints are written (in
 the suite, too), and, by hand, kill -9 at any moment, closed terminals, killed loader workers:
 
-python -m tests.kills FOLDER     # about half an hour
+python -m tests.kills FOLDER     # about a quarter of an hour
 """
 
 import os
@@ -90,7 +90,7 @@ def log_without_times(job: Path) -> list[dict]:
 def end_again_and_again(folder: Path, processes: int, times: int, end: Callable) -> None:
     """Half of the ends come some steps after the start, the others at a random time, the first of
     them before there is a step. What is then left to its end equals a run that was never ended."""
-    settings = [f"epochs={10 * times}", "num_workers=1", "save_minutes=1e-4"]
+    settings = [f"epochs={4 * times}", "num_workers=1", "save_minutes=1e-4"]
     settings += [f"batch_size={128 // processes}"]
     command = [*LAUNCHER, f"env.tasks_per_node={processes}"]
     job, chance = folder / "demo", random.Random(processes * times)
@@ -101,7 +101,7 @@ def end_again_and_again(folder: Path, processes: int, times: int, end: Callable)
             until = last_step(job) + chance.randrange(1, 5)
             wait_until(lambda until=until: last_step(job) >= until, process)
         else:
-            time.sleep(chance.uniform(0, min(4, number / 5)))
+            time.sleep(chance.uniform(0, min(2.5, number / 10)))
         end(process, job)
         without_any += not list_checkpoints(job / "checkpoints")
     for place in (folder, folder / "whole"):

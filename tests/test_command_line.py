@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 import launcher
 from util.command import run_command_line, run_worker
-from util.config import compose_config
+from util.config import CONFIG_DIR, compose_config, group_choices
 
 
 @pytest.fixture
@@ -64,6 +64,14 @@ def own(tmp_path):
     taller = "# @package _global_\ndefaults: [{override /encoder: vit_tiny}]\nepochs: 8\n"
     write(experiments / "taller.yaml", taller)
     write(experiments / "nowhere.yaml", "epochs: 9\n")
+    sweep = "sweep: {tau: [0.2, 0.3], seed: [0, 1]}\n"
+    write(experiments / "taus.yaml", f"# @package _global_\n{sweep}")
+    write(experiments / "long.yaml", f"# @package _global_\nepochs: 70\n{sweep}")
+    variants = "['', 'num_vis=${patches:${grid_size},0.5} decoder=self', tau=0.5]"
+    text = f"# @package _global_\nsweep: {{variants: {variants}, masks: [random, block]}}\n"
+    write(experiments / "several.yaml", text)
+    write(experiments / "broken.yaml", "# @package _global_\nsweep: {seed: 3}\n")
+    write(folder / "sweeping.yaml", "defaults: [demo, _self_]\nsweep: {seed: [1]}\n")
     return folder
 
 
@@ -182,19 +190,72 @@ def test_an_experiment_chooses_or_says_that_it_cannot(composed, error_of, own):
 
 
 def test_mistakes_with_experiments(error_of, own):
-    assert error_of("experiment=x").startswith("experiment=x: expected one of configs/experiment/")
     message = error_of(f"-cd={own}", "experiment=x")
-    assert message == "experiment=x: expected one of nowhere, short, taller"
+    expected = "experiment=x: expected one of broken, challenge_correlation"
+    assert message.startswith(expected) and message.endswith("several, short, taller, taus")
+    message = error_of(f"-cd={own}", "-cn=demo", "-m", "experiment=broken")
+    assert message == "experiment=broken: expected a list for each key of its sweep"
+    assert error_of(f"-cd={own}", "-cn=sweeping").startswith("sweeping.yaml: expected no section '")
     assert error_of(f"-cd={own}", "experiment=nowhere").endswith("must be '# @package _global_'")
+
+
+def names(configs: list[dict]) -> list[str]:
+    return [config["job_name"] for config in configs]
 
 
 def test_a_sweep_over_experiments(composed, own):
     sweep = composed(f"-cd={own}", "-cn=mine", "-m", "experiment=short,taller")
     assert [config["epochs"] for config in sweep] == [7, 8]
-    assert [config["job_name"] for config in sweep] == [
-        "demo-experiment-short",
-        "demo-experiment-taller",
+    assert names(sweep) == ["demo-experiment-short", "demo-experiment-taller"]
+
+
+def test_the_sweep_of_an_experiment(composed, own, tmp_path):
+    (tmp_path / "demo").mkdir()
+    sweep = composed(f"-cd={own}", "-cn=demo", "-m", "experiment=taus")
+    assert names(sweep) == ["demo", "demo-seed1", "demo-tau0.3", "demo-tau0.3-seed1"]
+    by_hand = composed("-cn=demo", "tau=0.3", "seed=1", "job_name=demo-tau0.3-seed1")
+    assert sweep[3:] == by_hand
+    # What is typed takes the place of its own; without -m only its settings count.
+    typed = composed(f"-cd={own}", "-cn=demo", "-m", "experiment=taus", "seed=5,6", "tau=0.4")
+    assert [(config["seed"], config["tau"]) for config in typed] == [(5, 0.4), (6, 0.4)]
+    assert names(typed) == ["demo-seed5", "demo-seed6"]
+    (single,) = composed(f"-cd={own}", "-cn=demo", "experiment=long")
+    assert single["epochs"] == 70 and "sweep" not in single
+
+
+def test_variants_are_not_combined_with_each_other(composed, own):
+    sweep = composed(f"-cd={own}", "-cn=demo", "-m", "experiment=several")
+    assert names(sweep) == [
+        *("demo", "demo-masks-block"),
+        *("demo-num_vis8-decoder-self", "demo-num_vis8-decoder-self-masks-block"),
+        *("demo-tau0.5", "demo-tau0.5-masks-block"),
     ]
+    assert sweep[3]["num_vis"] == 8 and sweep[3]["decoder"]["name"] == "self"
+    typed = composed(f"-cd={own}", "-cn=demo", "-m", "experiment=several", "decoder=cross")
+    assert names(typed) == names(sweep)[:2] + names(sweep)[4:]
+
+
+def test_what_experiments_share_runs_once(composed, own):
+    both = composed(f"-cd={own}", "-cn=demo", "-m", "experiment=taus,long,several")
+    assert len(names(both)) == len(set(names(both))) == 4 + 4 + 5
+    assert "demo-experiment-long-tau0.3-seed1" in names(both)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["-cn=demo", "-cn=lmim dataset=imagenet data_path=/x env.slurm=True"]
+)
+def test_the_shipped_experiments_go_with_every_recipe(composed, recipe):
+    published = {"num_vis": 49, "decoder_depth": 8, "patch_gap": 0, "avg_vis_mask_token": False}
+    published |= {"avg_sim_coeff": 0, "target": {"name": "pixels"}, "loss": {"name": "norm_l2"}}
+    experiments = ",".join(group_choices("experiment", [CONFIG_DIR]))
+    runs = composed(*recipe.split(), "-m", f"experiment={experiments}", "seed=3")
+    assert len(runs) == 1 + 3 + 4 + 3 + 3 + 4  # the recipe once
+    if "lmim" in recipe:
+        (mae,) = (run for run in runs if run["job_name"].endswith("lab_mae"))
+        assert mae == mae | published and mae["proj"]["mlp_depth"] == 0
+    (data2vec,) = (run for run in runs if run["job_name"].endswith("lab_data2vec"))
+    assert data2vec["target_layers"] == f"top:{data2vec['encoder']['depth'] // 2}"
+    assert data2vec["num_vis"] == {4: 6, 14: 76}[data2vec["grid_size"]]
 
 
 # ---- Flags of Hydra's. ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ that `--help`, `--cfg job` and submission answer at once."""
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
@@ -15,12 +16,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = "experiment"  # applied last, after the config's own values
+SWEEP = "sweep"  # in an experiment: what -m runs (util/sweep.py)
 USER_GROUPS = ("local", EXPERIMENT)  # the user's own settings, not shipped
 # The only sections where a key may be added: what they hold is passed through.
 OPEN_SECTIONS = ("dataset.options", "env.slurm_extra", "env.nccl")
@@ -98,10 +100,14 @@ def describe_files(folders: list[Path]) -> list[str]:
     lines = []
     for name in yaml_names(folders):
         path = next(path for folder in folders if (path := folder / f"{name}.yaml").exists())
-        texts = [text for text in path.read_text().splitlines() if not text.startswith("# @")]
-        first = texts[0].removeprefix("# ") if texts and texts[0].startswith("#") else ""
-        lines.append(shorten(f"  {name:15} {first}", 79, "..."))
+        lines.append(shorten(f"  {name:15} {headline(path)}", 79, "..."))
     return lines
+
+
+def headline(path: Path) -> str:
+    """The comment that a config begins with, its first line."""
+    texts = [text for text in path.read_text().splitlines() if not text.startswith("# @")]
+    return texts[0].removeprefix("# ") if texts and texts[0].startswith("#") else ""
 
 
 def shorten(text: str, width: int, end: str) -> str:
@@ -146,7 +152,11 @@ def compose_config(
         overrides.append(f'hydra.searchpath=["file://{folders[1]}"]')
         with initialize_config_dir(str(folders[0]), version_base="1.3"):
             config = compose(config_name, overrides)
-            check_files(config_name, overrides, folders)
+            groups = {*group_names(config_dirs), EXPERIMENT, "hydra.searchpath"}
+            chosen = [text for text in overrides if text.partition("=")[0].lstrip("+~") in groups]
+            check_files(config_name, tuple(chosen), tuple(folders))
+        with open_dict(config):
+            config.pop(SWEEP, None)
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(explain(error, config_dirs, worker)) from error
@@ -184,8 +194,7 @@ def check_override(text: str, config_dirs: list[Path], worker: str | None) -> st
     if is_experiment or key in group_names(config_dirs):
         choices = group_choices(key, config_dirs)
         if override.value() not in choices:
-            valid = ", ".join(choices) or f"configs/{key}/*.yaml (there is none)"
-            raise ConfigError(f"{text}: expected one of {valid}")
+            raise ConfigError(f"{text}: expected one of {', '.join(choices)}")
     return override.input_line or text
 
 
@@ -219,19 +228,23 @@ def quote(value: str) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
-def check_files(config_name: str, overrides: list[str], folders: list[Path]) -> None:
+@cache
+def check_files(config_name: str, choices: tuple[str, ...], folders: tuple[Path, ...]) -> None:
     """Catch what Hydra would ignore in files."""
     loader = GlobalHydra.instance().config_loader()
-    used = loader.compute_defaults_list(config_name, overrides, RunMode.RUN)
+    used = loader.compute_defaults_list(config_name, [*choices], RunMode.RUN)
     for name in [entry.config_path or "" for entry in used.defaults]:
         contents = read_first(name, folders)
-        if "hydra" in contents:
-            raise ConfigError(f"{name}.yaml: expected no section 'hydra', which would do nothing")
-        if not name.startswith(f"{EXPERIMENT}/"):
+        is_experiment = name.startswith(f"{EXPERIMENT}/")
+        for section in ("hydra",) if is_experiment else ("hydra", SWEEP):
+            if section in contents:
+                valid = f"no section '{section}', which would do nothing"
+                raise ConfigError(f"{name}.yaml: expected {valid}")
+        if not is_experiment:
             continue
         for group, choice in choices_in(contents).items():
             wins = used.overrides.override_choices.get(group, choice)
-            if wins != choice and not any(text.startswith(f"{group}=") for text in overrides):
+            if wins != choice and not any(text.startswith(f"{group}=") for text in choices):
                 valid = f"{group}={choice} on the command line as well"
                 raise ConfigError(f"{name}: expected {valid}, because {config_name} overrides it")
 
@@ -334,7 +347,7 @@ def worker_of(config_name: str, folders: list[Path]) -> str | None:
     return contents.get("worker") or next(filter(None, workers), None)
 
 
-def read_first(name: str, folders: list[Path]) -> dict:
+def read_first(name: str, folders: Sequence[Path]) -> dict:
     files = (folder / f"{name}.yaml" for folder in folders)
     return next((read_yaml(file) for file in files if file.is_file()), {})
 
@@ -364,7 +377,13 @@ def scaled(value, amount, full):
     return round(share) if share >= 1 else share
 
 
+def patches(grid_size, share):
+    """For configs: so many of the grid's patches, rounded."""
+    return round(share * grid_size**2)
+
+
 OmegaConf.register_new_resolver("scaled", scaled, replace=True)
+OmegaConf.register_new_resolver("patches", patches, replace=True)
 
 
 def job_directory(cfg: DictConfig) -> Path:

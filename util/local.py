@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import FrameType
 
 import torch
@@ -19,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
 from util.command import leave, run_configured_worker
-from util.config import ConfigError, processes_per_node
+from util.config import ConfigError, job_directory, processes_per_node
+from util.metrics import readable_time
 from util.preemption import Signals
 from util.validate import check_processes
 
@@ -81,7 +83,61 @@ def run_and_exit(config: dict, variables: dict[str, str]) -> None:
         leave(exit_code)
 
 
-def tell(processes: list[SpawnProcess], number: int) -> None:
+def run_side_by_side(configs: list[DictConfig], at_once: int, modules: Iterable[str] = ()) -> int:
+    """So many runs at a time, each in a process of its own. They are forked from one that imports
+    their workers, and these modules, once. -> exit code"""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // at_once)))
+    multiprocessing.set_forkserver_preload([*{cfg.worker for cfg in configs}, *modules, __name__])
+    waiting, exit_codes, begin = list(configs), [], time.monotonic()
+    running: dict[int, BaseProcess] = {}  # by place
+    processes: list[BaseProcess] = []
+    with closing(PassedOn(processes)) as signals:
+        while waiting or running:
+            for place in range(at_once):
+                if waiting and place not in running:
+                    running[place] = new_run(waiting.pop(0), place)
+                    processes.append(running[place])
+                    running[place].start()
+            if signals.received:
+                waiting.clear()
+                tell(processes, signals.received[-1])  # it came while one was being started
+            wait([process.sentinel for process in running.values()], timeout=1)
+            for place, process in [*running.items()]:
+                if not process.is_alive():
+                    del running[place]
+                    code = process.exitcode or 0
+                    exit_codes.append(code if code >= 0 else 1)
+                    took = (time.monotonic() - begin) / len(exit_codes)
+                    left = readable_time(took * (len(configs) - len(exit_codes)))
+                    what = f"exit code {code}" if code else "done"
+                    progress = f"{len(exit_codes)} of {len(configs)}, eta {left}"
+                    print(f"{process.name}: {what} ({progress})", flush=True)
+    return 128 + signals.received[0] if signals.received else max(exit_codes)
+
+
+def new_run(cfg: DictConfig, place: int) -> BaseProcess:
+    """With a GPU of its own, if it wants one."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    own = {"CUDA_VISIBLE_DEVICES": visible[place % count]} if count and cfg.env.ngpu == 1 else {}
+    process = multiprocessing.get_context("forkserver").Process
+    return process(target=run_into_log, args=[OmegaConf.to_container(cfg), own], name=cfg.job_name)
+
+
+def run_into_log(config: dict, variables: dict[str, str]) -> None:
+    """What each of several runs does. What it prints is in its job's logs/output.txt."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.update(variables)
+    cfg = OmegaConf.create(config)
+    path = job_directory(cfg) / "logs" / "output.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    leave(run_here(cfg))
+
+
+def tell(processes: Sequence[BaseProcess], number: int) -> None:
     for process in processes:
         if process.pid is not None and process.is_alive():
             with suppress(ProcessLookupError):
@@ -91,7 +147,7 @@ def tell(processes: list[SpawnProcess], number: int) -> None:
 class PassedOn(Signals):
     """Passes signals on to the processes; the same one again kills them and leaves."""
 
-    def __init__(self, processes: list[SpawnProcess]):
+    def __init__(self, processes: Sequence[BaseProcess]):
         self.processes = processes
         super().__init__()
 
@@ -104,7 +160,7 @@ class PassedOn(Signals):
         os._exit(128 + number)
 
 
-def wait_for_all(processes: list[SpawnProcess], received: list[int]) -> int:
+def wait_for_all(processes: Sequence[BaseProcess], received: list[int]) -> int:
     """Until all have ended, or one has failed. -> exit code"""
     told_at = said_at = None
     while running := [process for process in processes if process.is_alive()]:
@@ -130,7 +186,7 @@ def wait_for_all(processes: list[SpawnProcess], received: list[int]) -> int:
     return max(process.exitcode or 0 for process in processes)
 
 
-def end(processes: list[SpawnProcess]) -> None:
+def end(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + END_SECONDS

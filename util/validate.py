@@ -94,6 +94,10 @@ MODULE: Rule = ("a Python module with main(cfg), such as main_lmim", is_module)
 # Slurm's accounts and nodes may be plain numbers.
 LABEL: Rule = ("a text or a whole number", lambda v: is_text(v) or is_whole(v))
 SECTION: Rule = ("a section of keys", lambda v: isinstance(v, DictConfig))
+EVALUATIONS = (
+    *("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"),
+    *("patches_knn", "patches_linear", "clusters"),
+)
 RGB: Rule = (
     "a list of three numbers (red, green, blue)",
     lambda v: is_list(v, is_number) and len(v) == 3,
@@ -164,7 +168,10 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (whole(1), "patch_size num_vis decoder_depth decoder_embed_dim decoder_num_heads proj.mlp_dim"),
     (whole(1), "encoder.embed_dim encoder.depth encoder.num_heads encoder.patch_size"),
     (whole(1), "epochs batch_size accum_iter print_freq save_freq"),
-    (whole(1), "env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers"),
+    (
+        whole(1),
+        "env.parallel env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers",
+    ),
     (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
     (whole(1), "sigreg_slices draws frame_side top_k patch_head.epochs patch_head.batch_images"),
     (or_null(whole(1)), "target_depth image_side max_steps bank_patches"),
@@ -216,7 +223,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (one_of("tokens", "pixels"), "features"),
     (one_of("cosine", "euclidean", "manhattan"), "clustering.metric"),
     (one_of("average", "complete", "single", "ward"), "clustering.linkage"),
-    (several_of("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"), "evals"),
+    (several_of(*EVALUATIONS), "evals"),
     (CONTROLS, "controls"),
     (several_of("cls", "mean", "cls+mean", "attentive"), "poolings"),
     (or_null(RAND_AUGMENT), "auto_augment"),

@@ -1,0 +1,275 @@
+"""The paper's argument in numbers: trains what experiments describe, on digits and on textures,
+evaluates each run, and writes tables, pictures and what they show.
+
+python launcher.py --config-name=challenges env.parallel=2     # docs/challenges.md
+python launcher.py --config-name=laboratory env.parallel=2     # docs/laboratory.md
+
+Started again it goes on where it was. Curves of all runs: output_dir/job_name/report.html.
+"""
+
+import json
+import math
+import shutil
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine_pretrain import Training
+from eval.evaluate import table
+from models.views import sample_views
+from util import report
+from util.build import build_model, read_geometry, training_parts
+from util.command import run_worker
+from util.config import CONFIG_DIR, compose_config, headline, job_directory
+from util.cpu import write_out_attention
+from util.distributed import Ranks
+from util.files import read_records, write_whole
+from util.job import git, is_finished
+from util.loaders import open_split
+from util.local import run_side_by_side
+from util.report import spread
+from util.sweep import compose_all
+
+MOSAICS = 3  # in the pictures
+WORKERS = ("eval.nn", "eval.few_shot", "eval.segmentation", "eval.collapse", "eval.visualize")
+
+
+class Recipe(NamedTuple):
+    config: str
+    columns: dict[str, str]  # by title: evaluation/metric; the first one is judged by
+
+
+FEATURES = {
+    "RankMe": "collapse/rankme",
+    "cosine of images": "collapse/mean_cosine",
+    "cosine of tokens": "collapse/token_similarity",
+    "position probe": "collapse/position_probe",
+}
+RECIPES = {
+    "digits": Recipe(
+        "demo",
+        {
+            "nearest neighbour": "nn/top1",
+            "k-NN": "knn/k10_top1",
+            "10 images per class": "few_shot/top1/10-shot",
+            **FEATURES,
+        },
+    ),
+    "textures": Recipe(
+        "textures",
+        {
+            "linear probe of patches": "patches_linear/pixel_accuracy",
+            "k-NN of patches": "patches_knn/accuracy_20",
+            "ARI of clusters": "clusters/ari_truth",
+            **FEATURES,
+        },
+    ),
+}
+
+
+# What the paper says of an experiment is that its own recipe is better; of these it says nothing.
+UNCLAIMED = {"target-stopgrad", "target-frozen"}
+
+
+class Run(NamedTuple):
+    recipe: str
+    label: str  # what its folder's name has more than the recipe's
+    cfg: DictConfig
+
+    @property
+    def folder(self) -> Path:
+        return job_directory(self.cfg)
+
+    @property
+    def results(self) -> Path:
+        """Of its evaluations."""
+        return self.folder.with_name(f"{self.folder.name}-evaluated") / "results/evaluate.json"
+
+
+def main(cfg: DictConfig) -> None:
+    Path(cfg.page).parent.mkdir(parents=True, exist_ok=True)
+    plans = {name: plan(cfg, name) for name in RECIPES if cfg[name] is not None}
+    named = {run.folder: run for runs in plans.values() for own in runs.values() for run in own}
+    runs = [*named.values()]
+    finish(cfg, [run.cfg for run in runs if not is_finished(run.cfg)])
+    finish(cfg, [evaluation(run) for run in runs if not run.results.is_file()])
+    pictures = draw(cfg, plans.get("textures", {}))
+    jobs = [*map(str, named), *(str(run.results.parents[1]) for run in runs)]
+    keys = [f"output_dir={cfg.output_dir}", f"job_name={cfg.job_name}", f"jobs=[{','.join(jobs)}]"]
+    report.main(compose_config("report", keys))
+    text = "\n\n".join(describe(cfg, plans, pictures))
+    write_whole(Path(cfg.page), text.encode() + b"\n")
+    print(f"{len(runs)} runs: {cfg.page}")
+
+
+def finish(cfg: DictConfig, configs: list[DictConfig]) -> None:
+    if configs and (exit_code := run_side_by_side(configs, cfg.env.parallel, WORKERS)):
+        sys.exit(exit_code)
+
+
+# --- what runs ----------------------------------------------------------------------------------
+
+
+def plan(cfg: DictConfig, name: str) -> dict[str, list[Run]]:
+    """By experiment, the recipe first."""
+    common = [f"output_dir={cfg.output_dir}", f"job_name={name}", "resume=True", *cfg[name]]
+    found = {}
+    for experiment in cfg.experiments:
+        runs: dict[str, Run] = {}
+        for chosen in ([], [f"experiment={experiment}"]):
+            command = Namespace(config_name=RECIPES[name].config, config_dir=CONFIG_DIR)
+            command.overrides, command.multirun = [*chosen, *common], True
+            for own in compose_all(command):
+                label = own.job_name.removeprefix(f"{name}-seed{own.seed}").removeprefix("-")
+                runs[own.job_name] = Run(name, label.removeprefix("experiment-"), own)
+        if cfg.equal_gflop:
+            cost = {run.label: gflop_per_image(run.cfg) for run in runs.values()}
+            for run in runs.values():
+                run.cfg.epochs = round(run.cfg.epochs * cost[""] / cost[run.label])
+        found[experiment] = [*runs.values()]
+    return found
+
+
+def gflop_per_image(cfg: DictConfig) -> float:
+    """Of a training step: the matrix products, forward and backward, by counting them."""
+    model = build_model(cfg)
+    write_out_attention(model)  # torch does not count its fused form on a CPU
+    training = Training(**training_parts(cfg, model, Ranks(0, 1, torch.device("cpu")), "fp32"))
+    geometry, images = read_geometry(cfg), 2
+    sizes = (images, geometry.grid_size, geometry.num_vis, geometry.patch_gap)
+    views = sample_views(*sizes, torch.Generator(), masks=cfg.masks)
+    pixels = torch.rand(images, 3, geometry.side, geometry.side)
+    with FlopCounterMode(display=False) as counter:
+        training.objective(training.network(pixels, views), 0.5)[0].backward()
+    return counter.get_total_flops() / images / 1e9
+
+
+def evaluation(run: Run) -> DictConfig:
+    names = dict.fromkeys(path.split("/")[0] for path in RECIPES[run.recipe].columns.values())
+    folder = run.results.parents[1]
+    keys = {"pretrained": run.folder, "output_dir": folder.parent, "job_name": folder.name}
+    keys |= {"dataset": run.cfg.dataset.name, "evals": f"[{','.join(names)}]"}
+    cfg = compose_config("evaluate", [f"{key}={value}" for key, value in keys.items()])
+    cfg.dataset, cfg.beside_random_init = run.cfg.dataset, not run.label
+    return cfg
+
+
+def draw(cfg: DictConfig, runs: dict[str, list[Run]]) -> dict[str, Path]:
+    """By experiment, clusters of a few mosaics for the first seed of each row."""
+    if not runs:
+        return {}
+    folder = Path(cfg.output_dir) / "mosaics"
+    folder.mkdir(exist_ok=True)
+    mosaics = open_split(next(iter(runs.values()))[0].cfg, "eval")
+    for index in range(MOSAICS):
+        mosaics.load(index).save(folder / f"{index}.png")
+    drawn = {}
+    for experiment, own in runs.items():
+        rows = {run.label: str(run.folder) for run in reversed(own)}  # first seeds win
+        keys = [f"pretrained=[{','.join([*rows.values()][::-1])}]", f"images={folder}"]
+        keys += [f"output_dir={cfg.output_dir}", f"job_name={experiment}", "dataset=textures"]
+        keys += ["clusters=[4]", "max_iter=null", "point=null", "controls=[pixels]"]
+        drawn[experiment] = compose_config("visualize", keys)
+    finish(cfg, [*drawn.values()])
+    return {name: job_directory(own) / "results/pictures/all.png" for name, own in drawn.items()}
+
+
+# --- what they show -----------------------------------------------------------------------------
+
+
+def describe(
+    cfg: DictConfig, plans: dict[str, dict[str, list[Run]]], pictures: dict[str, Path]
+) -> Iterator[str]:
+    """The parts of the page."""
+    yield f"# {cfg.title}\n\n```bash\n{cfg.command}\n```"
+    runs = {run.folder: run for own in plans.values() for row in own.values() for run in row}
+    seconds = sum(read_result(run)["seconds"] for run in runs.values())
+    settings = "; ".join(f"{name}: {' '.join(cfg[name])}" for name in plans)
+    yield (
+        f"{date.today()}, commit {git('rev-parse', '--short', 'HEAD')}: {len(runs)} runs, "
+        f"{seconds / 60:.0f} minutes of training, {cfg.env.parallel} at a time ({settings}). Mean "
+        f"± standard deviation over seeds. Cosines and position probe are those of "
+        f"[collapse](evaluation.md), GFLOP those of an image in training."
+    )
+    for experiment in cfg.experiments:
+        yield f"## {experiment}\n\n{headline(CONFIG_DIR / 'experiment' / f'{experiment}.yaml')}"
+        for name, own in plans.items():
+            yield from describe_rows(name, experiment, own[experiment])
+        if experiment in pictures:
+            figure = Path(cfg.page).parents[1] / "figs" / f"{experiment}.png"
+            figure.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(pictures[experiment], figure)
+            yield f"![Clusters and principal components]({Path('..') / 'figs' / figure.name})"
+
+
+def describe_rows(name: str, experiment: str, runs: list[Run]) -> Iterator[str]:
+    """A table with a row per setting, and what it shows."""
+    rows: dict[str, list[Run]] = {}
+    for run in runs:
+        rows.setdefault(run.label, []).append(run)
+    measured = {label: numbers_of(own, "trained") for label, own in rows.items()}
+    titles, judged = [*RECIPES[name].columns], next(iter(RECIPES[name].columns))
+    lines = [[name, *titles, "loss", "chance", "verdict", "GFLOP"]]
+    random = numbers_of(rows[""], "random init")
+    lines.append(["random weights", *(spread(random[title], 0) for title in titles), *"––––"])
+    seen = []
+    for label, numbers in measured.items():
+        verdicts = Counter(read_result(run)["verdict"] for run in rows[label])
+        lines.append(
+            [
+                f"`{label}`" if label else "recipe",
+                *(spread(numbers[title], 0) for title in [*titles, "loss"]),
+                f"{numbers['chance'][0]:.4g}" if "chance" in numbers else "–",
+                ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items()),
+                f"{gflop_per_image(rows[label][0].cfg):.3g}",
+            ]
+        )
+        if label:
+            is_claimed = experiment.startswith("challenge_") and label not in UNCLAIMED
+            what = compare(measured[""][judged], numbers[judged], is_claimed)
+            seen.append(f"- `{label}`, {judged}: {what}.")
+    yield table(lines)
+    yield "\n".join(seen)
+
+
+def numbers_of(runs: list[Run], weights: str) -> dict[str, np.ndarray]:
+    """By title, one number per run."""
+    evaluated = [json.loads(run.results.read_bytes())["evaluations"] for run in runs]
+    numbers = {}
+    for title, path in RECIPES[runs[0].recipe].columns.items():
+        name, metric = path.split("/", 1)
+        numbers[title] = [found[name][weights]["results"][metric] for found in evaluated]
+    for run in runs:
+        logged = read_records(run.folder / "log.txt")
+        last = next(record for record in reversed(logged) if "loss" in record)
+        for title in last.keys() & {"loss", "chance"}:
+            numbers.setdefault(title, []).append(last[title])
+    return {title: np.array(found) for title, found in numbers.items()}
+
+
+def read_result(run: Run) -> dict:
+    return json.loads((run.folder / "results" / f"{run.cfg.job_name}.json").read_bytes())
+
+
+def compare(base: np.ndarray, values: np.ndarray, is_claimed: bool) -> str:
+    """base: of the recipe, one number per seed. Claimed: that the recipe is better."""
+    lower = base.mean() - values.mean()
+    limit = 2 * math.hypot(base.std(ddof=1), values.std(ddof=1))
+    text = f"{abs(lower):.1f} {'lower' if lower > 0 else 'higher'} than the recipe"
+    if abs(lower) < limit:
+        return f"{text}, less than two standard deviations ({limit:.1f}): not shown"
+    agreement = "as the paper says" if lower > 0 else "not as the paper says"
+    return f"{text}: {agreement}" if is_claimed else text
+
+
+if __name__ == "__main__":
+    run_worker(main, description=__doc__, config_name="challenges")

@@ -1,0 +1,120 @@
+"""bench/challenges.py: the paper's argument in numbers."""
+
+import json
+import os
+import signal
+import statistics
+import sys
+
+import numpy as np
+import pytest
+
+from bench.challenges import compare, gflop_per_image
+from bench.step import Setting, count_flops
+from tests.runs import (
+    LAUNCHER,
+    TINY,
+    assert_same_state,
+    final_state,
+    finish,
+    records,
+    start_process,
+    succeed,
+    wait_until,
+)
+from util.checkpoint import list_checkpoints
+from util.config import compose_config
+
+BASE = np.array([90.0, 91.0, 92.0])  # standard deviation 1
+
+
+@pytest.mark.parametrize(
+    ("values", "is_claimed", "expected"),
+    [
+        ([70, 71, 72], True, "20.0 lower than the recipe: as the paper says"),
+        ([95, 96, 97], True, "5.0 higher than the recipe: not as the paper says"),
+        ([70, 71, 72], False, "20.0 lower than the recipe"),
+        ([95, 96, 97], False, "5.0 higher than the recipe"),
+        # Two standard deviations of a difference between numbers that have 1 each are 2.8.
+        *((x, True, f"2.7 {y}, less than two standard deviations (2.8): not shown") for x, y in (
+            ([87.3, 88.3, 89.3], "lower than the recipe"),
+            ([92.7, 93.7, 94.7], "higher than the recipe"),
+        )),
+        ([87.1, 88.1, 89.1], True, "2.9 lower than the recipe: as the paper says"),
+    ],
+)  # fmt: skip
+def test_what_numbers_show(values, is_claimed, expected):
+    assert compare(BASE, np.array(values), is_claimed) == expected
+
+
+def test_operations_are_counted_as_by_the_bench():
+    ours = gflop_per_image(compose_config("lmim", ["encoder=vit_tiny"]))
+    counted = count_flops(Setting("vit_tiny", 2, 14, "fp32", False, False)) / 1e9
+    assert ours == pytest.approx(counted, rel=1e-6)
+    without_target = gflop_per_image(
+        compose_config("lmim", ["encoder=vit_tiny", "target=pixels", "avg_sim_coeff=0"])
+    )
+    assert without_target < ours
+
+
+@pytest.mark.slow
+def test_from_runs_to_the_page(tmp_path):
+    """Interrupted and started again; the page says what the runs have left."""
+    page, runs = tmp_path / "docs/page.md", tmp_path / "runs"
+    small = "max_steps=3 watch_images=16 encoder.depth=1 proj.mlp_dim=32 batch_size=16"
+    small += " dataset.options.train_images=60 dataset.options.eval_images=20 seed=0,1"
+    overrides = ",".join(f"'{override}'" for override in small.split())
+    command = [sys.executable, "launcher.py", "--config-name=challenges", "env.parallel=2"]
+    command += [f"output_dir={runs}", f"page={page}", "experiments=[lab_lejepa]"]
+    command += ["digits=null", f"textures=[{overrides}]"]
+    process = start_process(command)
+    wait_until(lambda: list(runs.glob("*/checkpoints/*.pth")), process)
+    os.kill(process.pid, signal.SIGINT)
+    code, output = finish(process)
+    assert code == 128 + signal.SIGINT, output
+    code, output = finish(start_process(command), timeout=280)
+    assert code == 0, output
+    lines = [line.strip("| ").split(" | ") for line in page.read_text().splitlines()]
+    rows = {line[0]: line for line in lines if len(line) > 1}
+    assert list(rows) == ["textures", "---", "random weights", "recipe", "`lab_lejepa`"]
+    for name, label, weights in (
+        ("recipe", "", "trained"),
+        ("random weights", "", "random init"),
+        ("`lab_lejepa`", "-experiment-lab_lejepa", "trained"),
+    ):
+        jobs = [f"textures-seed{seed}{label}" for seed in (0, 1)]
+        found = [runs / f"{job}-evaluated/results/evaluate.json" for job in jobs]
+        found = [json.loads(path.read_text())["evaluations"] for path in found]
+        for column, (evaluation, measure) in {
+            1: ("patches_linear", "pixel_accuracy"),
+            2: ("patches_knn", "accuracy_20"),
+            3: ("clusters", "ari_truth"),
+            7: ("collapse", "position_probe"),
+        }.items():
+            numbers = [own[evaluation][weights]["results"][measure] for own in found]
+            mean, deviation = map(float, rows[name][column].split(" ± "))
+            assert mean == pytest.approx(statistics.mean(numbers), rel=1e-2)
+            assert deviation == pytest.approx(statistics.stdev(numbers), rel=0.06, abs=1e-9)
+    logs = [records(runs / f"textures-seed{seed}") for seed in (0, 1)]
+    last = [[record for record in log if "loss" in record][-1] for log in logs]
+    assert float(rows["recipe"][8].split(" ± ")[0]) == pytest.approx(
+        statistics.mean(record["loss"] for record in last), rel=1e-2
+    )
+    assert rows["recipe"][9] == f"{last[0]['chance']:.4g}" and rows["`lab_lejepa`"][9] == "–"
+    assert (tmp_path / "figs/lab_lejepa.png").is_file()
+
+
+@pytest.mark.slow
+def test_runs_side_by_side(tmp_path):
+    """What is finished is not run again; one that fails does not keep the others from running."""
+    command = [*LAUNCHER, *TINY, f"output_dir={tmp_path}", "-m", "env.parallel=2"]
+    code, output = finish(start_process([*command, "seed=0,1", "blr=1e-3,1e30"]))
+    assert code == 3 and output.count(": done (") == 2 and output.count(": exit code 3 (") == 2
+    alone = succeed(LAUNCHER, f"output_dir={tmp_path / 'alone'}", "seed=1", "blr=1e-3")
+    assert "demo: " in alone
+    ours, expected = tmp_path / "demo-seed1-blr0.001", tmp_path / "alone/demo"
+    assert_same_state(final_state(ours), final_state(expected))
+    assert (ours / "logs/output.txt").read_text().startswith("demo-seed1-blr0.001: ")
+    code, output = finish(start_process([*command, "seed=0,1,2", "blr=1e-3"]))
+    assert code == 0 and output.count("already finished") == 2
+    assert list_checkpoints(tmp_path / "demo-seed2-blr0.001/checkpoints")
