@@ -38,6 +38,7 @@ from util.loaders import open_split
 from util.local import run_side_by_side
 from util.report import spread
 from util.sweep import compose_all
+from util.validate import check_config
 
 MOSAICS = 3  # in the pictures
 WORKERS = ("eval.nn", "eval.few_shot", "eval.segmentation", "eval.collapse", "eval.visualize")
@@ -74,8 +75,6 @@ RECIPES = {
         },
     ),
 }
-
-
 # What the paper says of an experiment is that its own recipe is better; of these it says nothing.
 UNCLAIMED = {"target-stopgrad", "target-frozen"}
 
@@ -135,7 +134,10 @@ def plan(cfg: DictConfig, name: str) -> dict[str, list[Run]]:
             cost = {run.label: gflop_per_image(run.cfg) for run in runs.values()}
             for run in runs.values():
                 run.cfg.epochs = round(run.cfg.epochs * cost[""] / cost[run.label])
+        for run in runs.values():
+            check_config(run.cfg)
         found[experiment] = [*runs.values()]
+        print(f"{experiment} on {name}: {len(runs)} runs", flush=True)
     return found
 
 

@@ -105,7 +105,8 @@ def end_again_and_again(folder: Path, processes: int, times: int, end: Callable)
         end(process, job)
         without_any += not list_checkpoints(job / "checkpoints")
     for place in (folder, folder / "whole"):
-        code, output = finish(start(command, *settings, f"output_dir={place}"), timeout=1200)
+        last = start(command, *settings, "save_minutes=10", f"output_dir={place}")
+        code, output = finish(last, timeout=1200)
         assert code == 0, output
     assert_same_state(final_state(job), final_state(folder / "whole" / "demo"))
     steps = [record["step"] for record in records(job)]

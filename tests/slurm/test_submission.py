@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.evaluations import launch, results
 from tests.runs import LAUNCHER, ROOT, TINY, environment, records, run, succeed
@@ -76,7 +77,8 @@ def test_a_name_of_spaces_quotes_and_commands(tmp_path):
 
 
 def test_a_sweep_is_one_array(tmp_path):
-    arguments = ["-m", "seed=1,2,3", "epochs=1", "warmup_epochs=0", f"output_dir={tmp_path}"]
+    arguments = ["-m", "experiment=lab_lejepa", "epochs=1", "warmup_epochs=0"]
+    arguments.append(f"output_dir={tmp_path}")
     output = succeed(LAUNCHER, *ON_SLURM, *arguments, "env.array_parallelism=2")
     ids = [line.split("job ")[1] for line in output.splitlines() if "submitted as job" in line]
     assert len({job_id.split("_")[0] for job_id in ids}) == 1
@@ -86,7 +88,10 @@ def test_a_sweep_is_one_array(tmp_path):
     for job_id in ids:
         assert wait_for_end(job_id, 120) == "COMPLETED"
     folders = sorted(path.parent.name for path in tmp_path.glob("*/log.txt"))
-    assert folders == ["demo-seed1", "demo-seed2", "demo-seed3"]
+    name = "demo-experiment-lab_lejepa"
+    assert folders == [name, f"{name}-seed1", f"{name}-seed2"]
+    config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+    assert (config["target"]["name"], config["sigreg"], config["seed"]) == ("joint", 0.05, 0)
     finished = succeed(LAUNCHER, *ON_SLURM, *arguments)
     assert finished.count("already finished") == 3
     assert not squeue("demo")
