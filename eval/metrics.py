@@ -3,7 +3,7 @@ measures of DAVIS: region similarity J and boundary accuracy F of one object in 
 means over frames, objects and sequences."""
 
 import math
-from collections.abc import Sequence
+from statistics import fmean  # rounded once: the order of the values changes nothing
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
@@ -15,11 +15,6 @@ from data.masks import IGNORE
 
 CLASSES = 256  # as many values as a mask can hold
 BOUNDARY_SHARE = 0.008  # boundaries match within this part of the image's diagonal
-
-
-def mean(values: Sequence[float]) -> float:
-    """Rounded once, so that the order of the values changes nothing."""
-    return math.fsum(values) / len(values)
 
 
 # --- segmentation -------------------------------------------------------------------------------
@@ -114,10 +109,10 @@ def score_object(truth: np.ndarray, predicted: np.ndarray, void: np.ndarray) -> 
     regions = list(map(region_similarity, truth, predicted))
     boundaries = list(map(boundary_accuracy, truth, predicted))
     return {
-        "J": mean(regions),
-        "J_recall": mean([value > 0.5 for value in regions]),
-        "F": mean(boundaries),
-        "F_recall": mean([value > 0.5 for value in boundaries]),
+        "J": fmean(regions),
+        "J_recall": fmean([value > 0.5 for value in regions]),
+        "F": fmean(boundaries),
+        "F_recall": fmean([value > 0.5 for value in boundaries]),
     }
 
 
@@ -134,5 +129,5 @@ def score_sequence(truth: np.ndarray, predicted: np.ndarray, void: int) -> dict[
 def summarise(sequences: dict[str, dict[int, dict]]) -> dict[str, float]:
     """The benchmark's numbers: means over all objects of all sequences; J&F is the mean of two."""
     objects = [scores for sequence in sequences.values() for scores in sequence.values()]
-    summary = {name: mean([scores[name] for scores in objects]) for name in objects[0]}
+    summary = {name: fmean([scores[name] for scores in objects]) for name in objects[0]}
     return {"J&F": (summary["J"] + summary["F"]) / 2} | summary

@@ -11,6 +11,7 @@ python launcher.py --config-name=segmentation pretrained=checkpoints/demo datase
 
 import math
 from collections.abc import Iterator
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -25,18 +26,11 @@ from torch.optim import AdamW
 from data.base import DataError
 from data.loader import epoch_order
 from data.masks import IGNORE, MaskedImages, MaskTransform, WithMasks
+from eval import metrics
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation
 from eval.features import Features, unit_length
-from eval.metrics import (
-    CLASSES,
-    adjusted_rand_index,
-    class_ious,
-    confusion_matrix,
-    contingency,
-    matched_miou,
-    mean,
-)
+from eval.metrics import CLASSES
 from eval.nn import QUERIES, check_bank, nearest, vote
 from models.views import extract_patches
 from util.command import run_worker
@@ -89,9 +83,8 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     cfg = run.cfg
     scores = []  # of each image: [number of labels in its mask, mIoU, ARI, mIoU, ARI, ...]
     for tokens, masks in token_batches(run, dataset, "batches clustered:"):
-        vectors = tokens.patches
-        vectors = vectors - vectors.mean(dim=1, keepdim=True) if cfg.centre else vectors
-        patches = F.normalize(vectors, dim=-1).cpu().numpy()
+        centre = tokens.patches.mean(dim=1, keepdim=True) if cfg.centre else 0
+        patches = F.normalize(tokens.patches - centre, dim=-1).cpu().numpy()
         for vectors, mask in zip(patches, masks, strict=True):
             scores.append(score_image(cfg, vectors, tokens.grid, mask))
     scores = [score for part in gather_objects(scores, run.ranks) for score in part]
@@ -105,7 +98,7 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
         )
     names = [f"{measure}_{count}" for count in cfg.segments for measure in ("miou", "ari")]
     _, *columns = zip(*scored, strict=True)
-    results = {name: 100 * mean(values) for name, values in zip(names, columns, strict=True)}
+    results = {name: 100 * fmean(values) for name, values in zip(names, columns, strict=True)}
     where = "neighbouring" if cfg.clustering.connected else "any"
     centred = "minus their mean in the image, " if cfg.centre else ""
     run.finish(
@@ -130,8 +123,8 @@ def score_image(
         count = classes if count == "truth" else count
         segments = cluster(cfg, vectors, grid, count).reshape(grid)
         segments = to_pixels(segments, mask.shape)
-        scores.append(matched_miou(contingency(mask, segments)))
-        scores.append(adjusted_rand_index(mask, segments))
+        scores.append(metrics.matched_miou(metrics.contingency(mask, segments)))
+        scores.append(metrics.adjusted_rand_index(mask, segments))
     return [classes, *scores]
 
 
@@ -233,14 +226,14 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
                 logits = head(vectors).T.unflatten(1, tokens.grid)[None]
                 logits = F.interpolate(logits, size=mask.shape, mode="bilinear")
             predicted = logits[0].argmax(dim=0).cpu().numpy()
-            confusion += torch.from_numpy(confusion_matrix(mask, predicted))
+            confusion += torch.from_numpy(metrics.confusion_matrix(mask, predicted))
     confusion = all_reduce(confusion.to(run.ranks.device)).cpu().numpy()
     if not confusion.any():
         raise DataError(f"dataset={cfg.dataset.name}: no pixel of the evaluation masks has a class")
-    ious = class_ious(confusion)
+    ious = metrics.class_ious(confusion)
     accuracy = np.trace(confusion) / confusion.sum()
     run.finish(
-        {"miou": 100 * mean(list(ious.values())), "pixel_accuracy": 100 * float(accuracy)},
+        {"miou": 100 * fmean(ious.values()), "pixel_accuracy": 100 * float(accuracy)},
         protocol=f"frozen linear head on {SEEN[cfg.features]}, {cfg.patch_head.epochs} epochs, "
         f"{len(train_set)} training images; mIoU over the classes of the evaluation masks, percent",
         images=len(dataset),
@@ -290,8 +283,7 @@ def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> Pa
 
 def start(cfg: DictConfig, ranks: Ranks, tokens: Tensor, classes: int) -> tuple[PatchHead, AdamW]:
     count = tokens.shape[0] * tokens.shape[1]
-    total = torch.zeros(tokens.shape[-1], dtype=torch.float64)
-    squares = torch.zeros_like(total)
+    total, squares = torch.zeros(2, tokens.shape[-1], dtype=torch.float64)
     for image in tokens:
         total += image.double().sum(dim=0)
         squares += image.double().square().sum(dim=0)
