@@ -14,17 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data import files
 from data.base import UNREADABLE, DataError, ImageDataset
-from data.files import (
-    ENDINGS,
-    EVAL_FOLDERS,
-    FileDataset,
-    PathList,
-    existing_folder,
-    find_images,
-    require_files,
-    split_folder,
-)
+from data.files import FileDataset, PathList, existing_folder, require_files
 from data.picture import Picture, size_of
 from data.transforms import EvalTransform
 
@@ -82,11 +74,11 @@ def build_masks(split: str, data_path: str | None) -> MaskedFiles:
         if not (root / name).is_dir():
             raise DataError(f"data_path={root} has no {name}/; dataset masks needs {MASKS_LAYOUT}")
     folder = root / "images"
-    if any((folder / name).is_dir() for name in ("train", *EVAL_FOLDERS)):
-        folder = split_folder(folder, split)
-    images = find_images(folder)
+    if any((folder / name).is_dir() for name in ("train", *files.EVAL_FOLDERS)):
+        folder = files.split_folder(folder, split)
+    images = files.find_images(folder)
     if not images:
-        raise DataError(f"{folder} contains no images; {ENDINGS}")
+        raise DataError(f"{folder} contains no images; {files.ENDINGS}")
     places = [Path(image).relative_to(root / "images").with_suffix(".png") for image in images]
     return MaskedFiles(images, [root / "masks" / place for place in places])
 

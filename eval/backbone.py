@@ -10,20 +10,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from eval.families import (
-    FAMILIES,
-    HEADS,
-    SIZES,
-    BackboneError,
-    StateDict,
-    build_from_file,
-    build_timm,
-    file_fingerprint,
-    read_file,
-    require_keys,
-    state_fingerprint,
-    unwrap,
-)
+from eval import families
+from eval.families import FAMILIES, SIZES, BackboneError, StateDict
 from models.vit import Encoder
 from util.checkpoint import load_weights, without_module_prefix
 
@@ -224,20 +212,18 @@ def load_backbone(
         torch.manual_seed(seed)
         if is_other and family == "timm":
             file = None if pretrained_weights is None else Path(pretrained_weights)
-            model = build_timm(rest, file, random_init)
+            model = families.build_timm(rest, file, random_init)
             backbone = in_timm(model, family, rest, image_side, **cut)
         elif is_other:
             file = Path(rest)
-            model, name = build_from_file(family, file, which, random_init)
+            model, name = families.build_from_file(family, file, which, random_init)
             backbone = in_timm(model, family, name, image_side, **cut)
         else:
             file = Path(pretrained)
-            contents = read_file(file) if contents is None else contents
+            contents = families.read_file(file) if contents is None else contents
             backbone = load_own(file, contents, which, random_init, **cut)
             backbone.resize(image_side)
-    backbone.fingerprint = (
-        state_fingerprint(backbone) if file is None or random_init else file_fingerprint(file)
-    )
+    backbone.fingerprint = families.fingerprint(backbone, None if random_init else file)
     return backbone.eval()
 
 
@@ -246,9 +232,10 @@ def load_backbone(
 
 def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: Any) -> OwnBackbone:
     prefix = {"encoder": "encoder.", "target": "target_encoder."}[which]
+    stored = without_module_prefix(families.unwrap(contents, ("state_dict",), path))
     weights = {
         key.removeprefix(prefix): value
-        for key, value in without_module_prefix(unwrap(contents, ("state_dict",), path)).items()
+        for key, value in stored.items()
         if key.startswith(prefix) and not key.startswith(f"{prefix}head.")  # of pre-training
     }
     config = contents.get("config") or {}
@@ -273,10 +260,10 @@ def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: A
 
 def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
     """The architecture, read from the shapes and, for the number of heads, from the config."""
-    require_keys(weights, ("cls_token", "embed.proj.weight", "pos_embed.pos_embeds"), path)
+    families.require_keys(weights, ("cls_token", "embed.proj.weight", "pos_embed.pos_embeds"), path)
     embed_dim, patch_values = weights["embed.proj.weight"].shape
     blocks = {int(key.split(".")[1]) for key in weights if key.startswith("blocks.")}
-    heads = config.get("encoder", {}).get("num_heads") or HEADS.get(embed_dim)
+    heads = config.get("encoder", {}).get("num_heads") or families.HEADS.get(embed_dim)
     if heads is None:
         raise BackboneError(f"{path} does not say how many heads its {embed_dim} channels have")
     return Encoder(

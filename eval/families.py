@@ -75,13 +75,11 @@ def require_keys(weights: StateDict, needed: tuple[str, ...], path: Path) -> Non
         raise BackboneError(f"{path} holds another architecture: {', '.join(missing)} is missing")
 
 
-def file_fingerprint(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def state_fingerprint(model: nn.Module) -> str:
-    """The same for weights that come from no file."""
+def fingerprint(model: nn.Module, file: Path | None) -> str:
+    """Of the file that the weights come from or, where they come from none, of the weights."""
+    if file is not None:
+        with open(file, "rb") as contents:
+            return hashlib.file_digest(contents, "sha256").hexdigest()
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
@@ -140,14 +138,13 @@ class Family(NamedTuple):
 
 
 STUDENT, TEACHER = ("student", "state_dict"), ("teacher", "state_dict")
+WRAPPED = r"(module\.)?(backbone\.)?"
 
 FAMILIES = {
     "mae": Family(("model",), ("model",), other=r"decoder|mask_token|head\."),
     "ijepa": Family(("encoder",), ("target_encoder",), prefix=r"module\."),
-    "dino": Family(STUDENT, TEACHER, prefix=r"(module\.)?(backbone\.)?", other=r"head\."),
-    "ibot": Family(
-        STUDENT, TEACHER, prefix=r"(module\.)?(backbone\.)?", other=r"head\.|masked_embed"
-    ),
+    "dino": Family(STUDENT, TEACHER, WRAPPED, other=r"head\."),
+    "ibot": Family(STUDENT, TEACHER, WRAPPED, other=r"head\.|masked_embed"),
     "dinov2": Family(
         STUDENT,
         TEACHER,
