@@ -273,15 +273,8 @@ def view_source(
         images = batch_size * ranks.world_size * cfg.accum_iter
         first = (micro_step * ranks.world_size + ranks.rank) * batch_size  # as data/loader.py
         own = slice(first, first + batch_size)
-        return sample_views(
-            images,
-            geometry.grid_size,
-            geometry.num_vis,
-            geometry.patch_gap,
-            generator,
-            own,
-            cfg.masks,
-        )
+        sizes = (geometry.grid_size, geometry.num_vis, geometry.patch_gap)
+        return sample_views(images, *sizes, generator, own, cfg.masks)
 
     return draw_views
 

@@ -34,6 +34,7 @@ FOREVER = 1e8  # seconds
 # from schedulers that were asked for it.
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 NO_LABEL = -1
+Loaded = tuple[Tensor, Tensor, tuple]  # images, labels, and of each image what else is known
 
 
 class TrainBatch(NamedTuple):
@@ -255,8 +256,8 @@ class _EvalSamples(_Samples):
         return DataError(f"cannot read {self.dataset.describe(index)}, and {reason}")
 
 
-def _collate(samples: list) -> tuple | DataError:
-    """(images, labels, the third part of each sample), or the first error."""
+def _collate(samples: list) -> Loaded | DataError:
+    """Or the first error."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
@@ -286,7 +287,7 @@ def _kill_workers() -> None:
 
 def _load(
     samples: _Samples, batches: Iterable, num_workers: int, device: torch.device, timeout: float
-) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+) -> Iterator[Loaded]:
     """Decode `batches` (each a list of keys of `samples`) and bring them to the device."""
     samples.being_read = torch.full((max(num_workers, 1),), -1).share_memory_()
     loader = DataLoader(
@@ -337,16 +338,14 @@ def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Iterator:
         yield batch
 
 
-def _raise_error(batch: tuple | DataError) -> tuple[Tensor, Tensor, tuple]:
+def _raise_error(batch: Loaded | DataError) -> Loaded:
     if isinstance(batch, DataError):
         # Not batch itself: it would hold this frame, and with it the workers, in a cycle.
         raise DataError(*batch.args)
     return batch
 
 
-def _one_ahead(
-    batches: Iterator[tuple[Tensor, Tensor, tuple]], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+def _one_ahead(batches: Iterator[Loaded], device: torch.device) -> Iterator[Loaded]:
     """The next batch is copied to the GPU, from pinned memory and on a stream of its own, while the
     current one is being computed with."""
     copying = torch.cuda.Stream(device)
@@ -361,9 +360,7 @@ def _one_ahead(
         yield _copied(*copies.popleft())
 
 
-def _copied(
-    moved: list[Tensor], rest: tuple, there: torch.cuda.Event
-) -> tuple[Tensor, Tensor, tuple]:
+def _copied(moved: list[Tensor], rest: tuple, there: torch.cuda.Event) -> Loaded:
     """The device waits for the copy, not the host."""
     current = torch.cuda.current_stream(moved[0].device)
     current.wait_event(there)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import files
-from data.base import UNREADABLE, DataError, ImageDataset
+from data.base import DataError, ImageDataset, readable
 from data.files import FileDataset, PathList, existing_folder, require_files
 from data.picture import Picture, size_of
 from data.transforms import EvalTransform
@@ -57,14 +57,8 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
 
 @contextmanager
 def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """An image file; one that cannot be read is named."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except DataError:
-        raise
-    except UNREADABLE as error:
-        raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    with readable(path), Image.open(path) as image:
+        yield image
 
 
 def build_masks(split: str, data_path: str | None) -> MaskedFiles:

@@ -19,10 +19,7 @@ from util.job import is_restart
 from util.validate import check_config
 
 # One name can be two protocols of one worker.
-PROTOCOLS = {
-    "nn": ("nn", ["protocol=paper"]),
-    "knn": ("nn", ["protocol=knn", "final_norm=True"]),
-}
+PROTOCOLS = {"nn": ("nn", ["protocol=paper"]), "knn": ("nn", ["protocol=knn", "final_norm=True"])}
 # What an evaluation takes over from this config, where it has the key.
 SHARED = (
     "pretrained pretrained_weights which layer image_side precision seed batch_size num_workers "
@@ -120,12 +117,11 @@ def reference_table(names: list[str]) -> str:
     """Published numbers. Leave-one-out nearest neighbours have their own column: they are not
     comparable to a k-NN with a bank of training images."""
     titles = {"nn": "nn (leave-one-out)", "knn": "knn (training bank)"}
-    titles |= {name: name for name in ("linear_probe", "finetune")}
-    titles = {name: title for name, title in titles.items() if name in names}
-    rows = [["published, ViT-B/16", *titles.values()]]
+    columns = [name for name in ("nn", "knn", "linear_probe", "finetune") if name in names]
+    rows = [["published, ViT-B/16", *(titles.get(name, name) for name in columns)]]
     for method, numbers in REFERENCES.items():
-        rows.append([method, *[numbers.get(name, "-") for name in titles]])
-    return table(rows) if titles else ""
+        rows.append([method, *(numbers.get(name, "-") for name in columns)])
+    return table(rows) if columns else ""
 
 
 def table(rows: list[list[str]]) -> str:

@@ -27,8 +27,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from data.base import UNREADABLE, DataError
-from data.files import FileDataset, given_images
+from data.base import readable
+from data.files import given_images
 from data.picture import Picture, crop_and_resize, size_of
 from data.transforms import EvalTransform
 from eval.common import EvalRun, load_for_all, write_json
@@ -98,7 +98,8 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     run.prepare()
     views = []  # of each image, one per method
     for index in run.tracked(range(len(dataset)), "images encoded:"):
-        picture = load(dataset, index)
+        with readable(dataset.describe(index)):
+            picture = dataset.load(index)
         views.append([see(method, picture, paths[index]) for method in methods])
     labels, lines, reports, colours = [], [], [], []
     for number, method in enumerate(methods):
@@ -139,15 +140,6 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
 def samples() -> str:
     """The folder of scikit-learn's two photographs. Importing its data sets takes seconds."""
     return f"{find_spec('sklearn').submodule_search_locations[0]}/datasets/images"
-
-
-def load(dataset: FileDataset, index: int) -> Picture:
-    try:
-        return dataset.load(index)
-    except UNREADABLE as error:
-        raise DataError(
-            f"cannot read {dataset.describe(index)}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def prepare(method: Method, picture: Picture) -> Tensor:

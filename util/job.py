@@ -63,15 +63,6 @@ def refuse_to_start_over(cfg: DictConfig) -> None:
         )
 
 
-def remove_checkpoints(job: Path) -> None:
-    """As overwrite=True asks."""
-    paths = list_checkpoints(job / "checkpoints")
-    if paths:
-        print(f"replacing {len(paths)} checkpoints of {job.name}, the newest is {paths[0].name}")
-    for path in paths:
-        path.unlink()
-
-
 def prepare_job_directory(cfg: DictConfig) -> Path:
     """Make the folder, and try whether files can be written there. For one process of the job."""
     job = job_directory(cfg)
@@ -84,8 +75,12 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
         refuse_to_start_over(cfg)
         for folder in (job, job / "logs", job / "results", job / "checkpoints"):
             remove_unfinished(folder)
-        if not cfg.resume:
-            remove_checkpoints(job)
+        replaced = [] if cfg.resume else list_checkpoints(job / "checkpoints")  # overwrite=True
+        if replaced:
+            newest = f"the newest is {replaced[0].name}"
+            print(f"replacing {len(replaced)} checkpoints of {job.name}, {newest}")
+        for path in replaced:
+            path.unlink()
     except BaseException:
         unlock(job)
         raise

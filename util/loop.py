@@ -141,7 +141,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     if step == 0:
         loop.watch(0)
         if "eval_at_start" in cfg and cfg.eval_at_start:
-            loop.evaluate(0)
+            loop.record(0, task.evaluate)
     batches = loop.speed.timed(task.batches(step, loop.total_steps))
     while step < loop.total_steps:
         with loop.rescue(step):
@@ -158,7 +158,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
         at_end = at_end and (task.evaluates_at_end or cfg.eval_freq)
         evaluates = at_end or (cfg.eval_freq and step % (cfg.eval_freq * per_epoch) == 0)
         if evaluates:
-            loop.evaluate(step)
+            loop.record(step, task.evaluate)
         loop.watch(step, at_evaluation=evaluates)
         loop.after_epoch(step)
     loop.finish()
@@ -227,7 +227,9 @@ class Loop:
         is_early = done - self.first_step in FIRST_STEPS
         if done % self.cfg.print_freq == 0 or done == self.total_steps:
             self.write_log(done)
-        elif self.ranks.is_main and (is_early or self.log.silent_for() > QUIET_SECONDS):
+        elif self.ranks.is_main and (
+            is_early or time.monotonic() - self.log.last_said > QUIET_SECONDS
+        ):
             speed, summary = self.read_speed(done, keep=True), self.task.glimpse()
             self.log.say(self.describe(done, summary, speed))
             self.log.progress(done, bar_text(summary, speed))
@@ -261,9 +263,6 @@ class Loop:
         epoch = f"epoch {done / self.steps_per_epoch:.2f}/{self.cfg.epochs}"
         parts = (epoch, f"step {done}/{self.total_steps}", summary, describe_speed(speed))
         return "  ".join(filter(None, parts))
-
-    def evaluate(self, done: int) -> None:
-        self.record(done, self.task.evaluate)
 
     def watch(self, done: int, at_evaluation: bool = False) -> None:
         if at_evaluation or done in self.watched:
@@ -311,7 +310,9 @@ class Loop:
                     print_error(f"step {done + 1} has failed; the newest checkpoint is {newest}")
             if number := self.stop_flag.own():  # it was not waited for any longer
                 raise Interrupted(number) from error
-            if is_out_of_memory(error):
+            # On a CPU torch has no type of its own for it.
+            kinds = (torch.OutOfMemoryError, MemoryError)
+            if isinstance(error, kinds) or "not enough memory" in str(error):
                 raise TrainingStopped(self.how_to_need_less(error)) from error
             raise
 
@@ -384,12 +385,6 @@ def sum_over_processes(numbers: Tensor, loader, ranks: Ranks) -> list[float]:
         loader.bad_images = set().union(*gather_objects(loader.bad_images, ranks))
         loader.check_bad_images()
     return sums
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """On a GPU or a CPU, where torch has no type of its own for it."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "not enough memory" in str(error)
 
 
 def print_error(text: str) -> None:
