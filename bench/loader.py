@@ -87,12 +87,10 @@ def recipe_transform(side: int) -> TrainTransform:
     return TrainTransform(side, step.RECIPE["min_crop"], IMAGENET["flip"], step.RECIPE["seed"])
 
 
-def build_loader(
-    dataset: ImageDataset, transform, batch: int, workers: int, ranks: Ranks
-) -> TrainLoader:
+def build_loader(data: ImageDataset, transform, batch: int, workers: int, ranks: Ranks):
     sizes = {"batch_size": batch, "accum_iter": 1, "num_workers": workers}
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
-    return TrainLoader(dataset, transform, seed=step.RECIPE["seed"], **sizes, **place)
+    return TrainLoader(data, transform, seed=step.RECIPE["seed"], **sizes, **place)
 
 
 def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
@@ -110,16 +108,10 @@ def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
 
 def measure(data: Path, workers: int, images: int, rounds: int) -> dict:
     """Images per second, medians over the rounds."""
-    pillow, fast = (
-        build_dataset("imagefolder", "train", str(data), {"decoder": decoder})
-        for decoder in ("pil", "fast")
-    )
+    decoders = ({"decoder": name} for name in ("pil", "fast"))
+    pil, fast = (build_dataset("imagefolder", "train", str(data), own) for own in decoders)
     ours = recipe_transform(SIDE)
-    kinds = {
-        "pil float": (pillow, customary_transform),
-        "pil": (pillow, ours),
-        "fast": (fast, ours),
-    }
+    kinds = {"pil float": (pil, customary_transform), "pil": (pil, ours), "fast": (fast, ours)}
     rates = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, (dataset, transform) in kinds.items():
@@ -142,10 +134,8 @@ def train(data: Path, setting: step.Setting, workers: int, steps: int, ranks: Ra
     transform = recipe_transform(step.image_side(training, setting))
     loader = build_loader(dataset, transform, setting.batch, workers, ranks)
     speed, all_steps = Speed(), WARM_UP + steps
-    batches = (
-        normalise(batch.images, IMAGENET["mean"], IMAGENET["std"])
-        for batch in speed.timed(loader.stream(0, all_steps))
-    )
+    images = (batch.images for batch in speed.timed(loader.stream(0, all_steps)))
+    batches = (normalise(own, IMAGENET["mean"], IMAGENET["std"]) for own in images)
     draw_views = step.view_source(setting, ranks)
     for number in range(all_steps):
         if number == WARM_UP:

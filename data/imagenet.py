@@ -102,10 +102,8 @@ def wnids_from_devkit(folder: Path) -> list[str]:
     devkit = devkit_folder(folder)
     synsets = loadmat(devkit / META, squeeze_me=True)["synsets"]
     # The ground truth counts classes by ILSVRC2012_ID, which is not the sorted order of the WNIDs.
-    wnid_by_id = {
-        int(number): str(wnid)
-        for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
-    }
+    ids, wnids = synsets["ILSVRC2012_ID"], synsets["WNID"]
+    wnid_by_id = {int(number): str(wnid) for number, wnid in zip(ids, wnids, strict=True)}
     numbers = [int(line) for line in (devkit / GROUND_TRUTH).read_text().split()]
     unknown = sorted(set(numbers) - set(wnid_by_id))
     if unknown:

@@ -122,12 +122,9 @@ class TrainLoader(StepOrder):
 
     def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
         """One batch for each micro-step. The workers stay busy across epochs."""
-        micro_steps = (
-            [(epoch, index) for index in indices]
-            for epoch, indices in self.micro_steps(first_step, last_step)
-        )
-        batches = _load(self.samples, micro_steps, *self.workers)
-        for images, labels, unreadable in batches:
+        steps = self.micro_steps(first_step, last_step)
+        keys = ([(epoch, index) for index in indices] for epoch, indices in steps)
+        for images, labels, unreadable in _load(self.samples, keys, *self.workers):
             batch = TrainBatch(images, labels, list(chain.from_iterable(unreadable)))
             for description in set(batch.unreadable) - self.bad_images:
                 self.bad_images.add(description)
@@ -182,8 +179,7 @@ class EvalLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        batches = _load(self.samples, self.batches, *self.workers)
-        for images, labels, rest in batches:
+        for images, labels, rest in _load(self.samples, self.batches, *self.workers):
             indices = [index for index, _ in rest]
             for index in {index for index, loaded in rest if index != loaded} - self.unreadable:
                 self.unreadable.add(index)

@@ -89,10 +89,7 @@ def make_index(tars: list[TarFile], members: list[Member]) -> TarIndex:
     label_of = {name: label for label, name in enumerate(classes)}
     number_of = {tar.name: number for number, tar in enumerate(tars)}
     names = PathList([member.name for member in members])
-    places = [
-        (label_of[member.category], number_of[member.tar], member.offset, member.size)
-        for member in members
-    ]
+    places = [(label_of[m.category], number_of[m.tar], m.offset, m.size) for m in members]
     return TarIndex(tars, classes, names, np.array(places, dtype=PLACE))
 
 
@@ -286,6 +283,5 @@ def check_end(file: BinaryIO, offset: int, end: int) -> None:
     if any(rest[: tarfile.BLOCKSIZE]):
         raise tarfile.ReadError(f"no member begins at byte {offset}")
     if rest.strip(b"\0"):
-        raise tarfile.ReadError(
-            "it goes on after its end mark (join by tar --concatenate, not cat)"
-        )
+        hint = "join by tar --concatenate, not cat"
+        raise tarfile.ReadError(f"it goes on after its end mark ({hint})")

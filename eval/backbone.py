@@ -129,9 +129,8 @@ class TimmBackbone(Backbone):
 
     def __init__(self, model: Any, *, family: str, name: str, layer: int, final_norm: bool):
         super().__init__()
-        self.is_vit = hasattr(model, "num_prefix_tokens") and isinstance(
-            getattr(model, "blocks", None), nn.Sequential | nn.ModuleList
-        )
+        has_blocks = isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList)
+        self.is_vit = has_blocks and hasattr(model, "num_prefix_tokens")
         self.family, self.name, self.final_norm = family, name, final_norm
         if self.is_vit:
             self.layer = block_index(layer, len(model.blocks))
@@ -203,9 +202,8 @@ def load_backbone(
         valid = f"a checkpoint or job folder, timm:NAME, {files}"
         raise BackboneError(f"pretrained={pretrained or 'null'}: expected {valid}")
     if pretrained_weights is not None and family != "timm":
-        raise BackboneError(
-            f"pretrained_weights={pretrained_weights}: expected with pretrained=timm:NAME only"
-        )
+        valid = "expected with pretrained=timm:NAME only"
+        raise BackboneError(f"pretrained_weights={pretrained_weights}: {valid}")
     cut = {"layer": layer, "final_norm": final_norm}
     # Fresh weights follow from the seed, and the numbers of others do not change.
     with torch.random.fork_rng(devices=[]):

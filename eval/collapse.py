@@ -126,11 +126,8 @@ def measure_tokens(
         counts[0] += (predicted == torch.arange(places, device=ranks.device)).sum()
         counts[1] += predicted.numel()
     hits, tested_tokens = all_reduce(counts).tolist()
-    return {
-        **similar.read(),
-        "position_probe": 100 * hits / tested_tokens,
-        "position_chance": 100 / places,
-    }
+    probe = {"position_probe": 100 * hits / tested_tokens, "position_chance": 100 / places}
+    return similar.read() | probe
 
 
 class Similarities:

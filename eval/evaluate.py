@@ -8,6 +8,7 @@ output_dir/job_name/NAME/results, the table in output_dir/job_name/results/evalu
 """
 
 import importlib
+from itertools import product
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -50,11 +51,8 @@ def evaluate(run: EvalRun) -> None:
     if not cfg.beside_random_init:
         variants = {"random init" if cfg.random_init else "trained": cfg.random_init}
     # Composed before the first one runs, so that a wrong key in `settings` ends it at once.
-    plan = {
-        (name, label): compose(cfg, name, is_random)
-        for name in cfg.evals
-        for label, is_random in variants.items()
-    }
+    runs = product(cfg.evals, variants)
+    plan = {(name, label): compose(cfg, name, variants[label]) for name, label in runs}
     found: dict[str, dict[str, dict]] = {name: {} for name in cfg.evals}
     for (name, label), own in plan.items():
         worker = importlib.import_module(own.worker)

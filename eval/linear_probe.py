@@ -5,6 +5,7 @@ backbone. They share nothing else: each ends with the weights that it would have
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -47,9 +48,8 @@ def main(cfg: DictConfig) -> None:
 def evaluate(run: EvalRun) -> None:
     cfg, task = run.cfg, CachedProbe(run) if run.cfg.cached else Probe(run)
     task.train_to_the_end()
-    top1, top5 = (
-        dict(zip(task.names, column, strict=True)) for column in task.accuracies.T.tolist()
-    )
+    columns = task.accuracies.T.tolist()
+    top1, top5 = (dict(zip(task.names, column, strict=True)) for column in columns)
     best = max(task.names, key=lambda name: top1[name])
     run.finish(
         {"top1": top1[best], "top5": top5[best]} | {f"top1/{name}": top1[name] for name in top1},
@@ -89,10 +89,8 @@ class Probe(Classification):
         """The micro-steps of a step together: batch norm sees all its images."""
         set_learning_rates(self.cfg, self.optimizer, step / self.loader.steps_per_epoch)
         parts = [self.encoded(next(batches)) for _ in range(self.cfg.accum_iter)]
-        features = {
-            pooling: torch.cat([part.features[pooling] for part in parts])
-            for pooling in self.cfg.poolings
-        }
+        poolings = self.cfg.poolings
+        features = {name: torch.cat([part.features[name] for part in parts]) for name in poolings}
         data = StepData(features, torch.cat([part.labels for part in parts]))
         self.half_done = True  # batch norm moves before the optimiser does
         self.losses += train_step(self.model, self.optimizer, data, self.ranks)
@@ -138,10 +136,8 @@ class CachedProbe(Probe):
             raise ConfigError("cached=True: expected poolings without attentive, it needs tokens")
         sizes = (len(self.images["train"]), cfg.seed, cfg.batch_size, cfg.accum_iter)
         order = StepOrder(*sizes, ranks.rank, ranks.world_size)
-        self.features = {
-            pooling: extract_labelled(self.run, self.images, pooling, normalised=False)
-            for pooling in cfg.poolings
-        }
+        stored = partial(extract_labelled, self.run, self.images, normalised=False)
+        self.features = {pooling: stored(pooling=pooling) for pooling in cfg.poolings}
         return order
 
     def encoded(self, indices: list[int] | Tensor, split: str = "train") -> StepData:

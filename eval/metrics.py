@@ -118,12 +118,9 @@ def score_object(truth: np.ndarray, predicted: np.ndarray, void: np.ndarray) -> 
 
 def score_sequence(truth: np.ndarray, predicted: np.ndarray, void: int) -> dict[int, dict]:
     """uint8 [T, H, W], all frames -> the scores of each object of the first annotation."""
-    objects = [number for number in np.unique(truth[0]).tolist() if number not in (0, void)]
+    objects = [n for n in np.unique(truth[0]).tolist() if n not in (0, void)]
     truth, predicted = truth[1:-1], predicted[1:-1]
-    is_void = truth == void
-    return {
-        number: score_object(truth == number, predicted == number, is_void) for number in objects
-    }
+    return {n: score_object(truth == n, predicted == n, truth == void) for n in objects}
 
 
 def summarise(sequences: dict[str, dict[int, dict]]) -> dict[str, float]:

@@ -93,11 +93,8 @@ def knn(
             is_hit = ranking == queries.labels[rows, None]
             hits[row] += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])
     shares = 100 * all_reduce(hits.to(ranks.device)).cpu().double() / len(queries.labels)
-    return {
-        f"k{k}_top{top}": shares[row, column].item()
-        for row, k in enumerate(cfg.neighbours)
-        for column, top in enumerate((1, 5))
-    }
+    names = [f"k{k}_top{top}" for k in cfg.neighbours for top in (1, 5)]
+    return dict(zip(names, shares.flatten().tolist(), strict=True))
 
 
 def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes: int) -> Tensor:

@@ -57,10 +57,8 @@ def refuse_to_start_over(cfg: DictConfig) -> None:
     """The checkpoints of an earlier run are only removed on demand."""
     existing = list_checkpoints(job_directory(cfg) / "checkpoints")
     if existing and not cfg.resume and not cfg.overwrite:
-        raise ConfigError(
-            f"{job_directory(cfg)} already holds {existing[0].name}: choose resume=True, "
-            f"overwrite=True or another job_name"
-        )
+        choices = "choose resume=True, overwrite=True or another job_name"
+        raise ConfigError(f"{job_directory(cfg)} already holds {existing[0].name}: {choices}")
 
 
 def prepare_job_directory(cfg: DictConfig) -> Path:

@@ -100,13 +100,10 @@ class Task:
         """In place, from what state() has given. source: for messages."""
         checkpoint.load_weights(self.model, contents["state_dict"], source)
         # Learning rates, weight decay and the like are the config's.
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
+        settings = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(contents["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+            group.update(own | {"params": group["params"]})
         if self.scaler is not None and contents["loss_scaler"]:  # that run was in fp16, too
             self.scaler.load_state_dict(contents["loss_scaler"])
 
@@ -224,12 +221,11 @@ class Loop:
             self.writer = checkpoint.CheckpointWriter(self.folder, report=self.log.say)
 
     def after_step(self, done: int) -> None:
-        is_early = done - self.first_step in FIRST_STEPS
+        silent = time.monotonic() - self.log.last_said
+        is_due = done - self.first_step in FIRST_STEPS or silent > QUIET_SECONDS
         if done % self.cfg.print_freq == 0 or done == self.total_steps:
             self.write_log(done)
-        elif self.ranks.is_main and (
-            is_early or time.monotonic() - self.log.last_said > QUIET_SECONDS
-        ):
+        elif self.ranks.is_main and is_due:
             speed, summary = self.read_speed(done, keep=True), self.task.glimpse()
             self.log.say(self.describe(done, summary, speed))
             self.log.progress(done, bar_text(summary, speed))
@@ -250,9 +246,8 @@ class Loop:
         bar = bar_text(summary, speed)
         if steps < min(self.cfg.print_freq, done):  # at the end, or since a resume
             summary = f"(mean of {steps} steps)  {summary}"
-        self.log.record(
-            {"epoch": epoch, **numbers, **speed}, done, self.describe(done, summary, speed)
-        )
+        values = {"epoch": epoch, **numbers, **speed}
+        self.log.record(values, done, self.describe(done, summary, speed))
         self.log.progress(done, bar)
 
     def read_speed(self, done: int, keep: bool = False) -> dict[str, float]:

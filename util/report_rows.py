@@ -72,11 +72,8 @@ class Job:
     def settings(self) -> dict[str, object]:
         """What changes results, besides the seed."""
         ignored = CHANGE_NO_RESULT - {"pretrained", "pretrained_weights"} | {"seed"}
-        kept = {
-            key: value
-            for key, value in self.config.items()
-            if key not in ignored and not key.startswith("env.")
-        }
+        keys = [key for key in self.config if key not in ignored and not key.startswith("env.")]
+        kept = {key: self.config[key] for key in keys}
         # Depends on the processes and the images, which the config does not tell.
         epochs = [line["step"] / line["epoch"] for line in self.records if line.get("epoch")]
         return kept | ({"steps per epoch": round(epochs[-1])} if epochs else {})
