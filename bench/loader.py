@@ -38,9 +38,6 @@ PHOTO_SIZES = [(500, 375), (375, 500), (500, 333)]  # the most frequent ones of 
 PHOTO_CLASSES = 10
 
 
-# ---- JPEG files like those of ImageNet, of noise with the statistics of photographs. -------------
-
-
 def natural_noise(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     """Amplitudes fall with the frequency, as in photographs, and the colours go along with each
     other: files come out about as long as ImageNet's (110 kB). -> uint8 [height, width, 3]"""
@@ -64,8 +61,6 @@ def write_photos(folder: Path, count: int) -> None:
         pixels = natural_noise(*PHOTO_SIZES[number % len(PHOTO_SIZES)], rng)
         Image.fromarray(pixels).save(target, quality=int(rng.integers(90, 96)))
 
-
-# ---- The loader. ---------------------------------------------------------------------------------
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 CUSTOMARY = transforms.Compose(
@@ -122,9 +117,6 @@ def measure(data: Path, workers: int, images: int, rounds: int) -> dict:
         result[name] = statistics.median(values)
         result[f"{name}, times pil float"] = step.median_ratio(values, rates["pil float"])
     return result
-
-
-# ---- Loader and step together. -------------------------------------------------------------------
 
 
 def train(data: Path, setting: step.Setting, workers: int, steps: int, ranks: Ranks) -> dict:

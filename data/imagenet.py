@@ -116,7 +116,6 @@ def devkit_folder(folder: Path) -> Path:
     for place in places:
         if (place / GROUND_TRUTH).is_file() and (place / META).is_file():
             return place
-    raise DataError(
-        f"{folder} has no class folders, so {GROUND_TRUTH} and {META} are needed "
-        f"to label its images; looked in {', '.join(map(str, places))}"
-    )
+    needed = f"{GROUND_TRUTH} and {META} are needed to label its images"
+    looked = f"looked in {', '.join(map(str, places))}"
+    raise DataError(f"{folder} has no class folders, so {needed}; {looked}")

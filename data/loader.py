@@ -136,10 +136,9 @@ class TrainLoader(StepOrder):
         total = len(self.bad_images)
         if total > self.max_bad_images * len(self.dataset):
             names = first_few(sorted(self.bad_images), 20)
-            raise DataError(
-                f"{total} of {len(self.dataset)} images could not be read, more than "
-                f"max_bad_images={self.max_bad_images} allows: {names}"
-            )
+            allowed = f"max_bad_images={self.max_bad_images} allows: {names}"
+            found = f"{total} of {len(self.dataset)} images could not be read"
+            raise DataError(f"{found}, more than {allowed}")
 
 
 class EvalLoader:
@@ -228,10 +227,8 @@ class _TrainSamples(_Samples):
             except UNREADABLE as error:
                 unreadable.append(self.dataset.describe(position))
                 reason = error
-        return DataError(
-            f"{MOST_NEIGHBOURS} images in a row could not be read, the last one being "
-            f"{unreadable[-1]}: {type(reason).__name__}: {reason}"
-        )
+        last = f"the last one being {unreadable[-1]}: {type(reason).__name__}: {reason}"
+        return DataError(f"{MOST_NEIGHBOURS} images in a row could not be read, {last}")
 
 
 class _EvalSamples(_Samples):

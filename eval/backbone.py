@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eval import families
 from eval.families import FAMILIES, SIZES, BackboneError, StateDict
 from models.vit import Encoder
-from util.checkpoint import load_weights, without_module_prefix
+from util.checkpoint import first_words, load_weights, without_module_prefix
 
 Colour = tuple[float, float, float]
 
@@ -64,8 +64,7 @@ class Backbone(nn.Module):
     def layer_of(self, parameter_name: str) -> int:
         """0: embeddings, class token, positions; 1 .. depth: blocks; depth + 1: what comes after.
 
-        For parameters of this module, also where it lies inside another one.
-        """
+        For parameters of this module, also where it lies inside another one."""
         if block := re.search(r"(?:^|\.)blocks\.(\d+)\.", parameter_name):
             return int(block.group(1)) + 1
         after = re.search(r"(?:^|\.)(norm|fc_norm|head)\.", parameter_name)
@@ -84,10 +83,9 @@ class Backbone(nn.Module):
     def describe(self) -> dict[str, object]:
         """For results files and the console."""
         names = ("family", "name", "image_side", "patch_size", "embed_dim", "layer", "final_norm")
-        return {name: getattr(self, name) for name in names} | {
-            "parameters": sum(parameter.numel() for parameter in self.parameters()),
-            "sha256": self.fingerprint,
-        }
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        counted = {"parameters": parameters, "sha256": self.fingerprint}
+        return {name: getattr(self, name) for name in names} | counted
 
 
 def block_index(layer: int, depth: int) -> int:
@@ -241,10 +239,8 @@ def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: A
         found = f"no target encoder (target={config['target']['name']})"
         raise BackboneError(f"which=target: {path} holds {found}; expected encoder")
     if not weights:
-        raise BackboneError(
-            f"{path} has no keys {prefix}*: it is no Latent MIM checkpoint; for files of other "
-            f"methods write FAMILY:FILE, FAMILY one of {', '.join(FAMILIES)}"
-        )
+        hint = f"for files of other methods write FAMILY:FILE, FAMILY one of {', '.join(FAMILIES)}"
+        raise BackboneError(f"{path} has no keys {prefix}*: it is no Latent MIM checkpoint; {hint}")
     encoder = encoder_for(weights, config, path)
     if not random_init:
         load_weights(encoder, weights, path)
@@ -277,9 +273,7 @@ def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
     )
 
 
-def in_timm(
-    model: nn.Module, family: str, name: str, image_side: int | None, **cut: Any
-) -> TimmBackbone:
+def in_timm(model: Any, family: str, name: str, image_side: int | None, **cut) -> TimmBackbone:
     """timm has models of many kinds: one image shows whether this one gives tokens on a grid."""
     try:
         backbone = TimmBackbone(model, family=family, name=name, **cut).eval()
@@ -290,6 +284,6 @@ def in_timm(
         raise
     except Exception as error:  # of any kind, from inside the model
         place = f"pretrained={family}:{name}, image_side={image_side}"
-        reason = " ".join(str(error).split())[:200]
-        raise BackboneError(f"{place}: expected ViTs and feature maps ({reason})") from error
+        valid = f"expected ViTs and feature maps ({first_words(error)})"
+        raise BackboneError(f"{place}: {valid}") from error
     return backbone

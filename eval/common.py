@@ -280,8 +280,7 @@ class Classification(Task):
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """How many labels are the first, and among the first five. -> int64 [2]
 
-    Logits that are not finite name no class.
-    """
+    Logits that are not finite name no class."""
     first = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     hits = torch.stack([first[:, 0], first.any(dim=1)]) & logits.isfinite().all(dim=1)
     return hits.sum(dim=1)
@@ -292,7 +291,7 @@ def check_same_backbone(resumed: dict, backbone: Backbone) -> None:
     before = resumed["backbone"]
     for key, value in backbone.describe().items():
         if before.get(key) != value:
-            raise CheckpointError(
-                f"the checkpoint to resume belongs to another backbone ({key} {before.get(key)} is "
-                f"now {value}): choose that one, overwrite=True or another job_name"
-            )
+            change = f"{key} {before.get(key)} is now {value}"
+            hint = "choose that one, overwrite=True or another job_name"
+            other = "the checkpoint to resume belongs to another backbone"
+            raise CheckpointError(f"{other} ({change}): {hint}")

@@ -32,9 +32,6 @@ class BackboneError(ConfigError):
     """The backbone is not available as it was asked for; the message says what is."""
 
 
-# --- files --------------------------------------------------------------------------------------
-
-
 def read_file(path: Path) -> dict:
     """Plain types and tensors only: a file that wants more is refused by name, never run."""
     if not path.is_file():
@@ -49,10 +46,9 @@ def read_file(path: Path) -> dict:
             wanted = sorted(get_unsafe_globals_in_checkpoint(path))
         if not wanted:
             raise
-        raise BackboneError(
-            f"{path} is refused, because reading it would run code: it wants "
-            f"{', '.join(wanted)}; expected a file of tensors and plain types"
-        ) from error
+        why = f"reading it would run code: it wants {', '.join(wanted)}"
+        valid = "expected a file of tensors and plain types"
+        raise BackboneError(f"{path} is refused, because {why}; {valid}") from error
 
 
 def unwrap(contents: object, names: tuple[str, ...], path: Path) -> StateDict:
@@ -110,14 +106,11 @@ def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Mo
     try:
         return timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub fails in many ways, all of which mean the same
-        reason = " ".join(str(error).split())[:200]
-        raise BackboneError(
-            f"pretrained=timm:{name}: its weights could not be fetched ({type(error).__name__}: "
-            f"{reason}); expected a file of them, pretrained_weights=FILE"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        problem = f"its weights could not be fetched ({reason})"
+        valid = "expected a file of them, pretrained_weights=FILE"
+        raise BackboneError(f"pretrained=timm:{name}: {problem}; {valid}") from error
 
-
-# --- families -----------------------------------------------------------------------------------
 
 # Heads per width: shapes do not tell.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}

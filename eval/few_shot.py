@@ -77,9 +77,6 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": tensor.mean().item(), "spread": spread.item()}
 
 
-# --- the shots ----------------------------------------------------------------------------------
-
-
 def check_shots(labels: np.ndarray, shots: int) -> None:
     present, counts = np.unique(labels, return_counts=True)
     fewest, place = counts.min(), counts.argmin()
@@ -96,15 +93,11 @@ def choose_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
     return torch.from_numpy(order[by_class[first[:, None] + np.arange(shots)]].flatten())
 
 
-# --- ridge regression ---------------------------------------------------------------------------
-
-
 class Ridge:
     """Solutions for any strength: W = V (S + strength)^-1 V^T X^T Y, where X^T X = V S V^T.
 
     strength is given relative to the mean eigenvalue per image, tr(X^T X) / images, so that it
-    means the same for any backbone and number of shots. All in float64.
-    """
+    means the same for any backbone and number of shots. All in float64."""
 
     def __init__(self, features: Tensor, targets: Tensor):
         """features [N, D], targets [N, classes]"""

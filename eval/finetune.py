@@ -168,9 +168,6 @@ class Finetuning(Classification):
         return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"
 
 
-# --- what is built ------------------------------------------------------------------------------
-
-
 def build_transform(run: EvalRun) -> FinetuneTransform:
     cfg, (mean, std) = run.cfg, run.colours
     return FinetuneTransform(

@@ -168,8 +168,7 @@ class GlobalBatchNorm(nn.Module):
     """BatchNorm1d(affine=False) whose statistics are those of the images of all processes.
 
     In float64, so that the split into processes is lost in the rounding to float32. (torch's own
-    SyncBatchNorm needs a GPU.) All processes have the same number of images.
-    """
+    SyncBatchNorm needs a GPU.) All processes have the same number of images."""
 
     def __init__(self, dim: int, world_size: int):
         super().__init__()
@@ -201,8 +200,7 @@ class AttentivePool(nn.Module):
 
     A key projection would be absorbed by the queries, and values are projected after the pooling:
     both are linear, so this is multi-head attention with a learned query, at a small share of its
-    cost.
-    """
+    cost."""
 
     def __init__(self, dim: int, generator: torch.Generator):
         super().__init__()

@@ -17,9 +17,6 @@ CLASSES = 256  # as many values as a mask can hold
 BOUNDARY_SHARE = 0.008  # boundaries match within this part of the image's diagonal
 
 
-# --- segmentation -------------------------------------------------------------------------------
-
-
 def contingency(truth: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """int64 [true labels that occur, segments that occur]: pixels of each pair. Pixels that the
     mask leaves unlabelled are left out."""
@@ -57,9 +54,6 @@ def class_ious(confusion: np.ndarray) -> dict[int, float]:
     present = np.flatnonzero(true)
     iou = hits[present] / (true + predicted - hits)[present]
     return dict(zip(present.tolist(), iou.tolist(), strict=True))
-
-
-# --- video --------------------------------------------------------------------------------------
 
 
 def region_similarity(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -103,8 +97,7 @@ def share_within(pixels: np.ndarray, others: np.ndarray, radius: int) -> float:
 def score_object(truth: np.ndarray, predicted: np.ndarray, void: np.ndarray) -> dict[str, float]:
     """Means over frames. All bool [T, H, W]; pixels of `void` count for neither mask.
 
-    The caller leaves out the first frame, which is given, and the last, as the benchmark does.
-    """
+    The caller leaves out the first frame, which is given, and the last, as the benchmark does."""
     truth, predicted = truth & ~void, predicted & ~void
     regions = list(map(region_similarity, truth, predicted))
     boundaries = list(map(boundary_accuracy, truth, predicted))

@@ -157,8 +157,7 @@ def nearest(
     """The k rows of bank [N, D] of largest inner product with each query [Q, D].
 
     leave_out [Q]: one row of the bank per query that does not count, such as the query itself.
-    Rows and queries are of length 1 at most; k is at most the number of rows that count.
-    """
+    Rows and queries are of length 1 at most; k is at most the number of rows that count."""
     similarities = torch.empty(len(queries), k, dtype=torch.float64)
     indices = torch.empty(len(queries), k, dtype=torch.int64)
     available = len(bank) - (leave_out is not None)

@@ -92,10 +92,8 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     least = 2 if "truth" in cfg.segments else 1
     scored = [score for score in scores if score[0] >= least]
     if not any(score[0] > 1 for score in scored):
-        raise DataError(
-            f"none of the {len(scores)} masks holds two classes: expected values such as 0 and 1 "
-            f"({IGNORE} marks pixels without a class)"
-        )
+        valid = f"values such as 0 and 1 ({IGNORE} marks pixels without a class)"
+        raise DataError(f"none of the {len(scores)} masks holds two classes: expected {valid}")
     names = [f"{measure}_{count}" for count in cfg.segments for measure in ("miou", "ari")]
     _, *columns = zip(*scored, strict=True)
     results = {name: 100 * fmean(values) for name, values in zip(names, columns, strict=True)}
@@ -261,8 +259,7 @@ def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> Pa
     """parts: the training tokens and masks of this process. -> the same head on all processes
 
     The first process trains it, on the tokens of all: the others wait, so that the number of
-    processes changes nothing.
-    """
+    processes changes nothing."""
     cfg, ranks, head = run.cfg, run.ranks, None
     parts = gather_to_first(parts, ranks)
     if ranks.is_main:

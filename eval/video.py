@@ -66,9 +66,6 @@ def evaluate_video(run: EvalRun, video: Video) -> dict[int, dict]:
     return score_sequence(truth, np.stack(predicted), VOID)
 
 
-# --- from frame to frame ------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def propagate(run: EvalRun, video: Video, given: np.ndarray) -> Iterator[np.ndarray]:
     """The objects of the first frame, uint8 [H, W] -> those of each later frame."""
@@ -113,8 +110,7 @@ def propagate_labels(tokens: Tensor, contexts: Tensor, known: Tensor, cfg: DictC
 
     Each patch looks at the patches of all context frames at most `neighbourhood` rows and columns
     away; the top_k most similar ones (with all that equal the last of them) are averaged with
-    weights exp(cosine / temperature).
-    """
+    weights exp(cosine / temperature)."""
     rows, columns = tokens.shape[:2]
     channels = known.shape[-1]
     place = torch.arange(columns, device=tokens.device)

@@ -108,9 +108,8 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
         colours.append(as_rgb([pca.transform(tokens) for tokens in own]))
         shares = [round(100 * share, 1) for share in pca.explained_variance_ratio_.tolist()]
         labels.append(f"{chr(ord('A') + number)}: {method.name}")
-        lines.append(
-            f"{labels[-1]}, {conditions(method)}; PCA explains {', '.join(map(str, shares))} %"
-        )
+        explained = f"PCA explains {', '.join(map(str, shares))} %"
+        lines.append(f"{labels[-1]}, {conditions(method)}; {explained}")
         run.say(f"visualize: {lines[-1]}")
         backbone = method.run.backbone.describe()
         reports.append({"name": method.name, "backbone": backbone, "pca_percent": shares})
@@ -182,10 +181,9 @@ def see(method: Method, picture: Picture, path: str) -> View:
     rows, columns = image.shape[1] // patch, image.shape[2] // patch
     least = max(3, cfg.clusters[-1])
     if not least <= rows * columns <= MOST_PATCHES:
-        raise ConfigError(
-            f"{path} makes {rows} x {columns} patches: expected {least} or more for three colours "
-            f"and clusters={listed(cfg.clusters)}, and {MOST_PATCHES} at most (see upsample=)"
-        )
+        valid = f"{least} or more for three colours and clusters={listed(cfg.clusters)}"
+        most = f"{MOST_PATCHES} at most (see upsample=)"
+        raise ConfigError(f"{path} makes {rows} x {columns} patches: expected {valid}, and {most}")
     batch = image[None].to(run.ranks.device)
     if method.is_pixels:
         tokens = extract_patches(run.normalised(batch), patch)[0]

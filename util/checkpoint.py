@@ -195,12 +195,8 @@ def describe(dataset: ImageDataset, loader: StepOrder) -> dict[str, object]:
     digest = hashlib.sha256(os.fsencode("\0".join(name[len(folder) :] for name in names)))
     if dataset.labels is not None:
         digest.update(np.asarray(dataset.labels, dtype=np.int64).tobytes())
-    return {
-        "images": len(names),
-        "image_list": digest.hexdigest()[:16],
-        "images_per_step": loader.images_per_step,
-        "steps_per_epoch": loader.steps_per_epoch,
-    }
+    steps = {name: getattr(loader, name) for name in ("images_per_step", "steps_per_epoch")}
+    return {"images": len(names), "image_list": digest.hexdigest()[:16], **steps}
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple[object, object]]:

@@ -359,10 +359,9 @@ class Loop:
         name = checkpoint_name(self.total_steps, self.whole_epoch(self.total_steps))
         last = self.folder / name
         if self.ranks.is_main and not last.exists():
-            raise TrainingStopped(
-                f"training has ended, but its last checkpoint {last} could not be written: make "
-                f"room, and start it again with resume=True"
-            )
+            problem = f"its last checkpoint {last} could not be written"
+            hint = "make room, and start it again with resume=True"
+            raise TrainingStopped(f"training has ended, but {problem}: {hint}")
 
 
 def watched_steps(planned: int) -> set[int]:

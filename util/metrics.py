@@ -92,15 +92,14 @@ class Speed:
     def read(self, steps: int, images_per_step: int, left: int, keep: bool = False) -> dict:
         """Since the last call; then start again, or keep what was counted. left: steps"""
         now = time.perf_counter()
-        seconds = now - self.last
-        values = {
-            "images_per_second": steps * images_per_step / seconds,
-            "data_wait": self.waited / seconds,
-            "eta_seconds": left * seconds / steps,
-        }
+        seconds, waited = now - self.last, self.waited
         if not keep:
             self.last, self.waited = now, 0.0
-        return values
+        return {
+            "images_per_second": steps * images_per_step / seconds,
+            "data_wait": waited / seconds,
+            "eta_seconds": left * seconds / steps,
+        }
 
     @contextmanager
     def pause(self):

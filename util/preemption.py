@@ -98,13 +98,10 @@ class StopFlag(Signals):
             time.sleep(60)
             return NOT_DONE
         if self.ranks.is_main:
+            saved = f"stopped by {signal.Signals(number).name}, everything is saved"
+            hint = "the same command with resume=True goes on from here"
             with suppress(OSError):  # the terminal is gone
-                print(
-                    f"stopped by {signal.Signals(number).name}, everything is saved; the same "
-                    f"command with resume=True goes on from here",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"{saved}; {hint}", file=sys.stderr, flush=True)
         return 128 + number
 
 

@@ -241,10 +241,10 @@ def check_networks(cfg: DictConfig) -> None:
     # infonce_patches tells the masked patches of an image apart.
     patches, masked = cfg.grid_size**2, 2 if cfg.loss.name == "infonce_patches" else 1
     if cfg.num_vis > patches - masked:
-        raise ConfigError(
-            f"num_vis={cfg.num_vis}: expected 1 to {patches - masked}, because "
+        why = (
             f"grid_size={cfg.grid_size} makes {patches} patches and {masked} or more must be masked"
         )
+        raise ConfigError(f"num_vis={cfg.num_vis}: expected 1 to {patches - masked}, because {why}")
     networks = (
         ("encoder.embed_dim", cfg.encoder.embed_dim, "encoder.num_heads", cfg.encoder.num_heads),
         ("decoder_embed_dim", cfg.decoder_embed_dim, "decoder_num_heads", cfg.decoder_num_heads),
@@ -304,10 +304,8 @@ def check_layers(cfg: DictConfig) -> None:
 def check_job(cfg: DictConfig) -> None:
     processes = processes_per_node(cfg) * cfg.env.world_size
     if not cfg.env.distributed and processes > 1:
-        raise ConfigError(
-            f"env.distributed=False: expected one process, but env.ngpu={cfg.env.ngpu} and "
-            f"env.world_size={cfg.env.world_size} make {processes}"
-        )
+        found = f"env.ngpu={cfg.env.ngpu} and env.world_size={cfg.env.world_size} make {processes}"
+        raise ConfigError(f"env.distributed=False: expected one process, but {found}")
     if cfg.env.slurm and cfg.env.ngpu is None:
         raise ConfigError("env.ngpu=null: expected a number where env.slurm=True (see env=slurm)")
     if cfg.env.signal_delay >= 60 * cfg.env.timeout:
