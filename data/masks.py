@@ -96,11 +96,8 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-# ---- An image and its mask travel together, so that workers decode both. -------------------------
-
-
 class WithMasks(ImageDataset):
-    """Loads (image, mask), both of one size: what MaskTransform takes."""
+    """Loads (image, mask), both of one size, so that workers decode both: what MaskTransform takes."""
 
     def __init__(self, dataset: MaskedImages) -> None:
         self.dataset = dataset

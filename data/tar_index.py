@@ -93,9 +93,6 @@ def make_index(tars: list[TarFile], members: list[Member]) -> TarIndex:
     return TarIndex(tars, classes, names, np.array(places, dtype=PLACE))
 
 
-# ---- One index for all processes and all starts. -------------------------------------------------
-
-
 def index_of(folder: Path, index_folder: str | None, only: str = "") -> TarIndex:
     """The saved index if it fits the tars, or else a new one, which one process makes for all.
     only: the name of the one tar that counts."""
@@ -167,9 +164,6 @@ def write_index(index: TarIndex, path: Path) -> None:
         write_whole(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
         logger.warning("cannot write %s (%s): the next start scans again", path, error)
-
-
-# ---- Scanning. -----------------------------------------------------------------------------------
 
 
 def list_tars(folder: Path, only: str = "") -> list[TarFile]:

@@ -175,9 +175,6 @@ class TimmBackbone(Backbone):
         return Tokens(None, features.flatten(1, 2), tuple(features.shape[1:3]))
 
 
-# --- loading ------------------------------------------------------------------------------------
-
-
 def load_backbone(
     pretrained: str | None,
     *,
@@ -221,9 +218,6 @@ def load_backbone(
             backbone.resize(image_side)
     backbone.fingerprint = families.fingerprint(backbone, None if random_init else file)
     return backbone.eval()
-
-
-# --- this project's -----------------------------------------------------------------------------
 
 
 def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: Any) -> OwnBackbone:

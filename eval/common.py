@@ -17,14 +17,14 @@ from data.picture import Picture
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone
 from eval.families import BackboneError
-from util.checkpoint import CheckpointError, newest_readable
+from util.checkpoint import CheckpointError
 from util.config import job_directory
 from util.distributed import Ranks, all_reduce, join_processes, leave_processes, on_main
 from util.files import write_whole
 from util.job import describe_environment, prepare_job_directory, record_start
 from util.loaders import eval_loader, open_split
 from util.lock import unlock
-from util.loop import Loop, Task, train
+from util.loop import Loop, Task, newest_for_all, train
 from util.metrics import readable_time
 from util.precision import choose_precision
 from util.preemption import stoppable
@@ -134,9 +134,6 @@ def write_json(path: Path, contents: dict) -> None:
     write_whole(path, json.dumps(contents, indent=2).encode() + b"\n")
 
 
-# --- an evaluation from beginning to end --------------------------------------------------------
-
-
 def run_evaluation(cfg: DictConfig, name: str, evaluate: Callable[[EvalRun], None]) -> None:
     """What a worker's main(cfg) does."""
     ranks = join_processes()
@@ -162,20 +159,14 @@ def run_joined(
 
 def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
     """All processes read the same file, also while a running job writes newer ones."""
-    contents = None  # gigabytes, which only their path leaves the first process for
-
-    def choose() -> str:
-        nonlocal contents
+    contents = None
+    if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
         folder = Path(cfg.pretrained)
         inside = folder / "checkpoints"
-        newest = newest_readable(inside if inside.is_dir() else folder, report=print)
+        newest = newest_for_all(inside if inside.is_dir() else folder, ranks, report=print)
         if newest is None:
             raise BackboneError(f"pretrained={folder}: this folder holds no checkpoint")
-        path, contents = newest
-        return str(path)
-
-    if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
-        cfg.pretrained = on_main(choose, ranks)
+        cfg.pretrained, contents = str(newest[0]), newest[1]
     return load_backbone(
         cfg.pretrained,
         contents=contents,
@@ -187,9 +178,6 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
         random_init=cfg.random_init,
         seed=cfg.seed,
     )
-
-
-# --- data ---------------------------------------------------------------------------------------
 
 
 class LabelledImages(ImageDataset):
@@ -230,9 +218,6 @@ def count_classes(train: Tensor | np.ndarray, evaluation: Tensor | np.ndarray) -
     if unknown := [str(number) for number in sorted(evaluation - train)]:
         raise DataError(f"classes {first_few(unknown)} of the evaluation have no training image")
     return max(train) + 1
-
-
-# --- those that train -------------------------------------------------------------------------
 
 
 class Classification(Task):

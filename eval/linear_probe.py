@@ -154,9 +154,6 @@ class CachedProbe(Probe):
             yield self.encoded(indices, "eval")
 
 
-# --- heads --------------------------------------------------------------------------------------
-
-
 def probe_features(tokens: Tokens, pooling: str) -> Tensor:
     """What the heads of one pooling start from: [B, D or 2 D], or tokens [B, L, D]."""
     if pooling == ATTENTIVE:

@@ -53,14 +53,12 @@ def nested_colours(levels: list[np.ndarray]) -> list[np.ndarray]:
                 else:
                     own[part] = hue, used[hue]
                     used[hue] += 1
-        parents, coarser = own, labels
-        found.append(np.array([mixed(*own[part]) for part in range(len(own))])[labels])
+        parents, coarser, colours = own, labels, []
+        for hue, number in (own[part] for part in range(len(own))):
+            share = MIXED[number]
+            colours.append(np.array(to_rgb(HUES[hue])) * (1 - abs(share)) + max(share, 0))
+        found.append(np.array(colours)[labels])
     return found
-
-
-def mixed(hue: int, number: int) -> np.ndarray:
-    share = MIXED[number]
-    return np.array(to_rgb(HUES[hue])) * (1 - abs(share)) + max(share, 0)
 
 
 def draw(path: Path, rows: list[Row], caption: list[str]) -> None:

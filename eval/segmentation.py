@@ -133,13 +133,9 @@ def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: 
     # Blank patches of raw pixels may be all zero, which has no direction: they get a common one.
     blank = ~vectors.any(axis=1)
     vectors = np.where(blank[:, None], vectors.shape[1] ** -0.5, vectors)
-    clustering = AgglomerativeClustering(
-        n_clusters=count,
-        metric=cfg.clustering.metric,
-        linkage=cfg.clustering.linkage,
-        connectivity=grid_to_graph(*grid) if cfg.clustering.connected else None,
-    )
-    return clustering.fit_predict(vectors)
+    how = {"metric": cfg.clustering.metric, "linkage": cfg.clustering.linkage}
+    neighbours = grid_to_graph(*grid) if cfg.clustering.connected else None
+    return AgglomerativeClustering(count, connectivity=neighbours, **how).fit_predict(vectors)
 
 
 def to_pixels(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

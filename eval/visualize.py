@@ -133,9 +133,6 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     run.say(f"visualize: {len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/")
 
 
-# --- images -------------------------------------------------------------------------------------
-
-
 def samples() -> str:
     """The folder of scikit-learn's two photographs. Importing its data sets takes seconds."""
     return f"{find_spec('sklearn').submodule_search_locations[0]}/datasets/images"
@@ -168,9 +165,6 @@ def conditions(method: Method) -> str:
     norm = "with" if backbone.final_norm else "without"
     network = f"layer {backbone.layer}, {norm} final norm, {seen}{how}"
     return seen if method.is_pixels else network
-
-
-# --- tokens -------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -221,9 +215,6 @@ def average_windows(method: Method, image: Tensor) -> Tensor:
     return total / count
 
 
-# --- what is shown of them ----------------------------------------------------------------------
-
-
 def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
     """By title, in the order of the figure."""
     panels = {"input": Panel(view.image.permute(1, 2, 0).numpy(), mark=cfg.point)}
@@ -231,7 +222,10 @@ def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
     for count, colours in zip(cfg.clusters, nested_colours(levels), strict=True):
         panels[f"{count} clusters"] = Panel(colours.reshape(*view.grid, 3))
     if cfg.max_iter is not None:
-        panels["t-SNE"] = Panel(colours, places=embed(cfg, view.tokens))
+        most, seed = (len(view.tokens) - 1) / 3, cfg.seed % 2**32  # what numpy takes
+        options = {"perplexity": min(PERPLEXITY, most), "init": "pca", "random_state": seed}
+        places = TSNE(max_iter=cfg.max_iter, **options).fit_transform(view.tokens)
+        panels["t-SNE"] = Panel(colours, places)
     panels["PCA"] = Panel(rgb.reshape(*view.grid, 3))
     if cfg.point is not None:
         similar = similarity(view, cfg.point)
@@ -254,14 +248,6 @@ def nested_clusters(tokens: np.ndarray, counts: list[int]) -> list[np.ndarray]:
     return levels
 
 
-def embed(cfg: DictConfig, tokens: np.ndarray) -> np.ndarray:
-    """-> [L, 2]"""
-    perplexity = min(PERPLEXITY, (len(tokens) - 1) / 3)
-    seed = cfg.seed % 2**32  # what numpy takes
-    tsne = TSNE(perplexity=perplexity, max_iter=cfg.max_iter, init="pca", random_state=seed)
-    return tsne.fit_transform(tokens)
-
-
 def fit_pca(tokens: np.ndarray) -> PCA:
     """Three components, each with its strongest weight positive: otherwise signs are chance."""
     pca = PCA(n_components=3, svd_solver="covariance_eigh").fit(tokens.astype(np.float64))
@@ -281,9 +267,6 @@ def similarity(view: View, point: list[float]) -> np.ndarray:
     column, row = (min(int(at * n), n - 1) for at, n in zip(point, view.grid[::-1], strict=True))
     unit = F.normalize(torch.from_numpy(view.tokens), dim=1).reshape(*view.grid, -1)
     return (unit @ unit[row, column]).numpy()
-
-
-# --- how to draw it again -----------------------------------------------------------------------
 
 
 def legend(cfg: DictConfig, images: int) -> str:

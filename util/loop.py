@@ -166,33 +166,34 @@ def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
     describe = partial(checkpoint.describe, task.dataset, task.loader)
     task.made_from, folder = on_main(describe, ranks), job / "checkpoints"
     try:
-        contents = find_checkpoint(task, cfg, folder, ranks)
-        if contents is not None:
-            task.restore(contents, folder)
+        accept = partial(checkpoint.accept, cfg=cfg, facts=task.made_from)
+        newest = newest_for_all(folder, ranks, print_error, accept) if cfg.resume else None
+        if newest is not None:
+            task.restore(newest[1], folder)
     except (KeyError, ValueError) as error:
         valid = f"checkpoints of these networks and this optimiser in {folder}"
         reason = f"{type(error).__name__}: {first_words(error)}"
         raise checkpoint.CheckpointError(f"resume: expected {valid} ({reason})") from error
     on_main(lambda: record_start(cfg, job), ranks)
-    return contents["step"] if contents else 0
+    return newest[1]["step"] if newest else 0
 
 
-def find_checkpoint(task: Task, cfg: DictConfig, folder: Path, ranks: Ranks) -> dict | None:
-    """Rank 0 chooses the newest readable file and decides whether the run may go on from it; all
-    ranks read that one. None: a new run."""
-    if not cfg.resume:
-        return None
+def newest_for_all(
+    folder: Path, ranks: Ranks, report: Callable[[str], None], accept: Callable | None = None
+) -> tuple[Path, dict] | None:
+    """The newest readable checkpoint and what it holds. Rank 0 chooses it, and says what accept has
+    to say about it; all ranks read that one."""
     chosen: dict[Path, dict] = {}  # gigabytes, which only their path leaves this process for
 
     def choose() -> Path | None:
-        newest = checkpoint.newest_readable(folder, print_error)
-        for text in checkpoint.accept(*newest, cfg, task.made_from) if newest else []:
-            print_error(text)
+        newest = checkpoint.newest_readable(folder, report)
+        for text in accept(*newest) if newest and accept else []:
+            report(text)
         chosen.update([newest] if newest else [])
         return next(iter(chosen), None)
 
     path = on_main(choose, ranks)
-    return chosen.get(path) if ranks.is_main or path is None else checkpoint.load_file(path)
+    return path and (path, chosen.get(path) or checkpoint.load_file(path))
 
 
 class Loop:
