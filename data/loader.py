@@ -34,6 +34,7 @@ FOREVER = 1e8  # seconds
 # from schedulers that were asked for it.
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 NO_LABEL = -1
+Augmentation = Callable[[Picture, int, int], Tensor]  # of a picture, its epoch and its index
 Loaded = tuple[Tensor, Tensor, tuple]  # images, labels, and of each image what else is known
 
 
@@ -105,7 +106,7 @@ class TrainLoader(StepOrder):
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Picture, int, int], Tensor],
+        transform: Augmentation,
         *,
         num_workers: int,
         device: torch.device | str,

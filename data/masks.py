@@ -97,7 +97,7 @@ def read_names(path: Path) -> list[str]:
 
 
 class WithMasks(ImageDataset):
-    """Loads (image, mask), both of one size, so that workers decode both: what MaskTransform takes."""
+    """Loads (image, mask), both of one size, for MaskTransform: so workers decode both."""
 
     def __init__(self, dataset: MaskedImages) -> None:
         self.dataset = dataset

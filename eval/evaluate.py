@@ -46,7 +46,12 @@ def main(cfg: DictConfig) -> None:
 def evaluate(run: EvalRun) -> None:
     cfg = run.cfg
     run.backbone.cpu()  # it is only described: each evaluation loads its own
-    check_settings(cfg)
+    if not cfg.final_norm:
+        raise ConfigError("final_norm=False: expected settings=['NAME.final_norm=False']")
+    for setting in cfg.settings:
+        if setting.partition(".")[0] not in cfg.evals:
+            names = ", ".join(cfg.evals)
+            raise ConfigError(f"settings={setting}: expected NAME.key=value, NAME one of {names}")
     variants = {"trained": False, "random init": True}
     if not cfg.beside_random_init:
         variants = {"random init" if cfg.random_init else "trained": cfg.random_init}
@@ -68,15 +73,6 @@ def evaluate(run: EvalRun) -> None:
     contents |= {"evaluations": found, "references": references}
     write_json(path.with_suffix(".json"), contents)
     run.say(f"\n{text}\n\ntable  {path}")
-
-
-def check_settings(cfg: DictConfig) -> None:
-    if not cfg.final_norm:
-        raise ConfigError("final_norm=False: expected settings=['NAME.final_norm=False']")
-    for setting in cfg.settings:
-        if setting.partition(".")[0] not in cfg.evals:
-            names = ", ".join(cfg.evals)
-            raise ConfigError(f"settings={setting}: expected NAME.key=value, NAME one of {names}")
 
 
 def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:

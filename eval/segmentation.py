@@ -39,6 +39,8 @@ from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects
 from util.loaders import eval_loader, open_split
 from util.streams import Stream, generator
 
+Batch = tuple[Tokens, np.ndarray]  # on the device, and masks uint8 [B, H, W]
+Grid = tuple[int, int]
 SEEN = {"tokens": "patch tokens", "pixels": "raw pixels of patches"}
 
 
@@ -59,10 +61,8 @@ def masked_data(cfg: DictConfig, split: str) -> MaskedImages:
 
 
 @torch.inference_mode()
-def token_batches(
-    run: EvalRun, dataset: MaskedImages, what: str
-) -> Iterator[tuple[Tokens, np.ndarray]]:
-    """This process's part, in order: tokens on the device, and masks uint8 [B, H, W]."""
+def token_batches(run: EvalRun, dataset: MaskedImages, what: str) -> Iterator[Batch]:
+    """This process's part, in order."""
     backbone = run.backbone
     transform = MaskTransform(backbone.image_side, run.cfg.dataset.crop_ratio)
     loader = eval_loader(run.cfg, run.ranks, WithMasks(dataset), transform)
@@ -109,9 +109,7 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     )
 
 
-def score_image(
-    cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], mask: np.ndarray
-) -> list[float]:
+def score_image(cfg: DictConfig, vectors: np.ndarray, grid: Grid, mask: np.ndarray) -> list[float]:
     """vectors [L, D], mask [H, W]"""
     classes = len(np.unique(mask[mask != IGNORE]))
     if classes == 0:
@@ -126,7 +124,7 @@ def score_image(
     return [classes, *scores]
 
 
-def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
+def cluster(cfg: DictConfig, vectors: np.ndarray, grid: Grid, count: int) -> np.ndarray:
     """vectors [L, D] of length 1 -> the segment of each, int64 [L]"""
     if count > len(vectors):
         raise ConfigError(f"segments: {count} of {len(vectors)} patches; expected 1 to that number")
@@ -251,7 +249,7 @@ class PatchHead(nn.Module):
         return self.linear((vectors - self.mean) / self.std)
 
 
-def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> PatchHead:
+def train_patch_head(run: EvalRun, parts: list[Batch]) -> PatchHead:
     """parts: the training tokens and masks of this process. -> the same head on all processes
 
     The first process trains it, on the tokens of all: the others wait, so that the number of
@@ -308,7 +306,7 @@ def train_epoch(
         optimizer.step()
 
 
-def class_counts(masks: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
+def class_counts(masks: Tensor, grid: Grid, classes: int) -> Tensor:
     """uint8 [B, H, W] -> float [B, L, classes]: pixels of each class in each patch."""
     batch, height, width = masks.shape
     rows, columns = grid
