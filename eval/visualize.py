@@ -113,7 +113,12 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
         run.say(f"visualize: {lines[-1]}")
         backbone = method.run.backbone.describe()
         reports.append({"name": method.name, "backbone": backbone, "pca_percent": shares})
-    lines += [legend(cfg, len(paths)), command_of(cfg)]
+    lines.append(
+        f"Clusters: Ward, of one image's patch tokens. PCA: of those of all {len(paths)} images. "
+        f"t-SNE: perplexity {PERPLEXITY}, max_iter {cfg.max_iter}, seed {cfg.seed}. Similarity: "
+        f"cosine to the token at point {cfg.point}, as shares of width and height."
+    )
+    lines.append(command_of(cfg))
     folder, sheet, files = run.job / "results" / "pictures", [], []
     folder.mkdir(exist_ok=True)
     for index in run.tracked(range(len(paths)), "images drawn:"):
@@ -267,14 +272,6 @@ def similarity(view: View, point: list[float]) -> np.ndarray:
     column, row = (min(int(at * n), n - 1) for at, n in zip(point, view.grid[::-1], strict=True))
     unit = F.normalize(torch.from_numpy(view.tokens), dim=1).reshape(*view.grid, -1)
     return (unit @ unit[row, column]).numpy()
-
-
-def legend(cfg: DictConfig, images: int) -> str:
-    return (
-        f"Clusters: Ward, of one image's patch tokens. PCA: of those of all {images} images. "
-        f"t-SNE: perplexity {PERPLEXITY}, max_iter {cfg.max_iter}, seed {cfg.seed}. Similarity: "
-        f"cosine to the token at point {cfg.point}, as shares of width and height."
-    )
 
 
 def command_of(cfg: DictConfig) -> str:

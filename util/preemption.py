@@ -118,10 +118,7 @@ os.register_at_fork(after_in_child=ignore_signals_in_child)
 
 # A requeue must not be forgotten because a TERM came as well.
 SIGNALS_BY_URGENCY = (0, *reversed(STOP_SIGNALS))
-
-
-def urgency(number: int) -> int:
-    return SIGNALS_BY_URGENCY.index(number)
+urgency = SIGNALS_BY_URGENCY.index
 
 
 class Question:

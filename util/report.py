@@ -47,6 +47,7 @@ def main(cfg: DictConfig) -> None:
     environment.filters["base64"] = lambda contents: base64.b64encode(contents).decode()
     page = environment.from_string(TEMPLATE.read_text()).render(
         rows=rows,
+        spread=spread,
         jobs=jobs,
         notes=notes,
         workers=compare_workers(rows),
@@ -59,20 +60,22 @@ def main(cfg: DictConfig) -> None:
     print(*notes, f"{len(jobs)} jobs in {len(rows)} rows: {path}", sep="\n")
 
 
-def compare_workers(rows: list[Row]) -> dict[str, tuple[Table, list]]:
-    """By worker, because the losses of different tasks are not compared: settings, and for each
-    kind of curves a table of their ends and the figures."""
+def compare_workers(rows: list[Row]) -> dict[str, tuple[list[Row], list[str], list]]:
+    """By worker, because the losses of different tasks are not compared: its rows, the settings
+    that differ, and the curves of each kind."""
     by_worker = defaultdict(list)
     for row in rows:
         by_worker[str(row.jobs[0].config.get("worker"))].append(row)
     found = {}
     for worker, alike in by_worker.items():
-        parts = []
+        parts, settings = [], [row.jobs[0].settings() for row in alike]
+        keys = sorted({key for own in settings for key in own})
+        differ = [key for key in keys if len({str(own.get(key, "–")) for own in settings}) > 1]
         for title, curves in CURVES.items():
-            if names := [name for name in curves if any(row.curve(name)[0] for row in alike)]:
-                figures = {name: (curves[name], *figure(name, alike)) for name in names}
-                parts.append((ends(title, alike, names), figures))
-        found[worker] = settings(alike), parts
+            names = [name for name in curves if any(row.curve(name)[0] for row in alike)]
+            figures = {name: (curves[name], *figure(name, alike)) for name in names}
+            parts += [(title, figures)] if names else []
+        found[worker] = alike, differ, parts
     return found
 
 
@@ -88,34 +91,6 @@ def spread(values: Sequence[float] | np.ndarray, of: int) -> str:
             places = max(0, 1 - math.floor(math.log10(deviation)))
             text = f"{middle:.{places}f} ± {deviation:.{places}f}"
     return text + (f" ({len(values)} of {of} runs)" if len(values) < of else "")
-
-
-def settings(rows: list[Row]) -> Table:
-    """Those that differ."""
-    found = [row.jobs[0].settings() for row in rows]
-    keys = sorted({key for own in found for key in own})
-    differ = [key for key in keys if len({str(own.get(key, "–")) for own in found}) > 1]
-    lines = []
-    for row, own in zip(rows, found, strict=True):
-        seeds = ", ".join(str(job.config.get("seed")) for job in row.jobs)
-        lines.append((row, [seeds, *(str(own.get(key, "–")) for key in differ)]))
-    return Table(["", "seed", *differ], lines)
-
-
-def ends(title: str, rows: list[Row], names: list[str]) -> Table:
-    verdict = ["verdict"] if "rankme" in names else []
-    lines = []
-    for row in rows:
-        curves = [row.curve(name) for name in names]
-        last = max((steps[-1] for steps, _ in curves if steps), default="–")
-        cells = [spread(values[-1] if steps else [], len(row.jobs)) for steps, values in curves]
-        lines.append((row, [str(last), *cells, *(verdicts(row) for _ in verdict)]))
-    return Table(["", "step", *names, *verdict], lines, title)
-
-
-def verdicts(row: Row) -> str:
-    counts = Counter(str(job.verdict().get("verdict", "–")) for job in row.jobs)
-    return ", ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts.items())
 
 
 def figure(name: str, rows: list[Row]) -> tuple[list[Row], dict[str, dict], bytes]:

@@ -104,6 +104,15 @@ class Row:
         steps = sorted(set.intersection(*map(set, curves)))
         return steps, np.array([[curve[step] for curve in curves] for step in steps])
 
+    def last_step(self, names: Iterable[str]) -> int | str:
+        """Of these curves."""
+        return max((self.curve(name)[0][-1] for name in names if self.curve(name)[0]), default="–")
+
+    def verdicts(self) -> str:
+        counts = Counter(str(job.verdict().get("verdict", "–")) for job in self.jobs)
+        several = len(counts) > 1
+        return ", ".join(f"{name} ({n})" if several else name for name, n in counts.items())
+
     def notes(self) -> Iterable[str]:
         if len(self.jobs) == 1:
             return
