@@ -17,16 +17,11 @@ CLASSES = 256  # as many values as a mask can hold
 BOUNDARY_SHARE = 0.008  # boundaries match within this part of the image's diagonal
 
 
-def contingency(truth: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """int64 [true labels that occur, segments that occur]: pixels of each pair. Pixels that the
-    mask leaves unlabelled are left out."""
-    labelled = truth != IGNORE
-    return contingency_matrix(truth[labelled], segments[labelled])
-
-
-def matched_miou(counts: np.ndarray) -> float:
+def matched_miou(truth: np.ndarray, segments: np.ndarray) -> float:
     """Each true label gets the segment that makes the mean IoU largest, no segment twice. The mean
-    is over the true labels; one that gets no segment has IoU 0."""
+    is over the true labels; one that gets no segment has IoU 0. Unlabelled pixels are left out."""
+    labelled = truth != IGNORE
+    counts = contingency_matrix(truth[labelled], segments[labelled])
     union = counts.sum(axis=1, keepdims=True) + counts.sum(axis=0, keepdims=True) - counts
     iou = counts / union
     rows, columns = linear_sum_assignment(iou, maximize=True)

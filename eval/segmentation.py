@@ -119,7 +119,7 @@ def score_image(cfg: DictConfig, vectors: np.ndarray, grid: Grid, mask: np.ndarr
         count = classes if count == "truth" else count
         segments = cluster(cfg, vectors, grid, count).reshape(grid)
         segments = to_pixels(segments, mask.shape)
-        scores.append(metrics.matched_miou(metrics.contingency(mask, segments)))
+        scores.append(metrics.matched_miou(mask, segments))
         scores.append(metrics.adjusted_rand_index(mask, segments))
     return [classes, *scores]
 

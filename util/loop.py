@@ -7,7 +7,7 @@ a step is, and this file keeps them alive.
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopF
     start = f"from step {loop.first_step}" if loop.first_step else "from the beginning"
     steps = f"{loop.images_per_step} images per step, {loop.total_steps} steps, {start}"
     loop.log.say(f"{task.introduction()}, {steps}")
-    with loop.log, logging_redirect_tqdm():
+    with closing(loop.log), logging_redirect_tqdm():
         if loop.first_step < loop.total_steps:
             run_steps(task, cfg, loop)
         else:

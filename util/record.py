@@ -113,10 +113,7 @@ class RunLog:
             self.bar.set_description_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         """The bar must not stand in front of the last words."""
         self.bar.close()
         if self.is_main:
