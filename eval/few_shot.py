@@ -51,14 +51,12 @@ def evaluate(run: EvalRun) -> None:
         summary = mean_and_spread(top1)
         results[f"top1/{shots}-shot"] = summary["mean"]
         results[f"spread/{shots}-shot"] = summary["spread"]
-        by_strength = zip(*(draw["all"] for draw in draws), strict=True)
+        by_strength = map(mean_and_spread, zip(*(draw["all"] for draw in draws), strict=True))
+        strengths = [f"{strength:g}" for strength in cfg.regularisers]
         details[f"{shots}-shot"] = {
             "draws": top1,
             "chosen": [draw["chosen"] for draw in draws],
-            "by_regulariser": {
-                f"{strength:g}": mean_and_spread(values)
-                for strength, values in zip(cfg.regularisers, by_strength, strict=True)
-            },
+            "by_regulariser": dict(zip(strengths, by_strength, strict=True)),
         }
     run.finish(
         results,

@@ -13,7 +13,6 @@ python launcher.py --config-name=visualize pretrained=checkpoints/demo images=ph
 """
 
 import shlex
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from data.base import readable
 from data.files import given_images
+from data.photographs import installed
 from data.picture import Picture, crop_and_resize, size_of
 from data.transforms import EvalTransform
 from eval.common import EvalRun, load_for_all, write_json
@@ -41,6 +41,7 @@ from util.distributed import Ranks, join_processes, leave_processes
 
 MOST_PATCHES = 16384  # of one image: clustering keeps a distance for each pair, 1 GB
 PERPLEXITY = 30
+SAMPLES = "sklearn/datasets/images"  # two photographs
 
 
 class Method(NamedTuple):
@@ -92,7 +93,7 @@ def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
 
 
 def visualize(cfg: DictConfig, methods: list[Method]) -> None:
-    first, dataset = methods[0].run, given_images(cfg.images or samples())
+    first, dataset = methods[0].run, given_images(cfg.images or str(installed(SAMPLES)))
     run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all of them
     paths = [path if cfg.images else Path(path).name for path in dataset.paths]
     run.prepare()
@@ -138,11 +139,6 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     run.say(f"visualize: {len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/")
 
 
-def samples() -> str:
-    """The folder of scikit-learn's two photographs. Importing its data sets takes seconds."""
-    return f"{find_spec('sklearn').submodule_search_locations[0]}/datasets/images"
-
-
 def prepare(method: Method, picture: Picture) -> Tensor:
     """The crop of the evaluations; or the whole image, less what is no whole patch at its edges."""
     cfg, side, patch = method.run.cfg, method.side, method.run.backbone.patch_size
@@ -160,16 +156,16 @@ def prepare(method: Method, picture: Picture) -> Tensor:
 def conditions(method: Method) -> str:
     """What else the tokens depend on, in words."""
     cfg, backbone, side = method.run.cfg, method.run.backbone, method.side
-    seen = f"central crop of {side} x {side} pixels (crop_ratio {cfg.dataset.crop_ratio})"
-    how = ""
+    seen, how = f"central crop of {side} x {side} pixels (crop_ratio {cfg.dataset.crop_ratio})", ""
     if cfg.stride is not None or cfg.upsample is not None:
         scale = "as stored" if cfg.upsample is None else f"shorter side {side * cfg.upsample:.0f}"
         windows = f", mean of windows of {side} x {side} pixels every {cfg.stride}"
         seen = f"whole image ({scale})"
         how = ", positions resampled" if cfg.stride is None else windows
+    if method.is_pixels:
+        return seen
     norm = "with" if backbone.final_norm else "without"
-    network = f"layer {backbone.layer}, {norm} final norm, {seen}{how}"
-    return seen if method.is_pixels else network
+    return f"layer {backbone.layer}, {norm} final norm, {seen}{how}"
 
 
 @torch.inference_mode()

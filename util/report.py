@@ -11,9 +11,8 @@ import base64
 import io
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jinja2 import Environment
@@ -26,13 +25,6 @@ from util.validate import is_number
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 FEW_POINTS = 20  # are marked
-
-
-class Table(NamedTuple):
-    header: list[str]
-    lines: Sequence[tuple[Row | str, list[str]]]
-    title: str = ""
-    about: str = ""
 
 
 def main(cfg: DictConfig) -> None:
@@ -128,8 +120,9 @@ def readable(values: np.ndarray) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def evaluations(rows: list[Row]) -> Iterator[Table]:
-    """One for each protocol: numbers of different ones are not compared."""
+def evaluations(rows: list[Row]) -> Iterator[tuple[str, str, Iterable[str], list]]:
+    """One for each protocol, because numbers of different ones are not compared: a title, what it
+    is about, the metrics, and of each row the numbers and the checkpoints."""
     found: dict[tuple, dict[Row, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for job in row.jobs:
@@ -148,13 +141,12 @@ def evaluations(rows: list[Row]) -> Iterator[Table]:
             files = {Path(str(r.get("pretrained") or "–")).name for r in results}
             cells = [spread(own, len(row.jobs)) for own in numbers]
             lines.append((row, [*cells, ", ".join(sorted(files))]))
-        title, about = name, f"{protocol} ({dataset})" if dataset else protocol
-        title += f" ({nth + 1})" if nth else ""
-        yield Table(["", *metrics, "checkpoint"], lines, title, about)
+        about = f"{protocol} ({dataset})" if dataset else protocol
+        yield f"{name} ({nth + 1})" if nth else name, about, metrics, lines
 
 
-def environments(jobs: list[Job]) -> Table:
-    """Runs with the same one share a line."""
+def environments(jobs: list[Job]) -> dict[tuple, list[str]]:
+    """The runs of each: commit, what was changed, Python, packages."""
     alike: dict[tuple, list[str]] = defaultdict(list)
     for job in jobs:
         seen = job.environment
@@ -162,5 +154,4 @@ def environments(jobs: list[Job]) -> Table:
         changed = ", ".join(seen.get("git_uncommitted", [])) or "–"
         packages = ", ".join(f"{k} {v}" for k, v in seen.get("packages", {}).items())
         alike[commit, changed, str(seen.get("python", "–")), packages].append(job.name)
-    lines = [(", ".join(names), list(cells)) for cells, names in alike.items()]
-    return Table(["", "commit", "uncommitted", "python", "packages"], lines)
+    return alike
