@@ -188,12 +188,10 @@ class EvalLoader:
             yield EvalBatch(images, labels, torch.tensor(indices).to(self.device))
 
 
-# ---- What runs in the workers. -------------------------------------------------------------------
-# A worker hands a DataError over as a value: raised there, it would reach the user wrapped in the
-# worker's traceback.
-
-
 class _Samples(Dataset):
+    """What the workers read. They hand a DataError over as a value: raised there, it would reach
+    the user wrapped in the worker's traceback."""
+
     def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
         self.dataset, self.transform = dataset, transform
         self.being_read: Tensor | None = None  # by each worker the index of an image, or -1
@@ -274,9 +272,6 @@ def _kill_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-# ---- From the workers to the device. -------------------------------------------------------------
 
 
 def _load(

@@ -63,10 +63,7 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
 
 def build_masks(split: str, data_path: str | None) -> MaskedFiles:
     """images/a.jpg with masks/a.png, below train/ and val/ or, for both splits, below neither."""
-    root = existing_folder("masks", data_path, MASKS_LAYOUT)
-    for name in ("images", "masks"):
-        if not (root / name).is_dir():
-            raise DataError(f"data_path={root} has no {name}/; dataset masks needs {MASKS_LAYOUT}")
+    root = existing_folder("masks", data_path, MASKS_LAYOUT, "images", "masks")
     folder = root / "images"
     if any((folder / name).is_dir() for name in ("train", *files.EVAL_FOLDERS)):
         folder = files.split_folder(folder, split)

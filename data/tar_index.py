@@ -199,10 +199,8 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
     title = f"indexing {len(pieces)} tar files in {folder}"
     # Threads, because a scan mostly waits for the file server. Forked processes would read headers
     # in memory faster, but would also copy a process that uses a GPU, and could outlive it.
-    with (
-        tqdm(desc=title, unit=" images", leave=False, disable=None) as progress,
-        ThreadPoolExecutor(SCAN_THREADS) as pool,
-    ):
+    bar = tqdm(desc=title, unit=" images", leave=False, disable=None)
+    with bar as progress, ThreadPoolExecutor(SCAN_THREADS) as pool:
         if progress.disable:  # no terminal
             logger.info(title)
         while pieces:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
@@ -125,9 +126,8 @@ class EvalRun:
             **(extra or {}),
         }
         write_json(self.job / "results" / f"{self.name}.json", self.report)
-        file = TensorBoardFile(self.job / "tensorboard")
-        file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
-        file.close()
+        with closing(TensorBoardFile(self.job / "tensorboard")) as file:
+            file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
 
 
 def write_json(path: Path, contents: dict) -> None:

@@ -85,10 +85,9 @@ class Finetuning(Classification):
 
     def introduction(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return (
-            f"finetune: {len(self.loader.dataset)} images of {self.classes} classes, "
-            f"{trained / 1e6:.1f} M trainable parameters, {self.run.precision}"
-        )
+        about = f"{len(self.loader.dataset)} images of {self.classes} classes"
+        parameters = f"{trained / 1e6:.1f} M trainable parameters"
+        return f"finetune: {about}, {parameters}, {self.run.precision}"
 
     def prepare(self) -> None:
         if isinstance(self.network, DistributedDataParallel):

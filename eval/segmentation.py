@@ -76,9 +76,6 @@ def token_batches(run: EvalRun, dataset: MaskedImages, what: str) -> Iterator[Ba
         yield tokens._replace(patches=tokens.patches.float()), masks
 
 
-# --- unsupervised: the patches of one image at a time -------------------------------------------
-
-
 def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     cfg = run.cfg
     scores = []  # of each image: [number of labels in its mask, mIoU, ARI, mIoU, ARI, ...]
@@ -143,9 +140,6 @@ def to_pixels(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return values[rows[:, None], columns]
 
 
-# --- knn: single patches, of which nearly all pixels show one class -----------------------------
-
-
 def vote_on_patches(run: EvalRun, dataset: MaskedImages) -> None:
     cfg, ranks = run.cfg, run.ranks
     batches = token_batches(run, training_images(cfg, dataset), "training batches encoded:")
@@ -199,9 +193,6 @@ def build_bank(cfg: DictConfig, parts: list[tuple[Tensor, Tensor]]) -> tuple[Fea
         vectors, labels = vectors[np.sort(drawn)], labels[np.sort(drawn)]
     centre = vectors.mean(dim=0, dtype=torch.float64).float()
     return Features(unit_length(vectors - centre), labels), centre
-
-
-# --- linear: a head for single patches ----------------------------------------------------------
 
 
 def linear_head(run: EvalRun, dataset: MaskedImages) -> None:

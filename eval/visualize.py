@@ -273,8 +273,7 @@ def similarity(view: View, point: list[float]) -> np.ndarray:
 def command_of(cfg: DictConfig) -> str:
     """With all that is not as shipped, whatever it was started by."""
     name = "visualize"
-    chosen = compose_config(name, []).dataset.name != cfg.dataset.name
-    words = [f"dataset={cfg.dataset.name}"] if chosen else []
+    words = [f"dataset={cfg.dataset.name}"]
     shipped = flatten(OmegaConf.to_container(compose_config(name, words)))
     for key, value in flatten(OmegaConf.to_container(cfg)).items():
         if not key.startswith("env.") and value != shipped.get(key):

@@ -216,10 +216,9 @@ class Loop:
         self.speed = Speed()
         self.last_speed: dict[str, float] = {}  # of the last log line
         self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
-        self.writer: checkpoint.CheckpointWriter | None = None
         self.folder = job / "checkpoints"
-        if ranks.is_main:
-            self.writer = checkpoint.CheckpointWriter(self.folder, report=self.log.say)
+        writer = partial(checkpoint.CheckpointWriter, self.folder, self.log.say)
+        self.writer = writer() if ranks.is_main else None
 
     def after_step(self, done: int) -> None:
         silent = time.monotonic() - self.log.last_said

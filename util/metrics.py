@@ -66,8 +66,7 @@ class FaultCounter:
     """How many steps went wrong and which was the first, without asking the device."""
 
     def __init__(self, device: torch.device):
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self.first_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.count, self.first_step = torch.zeros(2, dtype=torch.int64, device=device)
 
     def add(self, step: int, is_bad: Tensor) -> None:
         self.first_step += (is_bad & (self.count == 0)) * step
