@@ -25,12 +25,7 @@ class FinetuneTransform:
     def __init__(self, seed: int, **options) -> None:
         """options: of timm's create_transform, besides those that the recipe fixes."""
         self.seed = seed
-        fixed = {
-            "color_jitter": None,
-            "interpolation": "bicubic",
-            "re_mode": "pixel",
-            "re_count": 1,
-        }
+        fixed = {"color_jitter": None, "interpolation": "bicubic", "re_mode": "pixel"}
         self.augment = create_transform(is_training=True, **fixed, **options)
         for step in self.augment.transforms:
             if isinstance(step, RandAugment):
