@@ -82,7 +82,9 @@ def recipe_transform(side: int) -> TrainTransform:
     return TrainTransform(side, step.RECIPE["min_crop"], IMAGENET["flip"], step.RECIPE["seed"])
 
 
-def build_loader(data: ImageDataset, transform, batch: int, workers: int, ranks: Ranks):
+def build_loader(
+    data: ImageDataset, transform, batch: int, workers: int, ranks: Ranks
+) -> TrainLoader:
     sizes = {"batch_size": batch, "accum_iter": 1, "num_workers": workers}
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
     return TrainLoader(data, transform, seed=step.RECIPE["seed"], **sizes, **place)
