@@ -229,10 +229,10 @@ def check_config(cfg: DictConfig) -> None:
         check_networks(cfg)
     if "warmup_epochs" in cfg and cfg.warmup_epochs > cfg.epochs:
         raise ConfigError(f"warmup_epochs={cfg.warmup_epochs}: expected 0 to {cfg.epochs} (epochs)")
-    clustering = cfg.get("clustering", {})
-    if clustering.get("linkage") == "ward" and clustering.metric != "euclidean":
+    is_ward = "clustering" in cfg and cfg.clustering.linkage == "ward"
+    if is_ward and cfg.clustering.metric != "euclidean":
         valid = "euclidean with clustering.linkage=ward"
-        raise ConfigError(f"clustering.metric={clustering.metric}: expected {valid}")
+        raise ConfigError(f"clustering.metric={cfg.clustering.metric}: expected {valid}")
     if "job_name" in cfg:
         check_job(cfg)
 
