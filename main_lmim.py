@@ -142,10 +142,8 @@ class Pretraining(Task):
             "sim_goal": schedule.similarity_goal(epoch),
             "memory_gb": memory_in_use(self.ranks.device),
         }
-        return values, (
-            f"{describe_loss(values)}  lr {values['lr']:.2e}  "
-            f"momentum {values['momentum']:.4f}  {values['memory_gb']:.1f} GB"
-        )
+        text = f"{describe_loss(values)}  lr {values['lr']:.2e}  momentum {values['momentum']:.4f}"
+        return values, f"{text}  {values['memory_gb']:.1f} GB"
 
     def glimpse(self) -> str:
         return describe_loss(self.training.meters.read(keep=True))
@@ -172,9 +170,8 @@ class Pretraining(Task):
             return None
         # Not compiled: an evaluation has other shapes, and runs too rarely to pay for that.
         with torch.compiler.set_stance("force_eager"):
-            accuracy, images = leave_one_out_accuracy(
-                self.model.encoder, self.evaluation, self.normalised, self.ranks
-            )
+            how = (self.evaluation, self.normalised, self.ranks)
+            accuracy, images = leave_one_out_accuracy(self.model.encoder, *how)
         self.loader.bad_images |= {*map(checked.describe, self.evaluation.unreadable)}
         protocol = f"leave-one-out inside the {images} evaluation images"
         return {"nn_accuracy": accuracy}, f"nearest neighbour {accuracy:.2f} % ({protocol})"
@@ -255,10 +252,9 @@ class Pretraining(Task):
 
 def describe_loss(values: dict[str, float]) -> str:
     chance = f" (chance {values['chance']:.4f})" if "chance" in values else ""
-    return (
-        f"loss {values['loss']:.4f}{chance}  similarity pred {values['sim_pred']:.3f} "
-        f"vis {values['sim_vis']:.3f} target {values['sim_trg']:.3f}"
-    )
+    similarity = f"pred {values['sim_pred']:.3f} vis {values['sim_vis']:.3f}"
+    similarity += f" target {values['sim_trg']:.3f}"
+    return f"loss {values['loss']:.4f}{chance}  similarity {similarity}"
 
 
 def view_source(
@@ -273,15 +269,8 @@ def view_source(
         images = batch_size * ranks.world_size * cfg.accum_iter
         first = (micro_step * ranks.world_size + ranks.rank) * batch_size  # as data/loader.py
         own = slice(first, first + batch_size)
-        return sample_views(
-            images,
-            geometry.grid_size,
-            geometry.num_vis,
-            geometry.patch_gap,
-            generator,
-            own,
-            cfg.masks,
-        )
+        sizes = (geometry.grid_size, geometry.num_vis, geometry.patch_gap)
+        return sample_views(images, *sizes, generator, own, cfg.masks)
 
     return draw_views
 

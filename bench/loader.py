@@ -22,20 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from bench.step import (
-    GRID,
-    RECIPE,
-    Setting,
-    add_training_options,
-    build_training,
-    command_line,
-    device_name,
-    image_side,
-    median_ratio,
-    setting_of,
-    show,
-    view_source,
-)
+from bench import step
 from data.base import ImageDataset
 from data.datasets import build_dataset
 from data.loader import TrainLoader
@@ -46,12 +33,9 @@ from util.metrics import Speed
 
 SIDE, BATCH = 280, 16
 WARM_UP = 3  # steps
-IMAGENET = RECIPE["dataset"]
+IMAGENET = step.RECIPE["dataset"]
 PHOTO_SIZES = [(500, 375), (375, 500), (500, 333)]  # the most frequent ones of ImageNet
 PHOTO_CLASSES = 10
-
-
-# ---- JPEG files like those of ImageNet, of noise with the statistics of photographs. -------------
 
 
 def natural_noise(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
@@ -78,12 +62,10 @@ def write_photos(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(target, quality=int(rng.integers(90, 96)))
 
 
-# ---- The loader. ---------------------------------------------------------------------------------
-
 BICUBIC = transforms.InterpolationMode.BICUBIC
 CUSTOMARY = transforms.Compose(
     [
-        transforms.RandomResizedCrop(SIDE, (RECIPE["min_crop"], 1), interpolation=BICUBIC),
+        transforms.RandomResizedCrop(SIDE, (step.RECIPE["min_crop"], 1), interpolation=BICUBIC),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
         transforms.Normalize(IMAGENET["mean"], IMAGENET["std"]),
@@ -97,15 +79,15 @@ def customary_transform(image: Image.Image, epoch: int, index: int) -> Tensor:
 
 
 def recipe_transform(side: int) -> TrainTransform:
-    return TrainTransform(side, RECIPE["min_crop"], IMAGENET["flip"], RECIPE["seed"])
+    return TrainTransform(side, step.RECIPE["min_crop"], IMAGENET["flip"], step.RECIPE["seed"])
 
 
 def build_loader(
-    dataset: ImageDataset, transform, batch: int, workers: int, ranks: Ranks
+    data: ImageDataset, transform, batch: int, workers: int, ranks: Ranks
 ) -> TrainLoader:
     sizes = {"batch_size": batch, "accum_iter": 1, "num_workers": workers}
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
-    return TrainLoader(dataset, transform, seed=RECIPE["seed"], **sizes, **place)
+    return TrainLoader(data, transform, seed=step.RECIPE["seed"], **sizes, **place)
 
 
 def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
@@ -123,16 +105,10 @@ def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
 
 def measure(data: Path, workers: int, images: int, rounds: int) -> dict:
     """Images per second, medians over the rounds."""
-    pillow, fast = (
-        build_dataset("imagefolder", "train", str(data), {"decoder": decoder})
-        for decoder in ("pil", "fast")
-    )
+    decoders = ({"decoder": name} for name in ("pil", "fast"))
+    pil, fast = (build_dataset("imagefolder", "train", str(data), own) for own in decoders)
     ours = recipe_transform(SIDE)
-    kinds = {
-        "pil float": (pillow, customary_transform),
-        "pil": (pillow, ours),
-        "fast": (fast, ours),
-    }
+    kinds = {"pil float": (pil, customary_transform), "pil": (pil, ours), "fast": (fast, ours)}
     rates = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, (dataset, transform) in kinds.items():
@@ -141,50 +117,46 @@ def measure(data: Path, workers: int, images: int, rounds: int) -> dict:
     result = {"workers": workers}
     for name, values in rates.items():
         result[name] = statistics.median(values)
-        result[f"{name}, times pil float"] = median_ratio(values, rates["pil float"])
+        result[f"{name}, times pil float"] = step.median_ratio(values, rates["pil float"])
     return result
 
 
-# ---- Loader and step together. -------------------------------------------------------------------
-
-
-def train(data: Path, setting: Setting, workers: int, steps: int, ranks: Ranks) -> dict:
+def train(data: Path, setting: step.Setting, workers: int, steps: int, ranks: Ranks) -> dict:
     """Images per second, and the share of the time that the step waits for data."""
-    training = build_training(setting, ranks)
+    training = step.build_training(setting, ranks)
     dataset = build_dataset("imagefolder", "train", str(data))
-    transform = recipe_transform(image_side(training, setting))
+    transform = recipe_transform(step.image_side(training, setting))
     loader = build_loader(dataset, transform, setting.batch, workers, ranks)
     speed, all_steps = Speed(), WARM_UP + steps
-    batches = (
-        normalise(batch.images, IMAGENET["mean"], IMAGENET["std"])
-        for batch in speed.timed(loader.stream(0, all_steps))
-    )
-    draw_views = view_source(setting, ranks)
-    for step in range(all_steps):
-        if step == WARM_UP:
+    images = (batch.images for batch in speed.timed(loader.stream(0, all_steps)))
+    batches = (normalise(own, IMAGENET["mean"], IMAGENET["std"]) for own in images)
+    draw_views = step.view_source(setting, ranks)
+    for number in range(all_steps):
+        if number == WARM_UP:
             training.meters.read()  # waits for the device, as a log point does
             speed.read(WARM_UP, setting.batch, 0)
-        train_step(training, batches, lambda *_: draw_views(), step, step / all_steps)
+        train_step(training, batches, lambda *_: draw_views(), number, number / all_steps)
     training.meters.read()
     measured = speed.read(steps, setting.batch * ranks.world_size, 0)
     shown = {"images_per_second": measured["images_per_second"], "waiting": measured["data_wait"]}
-    return {**asdict(setting), "workers": workers, "device": device_name(ranks.device), **shown}
+    about = {"workers": workers, "device": step.device_name(ranks.device)}
+    return asdict(setting) | about | shown
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = step.command_line(__doc__)
     parser.add_argument("--data", type=Path, help="a folder with train/CLASS/*.jpg; else made here")
     parser.add_argument("--photos", type=int, default=300, help="how many files to make")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--images", type=int, default=400, help="read in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--train", action="store_true", help="measure loader and step together")
-    add_training_options(parser)
+    step.add_training_options(parser)
     parser.add_argument("--batch", type=int, default=48, help="with --train: images per process")
     parser.add_argument("--steps", type=int, default=10, help="with --train")
     options = parser.parse_args()
     ranks = join_processes()
-    setting = setting_of(options, options.batch, GRID)
+    setting = step.setting_of(options, options.batch, step.GRID)
     if not options.train:
         torch.set_num_threads(1)  # as in a loader process
     with tempfile.TemporaryDirectory() as made:
@@ -197,7 +169,7 @@ def main() -> None:
             else:
                 result = measure(data, workers, options.images, options.rounds)
             if ranks.is_main:
-                show(result)
+                step.show(result)
     leave_processes()
 
 

@@ -4,8 +4,6 @@ timm's transforms, which draw from the generators of the process; here these are
 image, so that its augmentation is a pure function of (seed, epoch, index).
 """
 
-from collections.abc import Sequence
-
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.auto_augment import RandAugment
@@ -24,33 +22,11 @@ class FinetuneTransform:
     """For TrainLoader. The result is normalised, float32 [3, side, side]: what erasing fills in is
     noise of the normalised image, which uint8 could not hold."""
 
-    def __init__(
-        self,
-        side: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        flip: bool,
-        min_crop: float,
-        auto_augment: str | None,
-        erase: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, seed: int, **options) -> None:
+        """options: of timm's create_transform, besides those that the recipe fixes."""
         self.seed = seed
-        self.augment = create_transform(
-            input_size=side,
-            is_training=True,
-            scale=(min_crop, 1.0),
-            hflip=0.5 if flip else 0.0,
-            color_jitter=None,
-            auto_augment=auto_augment,
-            interpolation="bicubic",
-            mean=tuple(mean),
-            std=tuple(std),
-            re_prob=erase,
-            re_mode="pixel",
-            re_count=1,
-        )
+        fixed = {"color_jitter": None, "interpolation": "bicubic", "re_mode": "pixel"}
+        self.augment = create_transform(is_training=True, **fixed, **options)
         for step in self.augment.transforms:
             if isinstance(step, RandAugment):
                 for operation in step.ops:

@@ -2,6 +2,8 @@
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -21,6 +23,17 @@ UNREADABLE = (
 
 class DataError(ValueError):
     """The data or its settings are unusable; the message says what would be valid."""
+
+
+@contextmanager
+def readable(name: object) -> Iterator[None]:
+    """Inside, an image that cannot be read is named."""
+    try:
+        yield
+    except DataError:
+        raise
+    except UNREADABLE as error:
+        raise DataError(f"cannot read {name}: {type(error).__name__}: {error}") from error
 
 
 class DataTimeout(Exception):

@@ -57,9 +57,7 @@ def open_archive(name: str, data_path: str | None, **arguments):
 
     folder, archive = ARCHIVES[name]
     expected = f"a folder that contains {folder}/ (unpacked from {archive})"
-    root = existing_folder(name, data_path, expected)
-    if not (root / folder).is_dir():
-        raise DataError(f"data_path={data_path} has no {folder}/; dataset {name} needs {expected}")
+    root = existing_folder(name, data_path, expected, folder)
     try:
         return getattr(datasets, name.upper())(root, download=False, **arguments)
     except RuntimeError as error:

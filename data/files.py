@@ -66,15 +66,19 @@ class FileDataset(ImageDataset):
         return self.paths[index]
 
 
-def existing_folder(name: str, data_path: str | os.PathLike | None, expected: str) -> Path:
-    """data_path as a Path to a folder that exists."""
+def existing_folder(name: str, data_path: str | None, expected: str, *inside: str) -> Path:
+    """data_path as a Path to a folder that exists, with these folders inside."""
     if data_path is None or str(data_path) == "":
         raise DataError(f"dataset {name} needs data_path: {expected}")
     folder = Path(data_path).expanduser()
+    missing = [own for own in inside if not (folder / own).is_dir()]
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"data_path={data_path} {problem}; dataset {name} needs {expected}")
-    return folder
+    elif missing:
+        problem = f"has no {missing[0]}/"
+    else:
+        return folder
+    raise DataError(f"data_path={data_path} {problem}; dataset {name} needs {expected}")
 
 
 def list_folder(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:

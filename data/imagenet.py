@@ -11,17 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data import files
 from data.base import DataError, first_few
-from data.files import (
-    ENDINGS,
-    SCAN_THREADS,
-    FileDataset,
-    existing_folder,
-    find_images,
-    list_folder,
-    require_known_classes,
-    split_folder,
-)
+from data.files import FileDataset, existing_folder, list_folder
 
 SUBSET_FILE = Path(__file__).with_name("imagenet100.txt")
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -37,9 +29,9 @@ def build_imagefolder(
     """All classes found in train/; label = position in sorted order."""
     root = existing_folder(name, data_path, EXPECTED)
     classes = class_folders(root / "train")
-    folder = split_folder(root, split)
+    folder = files.split_folder(root, split)
     images = images_by_class(folder)
-    require_known_classes(folder, images, classes)
+    files.require_known_classes(folder, images, classes)
     return labelled_dataset(images, classes, decoder)
 
 
@@ -49,7 +41,7 @@ def build_imagenet100(split: str, data_path: str | None, *, decoder: str = "fast
     Label = line number in that file, counted from 0."""
     root = existing_folder("imagenet100", data_path, EXPECTED)
     classes = SUBSET_FILE.read_text().split()
-    folder = split_folder(root, split)
+    folder = files.split_folder(root, split)
     images = images_by_class(folder, only=classes)
     if missing := sorted(set(classes) - set(images)):
         problem = f"{len(missing)} of the {len(classes)} classes of imagenet100"
@@ -75,13 +67,13 @@ def images_by_class(folder: Path, only: list[str] | None = None) -> dict[str, li
             flat.setdefault(wnid_of(folder, name, wnids), []).append(str(folder / name))
         return flat
     names = [name for name in class_folders(folder) if only is None or name in only]
-    with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        paths = pool.map(find_images, [os.path.join(folder, name) for name in names])
+    with ThreadPoolExecutor(files.SCAN_THREADS) as pool:
+        paths = pool.map(files.find_images, [os.path.join(folder, name) for name in names])
         images = dict(zip(names, paths, strict=True))
     empty = [name for name in names if not images[name]]  # was its archive unpacked?
     if empty:
         problem = f"class folders that contain no images: {first_few(empty)}"
-        raise DataError(f"{folder} has {problem}; {ENDINGS}")
+        raise DataError(f"{folder} has {problem}; {files.ENDINGS}")
     return images
 
 
@@ -110,10 +102,8 @@ def wnids_from_devkit(folder: Path) -> list[str]:
     devkit = devkit_folder(folder)
     synsets = loadmat(devkit / META, squeeze_me=True)["synsets"]
     # The ground truth counts classes by ILSVRC2012_ID, which is not the sorted order of the WNIDs.
-    wnid_by_id = {
-        int(number): str(wnid)
-        for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
-    }
+    ids, wnids = synsets["ILSVRC2012_ID"], synsets["WNID"]
+    wnid_by_id = {int(number): str(wnid) for number, wnid in zip(ids, wnids, strict=True)}
     numbers = [int(line) for line in (devkit / GROUND_TRUTH).read_text().split()]
     unknown = sorted(set(numbers) - set(wnid_by_id))
     if unknown:
@@ -126,7 +116,6 @@ def devkit_folder(folder: Path) -> Path:
     for place in places:
         if (place / GROUND_TRUTH).is_file() and (place / META).is_file():
             return place
-    raise DataError(
-        f"{folder} has no class folders, so {GROUND_TRUTH} and {META} are needed "
-        f"to label its images; looked in {', '.join(map(str, places))}"
-    )
+    needed = f"{GROUND_TRUTH} and {META} are needed to label its images"
+    looked = f"looked in {', '.join(map(str, places))}"
+    raise DataError(f"{folder} has no class folders, so {needed}; {looked}")

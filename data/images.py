@@ -25,7 +25,9 @@ def build_images(
     if is_tar:
         index = index_of(path.parent, index_folder, path.name)
     paths = list(index.names) if is_tar else images_below("images", data_path, EXPECTED)
-    names = below_common_folder(paths)
+    names = [tuple(path.split("/")) for path in paths]
+    common = len(os.path.commonprefix([name[:-1] for name in names]))  # wherever they lie
+    names = [name[common:] for name in names]
     splits, classes = divide(names)
     rows = splits[split]
     paths = [paths[row] for row in rows]
@@ -40,13 +42,6 @@ def build_images(
     if not classes:
         dataset.labels = dataset.classes = None
     return dataset
-
-
-def below_common_folder(paths: list[str]) -> list[Name]:
-    """So that it does not matter where the images lie."""
-    names = [path.split("/") for path in paths]
-    common = len(os.path.commonprefix([name[:-1] for name in names]))
-    return [tuple(name[common:]) for name in names]
 
 
 def divide(names: list[Name]) -> tuple[dict[str, list[int]], list[str]]:

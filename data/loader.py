@@ -34,6 +34,8 @@ FOREVER = 1e8  # seconds
 # from schedulers that were asked for it.
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 NO_LABEL = -1
+Augmentation = Callable[[Picture, int, int], Tensor]  # of a picture, its epoch and its index
+Loaded = tuple[Tensor, Tensor, tuple]  # images, labels, and of each image what else is known
 
 
 class TrainBatch(NamedTuple):
@@ -104,7 +106,7 @@ class TrainLoader(StepOrder):
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Picture, int, int], Tensor],
+        transform: Augmentation,
         *,
         num_workers: int,
         device: torch.device | str,
@@ -121,12 +123,9 @@ class TrainLoader(StepOrder):
 
     def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
         """One batch for each micro-step. The workers stay busy across epochs."""
-        micro_steps = (
-            [(epoch, index) for index in indices]
-            for epoch, indices in self.micro_steps(first_step, last_step)
-        )
-        batches = _load(self.samples, micro_steps, *self.workers)
-        for images, labels, unreadable in batches:
+        steps = self.micro_steps(first_step, last_step)
+        keys = ([(epoch, index) for index in indices] for epoch, indices in steps)
+        for images, labels, unreadable in _load(self.samples, keys, *self.workers):
             batch = TrainBatch(images, labels, list(chain.from_iterable(unreadable)))
             for description in set(batch.unreadable) - self.bad_images:
                 self.bad_images.add(description)
@@ -138,10 +137,9 @@ class TrainLoader(StepOrder):
         total = len(self.bad_images)
         if total > self.max_bad_images * len(self.dataset):
             names = first_few(sorted(self.bad_images), 20)
-            raise DataError(
-                f"{total} of {len(self.dataset)} images could not be read, more than "
-                f"max_bad_images={self.max_bad_images} allows: {names}"
-            )
+            allowed = f"max_bad_images={self.max_bad_images} allows: {names}"
+            found = f"{total} of {len(self.dataset)} images could not be read"
+            raise DataError(f"{found}, more than {allowed}")
 
 
 class EvalLoader:
@@ -181,8 +179,7 @@ class EvalLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        batches = _load(self.samples, self.batches, *self.workers)
-        for images, labels, rest in batches:
+        for images, labels, rest in _load(self.samples, self.batches, *self.workers):
             indices = [index for index, _ in rest]
             for index in {index for index, loaded in rest if index != loaded} - self.unreadable:
                 self.unreadable.add(index)
@@ -191,12 +188,10 @@ class EvalLoader:
             yield EvalBatch(images, labels, torch.tensor(indices).to(self.device))
 
 
-# ---- What runs in the workers. -------------------------------------------------------------------
-# A worker hands a DataError over as a value: raised there, it would reach the user wrapped in the
-# worker's traceback.
-
-
 class _Samples(Dataset):
+    """What the workers read. They hand a DataError over as a value: raised there, it would reach
+    the user wrapped in the worker's traceback."""
+
     def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
         self.dataset, self.transform = dataset, transform
         self.being_read: Tensor | None = None  # by each worker the index of an image, or -1
@@ -231,10 +226,8 @@ class _TrainSamples(_Samples):
             except UNREADABLE as error:
                 unreadable.append(self.dataset.describe(position))
                 reason = error
-        return DataError(
-            f"{MOST_NEIGHBOURS} images in a row could not be read, the last one being "
-            f"{unreadable[-1]}: {type(reason).__name__}: {reason}"
-        )
+        last = f"the last one being {unreadable[-1]}: {type(reason).__name__}: {reason}"
+        return DataError(f"{MOST_NEIGHBOURS} images in a row could not be read, {last}")
 
 
 class _EvalSamples(_Samples):
@@ -255,8 +248,8 @@ class _EvalSamples(_Samples):
         return DataError(f"cannot read {self.dataset.describe(index)}, and {reason}")
 
 
-def _collate(samples: list) -> tuple | DataError:
-    """(images, labels, the third part of each sample), or the first error."""
+def _collate(samples: list) -> Loaded | DataError:
+    """Or the first error."""
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
@@ -281,12 +274,9 @@ def _kill_workers() -> None:
             process.kill()
 
 
-# ---- From the workers to the device. -------------------------------------------------------------
-
-
 def _load(
     samples: _Samples, batches: Iterable, num_workers: int, device: torch.device, timeout: float
-) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+) -> Iterator[Loaded]:
     """Decode `batches` (each a list of keys of `samples`) and bring them to the device."""
     samples.being_read = torch.full((max(num_workers, 1),), -1).share_memory_()
     loader = DataLoader(
@@ -337,16 +327,14 @@ def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Iterator:
         yield batch
 
 
-def _raise_error(batch: tuple | DataError) -> tuple[Tensor, Tensor, tuple]:
+def _raise_error(batch: Loaded | DataError) -> Loaded:
     if isinstance(batch, DataError):
         # Not batch itself: it would hold this frame, and with it the workers, in a cycle.
         raise DataError(*batch.args)
     return batch
 
 
-def _one_ahead(
-    batches: Iterator[tuple[Tensor, Tensor, tuple]], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+def _one_ahead(batches: Iterator[Loaded], device: torch.device) -> Iterator[Loaded]:
     """The next batch is copied to the GPU, from pinned memory and on a stream of its own, while the
     current one is being computed with."""
     copying = torch.cuda.Stream(device)
@@ -361,9 +349,7 @@ def _one_ahead(
         yield _copied(*copies.popleft())
 
 
-def _copied(
-    moved: list[Tensor], rest: tuple, there: torch.cuda.Event
-) -> tuple[Tensor, Tensor, tuple]:
+def _copied(moved: list[Tensor], rest: tuple, there: torch.cuda.Event) -> Loaded:
     """The device waits for the copy, not the host."""
     current = torch.cuda.current_stream(moved[0].device)
     current.wait_event(there)

@@ -14,17 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.base import UNREADABLE, DataError, ImageDataset
-from data.files import (
-    ENDINGS,
-    EVAL_FOLDERS,
-    FileDataset,
-    PathList,
-    existing_folder,
-    find_images,
-    require_files,
-    split_folder,
-)
+from data import files
+from data.base import DataError, ImageDataset, readable
+from data.files import FileDataset, PathList, existing_folder, require_files
 from data.picture import Picture, size_of
 from data.transforms import EvalTransform
 
@@ -65,28 +57,19 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
 
 @contextmanager
 def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """An image file; one that cannot be read is named."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except DataError:
-        raise
-    except UNREADABLE as error:
-        raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    with readable(path), Image.open(path) as image:
+        yield image
 
 
 def build_masks(split: str, data_path: str | None) -> MaskedFiles:
     """images/a.jpg with masks/a.png, below train/ and val/ or, for both splits, below neither."""
-    root = existing_folder("masks", data_path, MASKS_LAYOUT)
-    for name in ("images", "masks"):
-        if not (root / name).is_dir():
-            raise DataError(f"data_path={root} has no {name}/; dataset masks needs {MASKS_LAYOUT}")
+    root = existing_folder("masks", data_path, MASKS_LAYOUT, "images", "masks")
     folder = root / "images"
-    if any((folder / name).is_dir() for name in ("train", *EVAL_FOLDERS)):
-        folder = split_folder(folder, split)
-    images = find_images(folder)
+    if any((folder / name).is_dir() for name in ("train", *files.EVAL_FOLDERS)):
+        folder = files.split_folder(folder, split)
+    images = files.find_images(folder)
     if not images:
-        raise DataError(f"{folder} contains no images; {ENDINGS}")
+        raise DataError(f"{folder} contains no images; {files.ENDINGS}")
     places = [Path(image).relative_to(root / "images").with_suffix(".png") for image in images]
     return MaskedFiles(images, [root / "masks" / place for place in places])
 
@@ -110,11 +93,8 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-# ---- An image and its mask travel together, so that workers decode both. -------------------------
-
-
 class WithMasks(ImageDataset):
-    """Loads (image, mask), both of one size: what MaskTransform takes."""
+    """Loads (image, mask), both of one size, for MaskTransform: so workers decode both."""
 
     def __init__(self, dataset: MaskedImages) -> None:
         self.dataset = dataset

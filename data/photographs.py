@@ -48,13 +48,17 @@ LEAST_CONTRAST = 4  # levels: what is nearly blank stays so
 CLIP = 2.5  # deviations from the mean that become black and white
 
 
-def read(name: str, mode: str) -> np.ndarray:
-    """A photograph inside an installed package, which is not imported: that takes a second."""
+def installed(name: str) -> Path:
+    """A file of an installed package, which is not imported: that takes a second."""
     package, _, rest = name.partition("/")
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise DataError(f"{name} is not installed: expected the packages of requirements.txt")
-    with opened(Path(spec.origin).parent / rest) as image:
+    return Path(spec.origin).parent / rest
+
+
+def read(name: str, mode: str) -> np.ndarray:
+    with opened(installed(name)) as image:
         return np.asarray(image.convert(mode))
 
 

@@ -89,14 +89,8 @@ def make_index(tars: list[TarFile], members: list[Member]) -> TarIndex:
     label_of = {name: label for label, name in enumerate(classes)}
     number_of = {tar.name: number for number, tar in enumerate(tars)}
     names = PathList([member.name for member in members])
-    places = [
-        (label_of[member.category], number_of[member.tar], member.offset, member.size)
-        for member in members
-    ]
+    places = [(label_of[m.category], number_of[m.tar], m.offset, m.size) for m in members]
     return TarIndex(tars, classes, names, np.array(places, dtype=PLACE))
-
-
-# ---- One index for all processes and all starts. -------------------------------------------------
 
 
 def index_of(folder: Path, index_folder: str | None, only: str = "") -> TarIndex:
@@ -172,9 +166,6 @@ def write_index(index: TarIndex, path: Path) -> None:
         logger.warning("cannot write %s (%s): the next start scans again", path, error)
 
 
-# ---- Scanning. -----------------------------------------------------------------------------------
-
-
 def list_tars(folder: Path, only: str = "") -> list[TarFile]:
     """Sorted by name; there must be some, and none that is compressed."""
     if not folder.is_dir():
@@ -208,10 +199,8 @@ def scan_tars(folder: Path, tars: list[TarFile], known: TarIndex | None) -> TarI
     title = f"indexing {len(pieces)} tar files in {folder}"
     # Threads, because a scan mostly waits for the file server. Forked processes would read headers
     # in memory faster, but would also copy a process that uses a GPU, and could outlive it.
-    with (
-        tqdm(desc=title, unit=" images", leave=False, disable=None) as progress,
-        ThreadPoolExecutor(SCAN_THREADS) as pool,
-    ):
+    bar = tqdm(desc=title, unit=" images", leave=False, disable=None)
+    with bar as progress, ThreadPoolExecutor(SCAN_THREADS) as pool:
         if progress.disable:  # no terminal
             logger.info(title)
         while pieces:
@@ -286,6 +275,5 @@ def check_end(file: BinaryIO, offset: int, end: int) -> None:
     if any(rest[: tarfile.BLOCKSIZE]):
         raise tarfile.ReadError(f"no member begins at byte {offset}")
     if rest.strip(b"\0"):
-        raise tarfile.ReadError(
-            "it goes on after its end mark (join by tar --concatenate, not cat)"
-        )
+        hint = "join by tar --concatenate, not cat"
+        raise tarfile.ReadError(f"it goes on after its end mark ({hint})")

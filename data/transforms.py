@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from PIL import Image
 from torch import Tensor
 
@@ -20,9 +21,7 @@ CROP_ATTEMPTS = 10
 NARROWEST, WIDEST = 3 / 4, 4 / 3
 
 
-def random_resized_crop_box(
-    width: int, height: int, min_scale: float, rng: np.random.Generator
-) -> Box:
+def random_resized_crop_box(width: int, height: int, min_scale: float, rng: Generator) -> Box:
     """A crop of min_scale..1 of the area and of aspect ratio 3/4..4/3.
 
     Same distribution as torchvision's RandomResizedCrop: crops that do not fit are drawn again, and
@@ -95,9 +94,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 @lru_cache(maxsize=16)
-def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """The normalisation as pixel * scale + shift, each [3, 1, 1].
 
     Kept for each device: building them means a copy to the device, for which the host waits."""

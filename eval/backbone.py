@@ -10,22 +10,10 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from eval.families import (
-    FAMILIES,
-    HEADS,
-    SIZES,
-    BackboneError,
-    StateDict,
-    build_from_file,
-    build_timm,
-    file_fingerprint,
-    read_file,
-    require_keys,
-    state_fingerprint,
-    unwrap,
-)
+from eval import families
+from eval.families import FAMILIES, SIZES, BackboneError, StateDict
 from models.vit import Encoder
-from util.checkpoint import load_weights, without_module_prefix
+from util.checkpoint import first_words, load_weights, without_module_prefix
 
 Colour = tuple[float, float, float]
 
@@ -76,8 +64,7 @@ class Backbone(nn.Module):
     def layer_of(self, parameter_name: str) -> int:
         """0: embeddings, class token, positions; 1 .. depth: blocks; depth + 1: what comes after.
 
-        For parameters of this module, also where it lies inside another one.
-        """
+        For parameters of this module, also where it lies inside another one."""
         if block := re.search(r"(?:^|\.)blocks\.(\d+)\.", parameter_name):
             return int(block.group(1)) + 1
         after = re.search(r"(?:^|\.)(norm|fc_norm|head)\.", parameter_name)
@@ -96,10 +83,9 @@ class Backbone(nn.Module):
     def describe(self) -> dict[str, object]:
         """For results files and the console."""
         names = ("family", "name", "image_side", "patch_size", "embed_dim", "layer", "final_norm")
-        return {name: getattr(self, name) for name in names} | {
-            "parameters": sum(parameter.numel() for parameter in self.parameters()),
-            "sha256": self.fingerprint,
-        }
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        counted = {"parameters": parameters, "sha256": self.fingerprint}
+        return {name: getattr(self, name) for name in names} | counted
 
 
 def block_index(layer: int, depth: int) -> int:
@@ -141,9 +127,8 @@ class TimmBackbone(Backbone):
 
     def __init__(self, model: Any, *, family: str, name: str, layer: int, final_norm: bool):
         super().__init__()
-        self.is_vit = hasattr(model, "num_prefix_tokens") and isinstance(
-            getattr(model, "blocks", None), nn.Sequential | nn.ModuleList
-        )
+        has_blocks = isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList)
+        self.is_vit = has_blocks and hasattr(model, "num_prefix_tokens")
         self.family, self.name, self.final_norm = family, name, final_norm
         if self.is_vit:
             self.layer = block_index(layer, len(model.blocks))
@@ -190,9 +175,6 @@ class TimmBackbone(Backbone):
         return Tokens(None, features.flatten(1, 2), tuple(features.shape[1:3]))
 
 
-# --- loading ------------------------------------------------------------------------------------
-
-
 def load_backbone(
     pretrained: str | None,
     *,
@@ -215,40 +197,35 @@ def load_backbone(
         valid = f"a checkpoint or job folder, timm:NAME, {files}"
         raise BackboneError(f"pretrained={pretrained or 'null'}: expected {valid}")
     if pretrained_weights is not None and family != "timm":
-        raise BackboneError(
-            f"pretrained_weights={pretrained_weights}: expected with pretrained=timm:NAME only"
-        )
+        valid = "expected with pretrained=timm:NAME only"
+        raise BackboneError(f"pretrained_weights={pretrained_weights}: {valid}")
     cut = {"layer": layer, "final_norm": final_norm}
     # Fresh weights follow from the seed, and the numbers of others do not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_other and family == "timm":
             file = None if pretrained_weights is None else Path(pretrained_weights)
-            model = build_timm(rest, file, random_init)
+            model = families.build_timm(rest, file, random_init)
             backbone = in_timm(model, family, rest, image_side, **cut)
         elif is_other:
             file = Path(rest)
-            model, name = build_from_file(family, file, which, random_init)
+            model, name = families.build_from_file(family, file, which, random_init)
             backbone = in_timm(model, family, name, image_side, **cut)
         else:
             file = Path(pretrained)
-            contents = read_file(file) if contents is None else contents
+            contents = families.read_file(file) if contents is None else contents
             backbone = load_own(file, contents, which, random_init, **cut)
             backbone.resize(image_side)
-    backbone.fingerprint = (
-        state_fingerprint(backbone) if file is None or random_init else file_fingerprint(file)
-    )
+    backbone.fingerprint = families.fingerprint(backbone, None if random_init else file)
     return backbone.eval()
-
-
-# --- this project's -----------------------------------------------------------------------------
 
 
 def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: Any) -> OwnBackbone:
     prefix = {"encoder": "encoder.", "target": "target_encoder."}[which]
+    stored = without_module_prefix(families.unwrap(contents, ("state_dict",), path))
     weights = {
         key.removeprefix(prefix): value
-        for key, value in without_module_prefix(unwrap(contents, ("state_dict",), path)).items()
+        for key, value in stored.items()
         if key.startswith(prefix) and not key.startswith(f"{prefix}head.")  # of pre-training
     }
     config = contents.get("config") or {}
@@ -256,10 +233,8 @@ def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: A
         found = f"no target encoder (target={config['target']['name']})"
         raise BackboneError(f"which=target: {path} holds {found}; expected encoder")
     if not weights:
-        raise BackboneError(
-            f"{path} has no keys {prefix}*: it is no Latent MIM checkpoint; for files of other "
-            f"methods write FAMILY:FILE, FAMILY one of {', '.join(FAMILIES)}"
-        )
+        hint = f"for files of other methods write FAMILY:FILE, FAMILY one of {', '.join(FAMILIES)}"
+        raise BackboneError(f"{path} has no keys {prefix}*: it is no Latent MIM checkpoint; {hint}")
     encoder = encoder_for(weights, config, path)
     if not random_init:
         load_weights(encoder, weights, path)
@@ -273,10 +248,10 @@ def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: A
 
 def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
     """The architecture, read from the shapes and, for the number of heads, from the config."""
-    require_keys(weights, ("cls_token", "embed.proj.weight", "pos_embed.pos_embeds"), path)
+    families.require_keys(weights, ("cls_token", "embed.proj.weight", "pos_embed.pos_embeds"), path)
     embed_dim, patch_values = weights["embed.proj.weight"].shape
     blocks = {int(key.split(".")[1]) for key in weights if key.startswith("blocks.")}
-    heads = config.get("encoder", {}).get("num_heads") or HEADS.get(embed_dim)
+    heads = config.get("encoder", {}).get("num_heads") or families.HEADS.get(embed_dim)
     if heads is None:
         raise BackboneError(f"{path} does not say how many heads its {embed_dim} channels have")
     return Encoder(
@@ -292,9 +267,7 @@ def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
     )
 
 
-def in_timm(
-    model: nn.Module, family: str, name: str, image_side: int | None, **cut: Any
-) -> TimmBackbone:
+def in_timm(model: Any, family: str, name: str, image_side: int | None, **cut) -> TimmBackbone:
     """timm has models of many kinds: one image shows whether this one gives tokens on a grid."""
     try:
         backbone = TimmBackbone(model, family=family, name=name, **cut).eval()
@@ -305,6 +278,6 @@ def in_timm(
         raise
     except Exception as error:  # of any kind, from inside the model
         place = f"pretrained={family}:{name}, image_side={image_side}"
-        reason = " ".join(str(error).split())[:200]
-        raise BackboneError(f"{place}: expected ViTs and feature maps ({reason})") from error
+        valid = f"expected ViTs and feature maps ({first_words(error)})"
+        raise BackboneError(f"{place}: {valid}") from error
     return backbone

@@ -126,11 +126,8 @@ def measure_tokens(
         counts[0] += (predicted == torch.arange(places, device=ranks.device)).sum()
         counts[1] += predicted.numel()
     hits, tested_tokens = all_reduce(counts).tolist()
-    return {
-        **similar.read(),
-        "position_probe": 100 * hits / tested_tokens,
-        "position_chance": 100 / places,
-    }
+    probe = {"position_probe": 100 * hits / tested_tokens, "position_chance": 100 / places}
+    return similar.read() | probe
 
 
 class Similarities:
@@ -154,11 +151,9 @@ class Similarities:
         same = self.by_place.square().sum() - n * places
         everything = self.by_place.sum(dim=0).square().sum() - places**2 * self.inside
         pairs = n * (n - 1) * places
-        return {
-            "token_similarity": (self.inside / n).item(),
-            "same_place": (same / pairs).item(),
-            "other_places": ((everything - same) / (pairs * max(places - 1, 1))).item(),
-        }
+        other = (everything - same) / (pairs * max(places - 1, 1))
+        found = {"token_similarity": self.inside / n, "same_place": same / pairs}
+        return {name: value.item() for name, value in (found | {"other_places": other}).items()}
 
 
 if __name__ == "__main__":

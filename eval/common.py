@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from data.picture import Picture
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone
 from eval.families import BackboneError
-from util.checkpoint import CheckpointError, newest_readable
+from util.checkpoint import CheckpointError
 from util.config import job_directory
 from util.distributed import Ranks, all_reduce, join_processes, leave_processes, on_main
 from util.files import write_whole
 from util.job import describe_environment, prepare_job_directory, record_start
 from util.loaders import eval_loader, open_split
 from util.lock import unlock
-from util.loop import Loop, Task, train
+from util.loop import Loop, Task, newest_for_all, train
 from util.metrics import readable_time
 from util.precision import choose_precision
 from util.preemption import stoppable
@@ -125,16 +126,12 @@ class EvalRun:
             **(extra or {}),
         }
         write_json(self.job / "results" / f"{self.name}.json", self.report)
-        file = TensorBoardFile(self.job / "tensorboard")
-        file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
-        file.close()
+        with closing(TensorBoardFile(self.job / "tensorboard")) as file:
+            file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
 
 
 def write_json(path: Path, contents: dict) -> None:
     write_whole(path, json.dumps(contents, indent=2).encode() + b"\n")
-
-
-# --- an evaluation from beginning to end --------------------------------------------------------
 
 
 def run_evaluation(cfg: DictConfig, name: str, evaluate: Callable[[EvalRun], None]) -> None:
@@ -162,20 +159,14 @@ def run_joined(
 
 def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
     """All processes read the same file, also while a running job writes newer ones."""
-    contents = None  # gigabytes, which only their path leaves the first process for
-
-    def choose() -> str:
-        nonlocal contents
+    contents = None
+    if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
         folder = Path(cfg.pretrained)
         inside = folder / "checkpoints"
-        newest = newest_readable(inside if inside.is_dir() else folder, report=print)
+        newest = newest_for_all(inside if inside.is_dir() else folder, ranks, report=print)
         if newest is None:
             raise BackboneError(f"pretrained={folder}: this folder holds no checkpoint")
-        path, contents = newest
-        return str(path)
-
-    if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
-        cfg.pretrained = on_main(choose, ranks)
+        cfg.pretrained, contents = str(newest[0]), newest[1]
     return load_backbone(
         cfg.pretrained,
         contents=contents,
@@ -187,9 +178,6 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
         random_init=cfg.random_init,
         seed=cfg.seed,
     )
-
-
-# --- data ---------------------------------------------------------------------------------------
 
 
 class LabelledImages(ImageDataset):
@@ -230,9 +218,6 @@ def count_classes(train: Tensor | np.ndarray, evaluation: Tensor | np.ndarray) -
     if unknown := [str(number) for number in sorted(evaluation - train)]:
         raise DataError(f"classes {first_few(unknown)} of the evaluation have no training image")
     return max(train) + 1
-
-
-# --- those that train -------------------------------------------------------------------------
 
 
 class Classification(Task):
@@ -280,8 +265,7 @@ class Classification(Task):
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """How many labels are the first, and among the first five. -> int64 [2]
 
-    Logits that are not finite name no class.
-    """
+    Logits that are not finite name no class."""
     first = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     hits = torch.stack([first[:, 0], first.any(dim=1)]) & logits.isfinite().all(dim=1)
     return hits.sum(dim=1)
@@ -292,7 +276,7 @@ def check_same_backbone(resumed: dict, backbone: Backbone) -> None:
     before = resumed["backbone"]
     for key, value in backbone.describe().items():
         if before.get(key) != value:
-            raise CheckpointError(
-                f"the checkpoint to resume belongs to another backbone ({key} {before.get(key)} is "
-                f"now {value}): choose that one, overwrite=True or another job_name"
-            )
+            change = f"{key} {before.get(key)} is now {value}"
+            hint = "choose that one, overwrite=True or another job_name"
+            other = "the checkpoint to resume belongs to another backbone"
+            raise CheckpointError(f"{other} ({change}): {hint}")

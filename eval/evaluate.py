@@ -8,6 +8,7 @@ output_dir/job_name/NAME/results, the table in output_dir/job_name/results/evalu
 """
 
 import importlib
+from itertools import product
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -51,16 +52,18 @@ def main(cfg: DictConfig) -> None:
 def evaluate(run: EvalRun) -> None:
     cfg = run.cfg
     run.backbone.cpu()  # it is only described: each evaluation loads its own
-    check_settings(cfg)
+    if not cfg.final_norm:
+        raise ConfigError("final_norm=False: expected settings=['NAME.final_norm=False']")
+    for setting in cfg.settings:
+        if setting.partition(".")[0] not in cfg.evals:
+            names = ", ".join(cfg.evals)
+            raise ConfigError(f"settings={setting}: expected NAME.key=value, NAME one of {names}")
     variants = {"trained": False, "random init": True}
     if not cfg.beside_random_init:
         variants = {"random init" if cfg.random_init else "trained": cfg.random_init}
     # Composed before the first one runs, so that a wrong key in `settings` ends it at once.
-    plan = {
-        (name, label): compose(cfg, name, is_random)
-        for name in cfg.evals
-        for label, is_random in variants.items()
-    }
+    runs = product(cfg.evals, variants)
+    plan = {(name, label): compose(cfg, name, variants[label]) for name, label in runs}
     found: dict[str, dict[str, dict]] = {name: {} for name in cfg.evals}
     for (name, label), own in plan.items():
         worker = importlib.import_module(own.worker)
@@ -76,15 +79,6 @@ def evaluate(run: EvalRun) -> None:
     contents |= {"evaluations": found, "references": references}
     write_json(path.with_suffix(".json"), contents)
     run.say(f"\n{text}\n\ntable  {path}")
-
-
-def check_settings(cfg: DictConfig) -> None:
-    if not cfg.final_norm:
-        raise ConfigError("final_norm=False: expected settings=['NAME.final_norm=False']")
-    for setting in cfg.settings:
-        if setting.partition(".")[0] not in cfg.evals:
-            names = ", ".join(cfg.evals)
-            raise ConfigError(f"settings={setting}: expected NAME.key=value, NAME one of {names}")
 
 
 def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:
@@ -123,12 +117,11 @@ def reference_table(names: list[str]) -> str:
     """Published numbers. Leave-one-out nearest neighbours have their own column: they are not
     comparable to a k-NN with a bank of training images."""
     titles = {"nn": "nn (leave-one-out)", "knn": "knn (training bank)"}
-    titles |= {name: name for name in ("linear_probe", "finetune")}
-    titles = {name: title for name, title in titles.items() if name in names}
-    rows = [["published, ViT-B/16", *titles.values()]]
+    columns = [name for name in ("nn", "knn", "linear_probe", "finetune") if name in names]
+    rows = [["published, ViT-B/16", *(titles.get(name, name) for name in columns)]]
     for method, numbers in REFERENCES.items():
-        rows.append([method, *[numbers.get(name, "-") for name in titles]])
-    return table(rows) if titles else ""
+        rows.append([method, *(numbers.get(name, "-") for name in columns)])
+    return table(rows) if columns else ""
 
 
 def table(rows: list[list[str]]) -> str:

@@ -69,10 +69,8 @@ def export(run: EvalRun) -> None:
     sizes = {"pixels": backbone.image_side, "width": backbone.embed_dim}
     readme = README.format(name=backbone.name, timm_name=config["architecture"], **sizes)
     (folder / "README.md").write_text(readme)
-    difference = max(
-        largest_difference(backbone, config, folder / "model.safetensors", classes=0),
-        largest_difference(backbone, config, with_head, TIMM_CLASSES),
-    )
+    files = {folder / "model.safetensors": 0, with_head: TIMM_CLASSES}
+    difference = max(largest_difference(backbone, config, *item) for item in files.items())
     if difference > TOLERANCE:
         raise AssertionError(f"timm's features differ from ours by {difference}")
     run.say(f"export: {with_head} and {folder}/; timm's tokens differ by {difference:.1e} at most")

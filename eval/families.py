@@ -32,9 +32,6 @@ class BackboneError(ConfigError):
     """The backbone is not available as it was asked for; the message says what is."""
 
 
-# --- files --------------------------------------------------------------------------------------
-
-
 def read_file(path: Path) -> dict:
     """Plain types and tensors only: a file that wants more is refused by name, never run."""
     if not path.is_file():
@@ -49,10 +46,9 @@ def read_file(path: Path) -> dict:
             wanted = sorted(get_unsafe_globals_in_checkpoint(path))
         if not wanted:
             raise
-        raise BackboneError(
-            f"{path} is refused, because reading it would run code: it wants "
-            f"{', '.join(wanted)}; expected a file of tensors and plain types"
-        ) from error
+        why = f"reading it would run code: it wants {', '.join(wanted)}"
+        valid = "expected a file of tensors and plain types"
+        raise BackboneError(f"{path} is refused, because {why}; {valid}") from error
 
 
 def unwrap(contents: object, names: tuple[str, ...], path: Path) -> StateDict:
@@ -75,13 +71,11 @@ def require_keys(weights: StateDict, needed: tuple[str, ...], path: Path) -> Non
         raise BackboneError(f"{path} holds another architecture: {', '.join(missing)} is missing")
 
 
-def file_fingerprint(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def state_fingerprint(model: nn.Module) -> str:
-    """The same for weights that come from no file."""
+def fingerprint(model: nn.Module, file: Path | None) -> str:
+    """Of the file that the weights come from or, where they come from none, of the weights."""
+    if file is not None:
+        with open(file, "rb") as contents:
+            return hashlib.file_digest(contents, "sha256").hexdigest()
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
@@ -112,14 +106,11 @@ def build_timm(name: str, weights_file: Path | None, random_init: bool) -> nn.Mo
     try:
         return timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub fails in many ways, all of which mean the same
-        reason = " ".join(str(error).split())[:200]
-        raise BackboneError(
-            f"pretrained=timm:{name}: its weights could not be fetched ({type(error).__name__}: "
-            f"{reason}); expected a file of them, pretrained_weights=FILE"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        problem = f"its weights could not be fetched ({reason})"
+        valid = "expected a file of them, pretrained_weights=FILE"
+        raise BackboneError(f"pretrained=timm:{name}: {problem}; {valid}") from error
 
-
-# --- families -----------------------------------------------------------------------------------
 
 # Heads per width: shapes do not tell.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
@@ -140,14 +131,13 @@ class Family(NamedTuple):
 
 
 STUDENT, TEACHER = ("student", "state_dict"), ("teacher", "state_dict")
+WRAPPED = r"(module\.)?(backbone\.)?"
 
 FAMILIES = {
     "mae": Family(("model",), ("model",), other=r"decoder|mask_token|head\."),
     "ijepa": Family(("encoder",), ("target_encoder",), prefix=r"module\."),
-    "dino": Family(STUDENT, TEACHER, prefix=r"(module\.)?(backbone\.)?", other=r"head\."),
-    "ibot": Family(
-        STUDENT, TEACHER, prefix=r"(module\.)?(backbone\.)?", other=r"head\.|masked_embed"
-    ),
+    "dino": Family(STUDENT, TEACHER, WRAPPED, other=r"head\."),
+    "ibot": Family(STUDENT, TEACHER, WRAPPED, other=r"head\.|masked_embed"),
     "dinov2": Family(
         STUDENT,
         TEACHER,

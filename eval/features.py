@@ -30,6 +30,8 @@ from util.job import describe_environment
 from util.loaders import open_split
 from util.lock import lock
 
+Vectors = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] on the device -> [B, width]
+Pair = tuple[Tensor, Tensor]
 ROWS = 65536  # features that are copied or normalised at a time: bounds the memory
 
 
@@ -100,10 +102,12 @@ def unit_length(features: Tensor) -> Tensor:
 
 def compute(run: EvalRun, dataset: ImageDataset, pooling: str) -> Tensor:
     """-> float32 [N, D], not normalised"""
+
+    def vectors(images: Tensor) -> Tensor:
+        return pool(run.tokens(images), pooling)
+
     width = pooled_width(run.backbone.embed_dim, pooling)
-    features = encode(
-        run.loader(dataset), lambda images: pool(run.tokens(images), pooling), width, run.ranks, run
-    )
+    features = encode(run.loader(dataset), vectors, width, run.ranks, run)
     check_finite(features, f"precision={run.precision}")
     return features
 
@@ -115,16 +119,9 @@ def check_finite(features: Tensor, settings: str) -> None:
 
 @torch.inference_mode()
 def encode(
-    loader: EvalLoader,
-    vectors: Callable[[Tensor], Tensor],
-    width: int,
-    ranks: Ranks,
-    run: EvalRun | None = None,
+    loader: EvalLoader, vectors: Vectors, width: int, ranks: Ranks, run: EvalRun | None = None
 ) -> Tensor:
-    """Each process encodes its part; then all have all. -> float32 [N, width], on the CPU
-
-    vectors: uint8 images [B, 3, H, W] on the device -> [B, width]
-    """
+    """Each process encodes its part; then all have all. -> float32 [N, width], on the CPU"""
     features = torch.empty(len(loader.dataset), width)
     for indices, values in encoded(loader, vectors, run):
         features[indices] = values
@@ -133,9 +130,7 @@ def encode(
 
 
 @torch.inference_mode()
-def encoded(
-    loader: EvalLoader, vectors: Callable[[Tensor], Tensor], run: EvalRun | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def encoded(loader: EvalLoader, vectors: Vectors, run: EvalRun | None) -> Iterator[Pair]:
     """This process's part, a batch at a time and in order: indices, vectors; both on the CPU."""
     for batch in loader if run is None else run.tracked(loader, "batches encoded:"):
         yield batch.indices.cpu(), vectors(batch.images).float().cpu()
@@ -162,9 +157,6 @@ def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) ->
     return Path(cfg.cache_dir) / f"features-{name}.npy"
 
 
-# --- as files -----------------------------------------------------------------------------------
-
-
 def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "features", save)
 
@@ -182,8 +174,7 @@ def save(run: EvalRun) -> None:
         tokens = run.tokens(blank)
         shape = (len(dataset), *chosen(tokens).shape[1:])
     on_main(lambda: claim(run.job), run.ranks)
-    path = results / "features.npy"
-    save_rows(run, path, dataset, lambda images: chosen(run.tokens(images)), shape)
+    path = save_rows(run, dataset, lambda images: chosen(run.tokens(images)), shape)
     if not run.ranks.is_main:
         return
     names = (dataset.describe(index).splitlines() for index in range(len(dataset)))
@@ -213,17 +204,11 @@ def claim(job: Path) -> None:
     (job / "results" / "meta.json").unlink(missing_ok=True)
 
 
-def save_rows(
-    run: EvalRun,
-    path: Path,
-    dataset: ImageDataset,
-    vectors: Callable[[Tensor], Tensor],
-    shape: tuple[int, ...],
-) -> None:
+def save_rows(run: EvalRun, dataset: ImageDataset, vectors: Vectors, shape: tuple) -> Path:
     """Each process writes its rows into one .npy, as they come. Not through a mapping: its pages
     would count as memory, a full disk would be a bus error, and of a page that two machines share
     one would lose its rows."""
-    dtype = np.dtype(run.cfg.dtype)
+    dtype, path = np.dtype(run.cfg.dtype), run.job / "results" / "features.npy"
 
     def write(file: BinaryIO | None = None) -> None:
         if file is not None:
@@ -243,6 +228,7 @@ def save_rows(
         write_whole(path, write)
     else:
         write()
+    return path
 
 
 if __name__ == "__main__":

@@ -51,14 +51,12 @@ def evaluate(run: EvalRun) -> None:
         summary = mean_and_spread(top1)
         results[f"top1/{shots}-shot"] = summary["mean"]
         results[f"spread/{shots}-shot"] = summary["spread"]
-        by_strength = zip(*(draw["all"] for draw in draws), strict=True)
+        by_strength = map(mean_and_spread, zip(*(draw["all"] for draw in draws), strict=True))
+        strengths = [f"{strength:g}" for strength in cfg.regularisers]
         details[f"{shots}-shot"] = {
             "draws": top1,
             "chosen": [draw["chosen"] for draw in draws],
-            "by_regulariser": {
-                f"{strength:g}": mean_and_spread(values)
-                for strength, values in zip(cfg.regularisers, by_strength, strict=True)
-            },
+            "by_regulariser": dict(zip(strengths, by_strength, strict=True)),
         }
     run.finish(
         results,
@@ -77,9 +75,6 @@ def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": tensor.mean().item(), "spread": spread.item()}
 
 
-# --- the shots ----------------------------------------------------------------------------------
-
-
 def check_shots(labels: np.ndarray, shots: int) -> None:
     present, counts = np.unique(labels, return_counts=True)
     fewest, place = counts.min(), counts.argmin()
@@ -96,15 +91,11 @@ def choose_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
     return torch.from_numpy(order[by_class[first[:, None] + np.arange(shots)]].flatten())
 
 
-# --- ridge regression ---------------------------------------------------------------------------
-
-
 class Ridge:
     """Solutions for any strength: W = V (S + strength)^-1 V^T X^T Y, where X^T X = V S V^T.
 
     strength is given relative to the mean eigenvalue per image, tr(X^T X) / images, so that it
-    means the same for any backbone and number of shots. All in float64.
-    """
+    means the same for any backbone and number of shots. All in float64."""
 
     def __init__(self, features: Tensor, targets: Tensor):
         """features [N, D], targets [N, classes]"""

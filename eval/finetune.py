@@ -85,10 +85,9 @@ class Finetuning(Classification):
 
     def introduction(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return (
-            f"finetune: {len(self.loader.dataset)} images of {self.classes} classes, "
-            f"{trained / 1e6:.1f} M trainable parameters, {self.run.precision}"
-        )
+        about = f"{len(self.loader.dataset)} images of {self.classes} classes"
+        parameters = f"{trained / 1e6:.1f} M trainable parameters"
+        return f"finetune: {about}, {parameters}, {self.run.precision}"
 
     def prepare(self) -> None:
         if isinstance(self.network, DistributedDataParallel):
@@ -145,9 +144,8 @@ class Finetuning(Classification):
         mine = torch.stack([self.loss, self.bad_steps.count.double()])
         loss, faults = sum_over_processes(mine, self.loader, self.ranks)
         if faults:
-            raise TrainingStopped(
-                f"the loss or gradient is not finite before step {done}: a smaller blr may help"
-            )
+            found = f"the loss or gradient is not finite before step {done}"
+            raise TrainingStopped(f"{found}: a smaller blr may help")
         self.loss.zero_()
         values = {
             "loss": loss / steps / self.cfg.accum_iter / self.ranks.world_size,
@@ -169,19 +167,17 @@ class Finetuning(Classification):
         return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"
 
 
-# --- what is built ------------------------------------------------------------------------------
-
-
 def build_transform(run: EvalRun) -> FinetuneTransform:
-    cfg = run.cfg
+    cfg, (mean, std) = run.cfg, run.colours
     return FinetuneTransform(
-        run.backbone.image_side,
-        *run.colours,
-        flip=cfg.dataset.flip,
-        min_crop=cfg.min_crop,
+        cfg.seed,
+        input_size=run.backbone.image_side,
+        scale=(cfg.min_crop, 1.0),
+        hflip=0.5 if cfg.dataset.flip else 0.0,
         auto_augment=cfg.auto_augment,
-        erase=cfg.erase,
-        seed=cfg.seed,
+        re_prob=cfg.erase,
+        mean=mean,
+        std=std,
     )
 
 
@@ -190,12 +186,8 @@ def build_mixup(cfg: DictConfig, classes: int) -> Mixup | None:
         return None
     if cfg.batch_size % 2:
         raise ConfigError(f"batch_size={cfg.batch_size}: expected an even number to mix in pairs")
-    return Mixup(
-        mixup_alpha=cfg.mixup,
-        cutmix_alpha=cfg.cutmix,
-        label_smoothing=cfg.label_smoothing,
-        num_classes=classes,
-    )
+    alphas = {"mixup_alpha": cfg.mixup, "cutmix_alpha": cfg.cutmix}
+    return Mixup(**alphas, label_smoothing=cfg.label_smoothing, num_classes=classes)
 
 
 def freeze_what_is_not_used(model: Classifier) -> None:

@@ -5,6 +5,7 @@ backbone. They share nothing else: each ends with the weights that it would have
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -47,9 +48,8 @@ def main(cfg: DictConfig) -> None:
 def evaluate(run: EvalRun) -> None:
     cfg, task = run.cfg, CachedProbe(run) if run.cfg.cached else Probe(run)
     task.train_to_the_end()
-    top1, top5 = (
-        dict(zip(task.names, column, strict=True)) for column in task.accuracies.T.tolist()
-    )
+    columns = task.accuracies.T.tolist()
+    top1, top5 = (dict(zip(task.names, column, strict=True)) for column in columns)
     best = max(task.names, key=lambda name: top1[name])
     run.finish(
         {"top1": top1[best], "top5": top5[best]} | {f"top1/{name}": top1[name] for name in top1},
@@ -89,10 +89,8 @@ class Probe(Classification):
         """The micro-steps of a step together: batch norm sees all its images."""
         set_learning_rates(self.cfg, self.optimizer, step / self.loader.steps_per_epoch)
         parts = [self.encoded(next(batches)) for _ in range(self.cfg.accum_iter)]
-        features = {
-            pooling: torch.cat([part.features[pooling] for part in parts])
-            for pooling in self.cfg.poolings
-        }
+        poolings = self.cfg.poolings
+        features = {name: torch.cat([part.features[name] for part in parts]) for name in poolings}
         data = StepData(features, torch.cat([part.labels for part in parts]))
         self.half_done = True  # batch norm moves before the optimiser does
         self.losses += train_step(self.model, self.optimizer, data, self.ranks)
@@ -138,10 +136,8 @@ class CachedProbe(Probe):
             raise ConfigError("cached=True: expected poolings without attentive, it needs tokens")
         sizes = (len(self.images["train"]), cfg.seed, cfg.batch_size, cfg.accum_iter)
         order = StepOrder(*sizes, ranks.rank, ranks.world_size)
-        self.features = {
-            pooling: extract_labelled(self.run, self.images, pooling, normalised=False)
-            for pooling in cfg.poolings
-        }
+        stored = partial(extract_labelled, self.run, self.images, normalised=False)
+        self.features = {pooling: stored(pooling=pooling) for pooling in cfg.poolings}
         return order
 
     def encoded(self, indices: list[int] | Tensor, split: str = "train") -> StepData:
@@ -158,9 +154,6 @@ class CachedProbe(Probe):
             yield self.encoded(indices, "eval")
 
 
-# --- heads --------------------------------------------------------------------------------------
-
-
 def probe_features(tokens: Tokens, pooling: str) -> Tensor:
     """What the heads of one pooling start from: [B, D or 2 D], or tokens [B, L, D]."""
     if pooling == ATTENTIVE:
@@ -172,8 +165,7 @@ class GlobalBatchNorm(nn.Module):
     """BatchNorm1d(affine=False) whose statistics are those of the images of all processes.
 
     In float64, so that the split into processes is lost in the rounding to float32. (torch's own
-    SyncBatchNorm needs a GPU.) All processes have the same number of images.
-    """
+    SyncBatchNorm needs a GPU.) All processes have the same number of images."""
 
     def __init__(self, dim: int, world_size: int):
         super().__init__()
@@ -205,8 +197,7 @@ class AttentivePool(nn.Module):
 
     A key projection would be absorbed by the queries, and values are projected after the pooling:
     both are linear, so this is multi-head attention with a learned query, at a small share of its
-    cost.
-    """
+    cost."""
 
     def __init__(self, dim: int, generator: torch.Generator):
         super().__init__()

@@ -3,7 +3,7 @@ measures of DAVIS: region similarity J and boundary accuracy F of one object in 
 means over frames, objects and sequences."""
 
 import math
-from collections.abc import Sequence
+from statistics import fmean  # rounded once: the order of the values changes nothing
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
@@ -17,24 +17,11 @@ CLASSES = 256  # as many values as a mask can hold
 BOUNDARY_SHARE = 0.008  # boundaries match within this part of the image's diagonal
 
 
-def mean(values: Sequence[float]) -> float:
-    """Rounded once, so that the order of the values changes nothing."""
-    return math.fsum(values) / len(values)
-
-
-# --- segmentation -------------------------------------------------------------------------------
-
-
-def contingency(truth: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """int64 [true labels that occur, segments that occur]: pixels of each pair. Pixels that the
-    mask leaves unlabelled are left out."""
-    labelled = truth != IGNORE
-    return contingency_matrix(truth[labelled], segments[labelled])
-
-
-def matched_miou(counts: np.ndarray) -> float:
+def matched_miou(truth: np.ndarray, segments: np.ndarray) -> float:
     """Each true label gets the segment that makes the mean IoU largest, no segment twice. The mean
-    is over the true labels; one that gets no segment has IoU 0."""
+    is over the true labels; one that gets no segment has IoU 0. Unlabelled pixels are left out."""
+    labelled = truth != IGNORE
+    counts = contingency_matrix(truth[labelled], segments[labelled])
     union = counts.sum(axis=1, keepdims=True) + counts.sum(axis=0, keepdims=True) - counts
     iou = counts / union
     rows, columns = linear_sum_assignment(iou, maximize=True)
@@ -62,9 +49,6 @@ def class_ious(confusion: np.ndarray) -> dict[int, float]:
     present = np.flatnonzero(true)
     iou = hits[present] / (true + predicted - hits)[present]
     return dict(zip(present.tolist(), iou.tolist(), strict=True))
-
-
-# --- video --------------------------------------------------------------------------------------
 
 
 def region_similarity(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -108,31 +92,27 @@ def share_within(pixels: np.ndarray, others: np.ndarray, radius: int) -> float:
 def score_object(truth: np.ndarray, predicted: np.ndarray, void: np.ndarray) -> dict[str, float]:
     """Means over frames. All bool [T, H, W]; pixels of `void` count for neither mask.
 
-    The caller leaves out the first frame, which is given, and the last, as the benchmark does.
-    """
+    The caller leaves out the first frame, which is given, and the last, as the benchmark does."""
     truth, predicted = truth & ~void, predicted & ~void
     regions = list(map(region_similarity, truth, predicted))
     boundaries = list(map(boundary_accuracy, truth, predicted))
     return {
-        "J": mean(regions),
-        "J_recall": mean([value > 0.5 for value in regions]),
-        "F": mean(boundaries),
-        "F_recall": mean([value > 0.5 for value in boundaries]),
+        "J": fmean(regions),
+        "J_recall": fmean([value > 0.5 for value in regions]),
+        "F": fmean(boundaries),
+        "F_recall": fmean([value > 0.5 for value in boundaries]),
     }
 
 
 def score_sequence(truth: np.ndarray, predicted: np.ndarray, void: int) -> dict[int, dict]:
     """uint8 [T, H, W], all frames -> the scores of each object of the first annotation."""
-    objects = [number for number in np.unique(truth[0]).tolist() if number not in (0, void)]
+    objects = [n for n in np.unique(truth[0]).tolist() if n not in (0, void)]
     truth, predicted = truth[1:-1], predicted[1:-1]
-    is_void = truth == void
-    return {
-        number: score_object(truth == number, predicted == number, is_void) for number in objects
-    }
+    return {n: score_object(truth == n, predicted == n, truth == void) for n in objects}
 
 
 def summarise(sequences: dict[str, dict[int, dict]]) -> dict[str, float]:
     """The benchmark's numbers: means over all objects of all sequences; J&F is the mean of two."""
     objects = [scores for sequence in sequences.values() for scores in sequence.values()]
-    summary = {name: mean([scores[name] for scores in objects]) for name in objects[0]}
+    summary = {name: fmean([scores[name] for scores in objects]) for name in objects[0]}
     return {"J&F": (summary["J"] + summary["F"]) / 2} | summary

@@ -93,11 +93,8 @@ def knn(
             is_hit = ranking == queries.labels[rows, None]
             hits[row] += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])
     shares = 100 * all_reduce(hits.to(ranks.device)).cpu().double() / len(queries.labels)
-    return {
-        f"k{k}_top{top}": shares[row, column].item()
-        for row, k in enumerate(cfg.neighbours)
-        for column, top in enumerate((1, 5))
-    }
+    names = [f"k{k}_top{top}" for k in cfg.neighbours for top in (1, 5)]
+    return dict(zip(names, shares.flatten().tolist(), strict=True))
 
 
 def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes: int) -> Tensor:
@@ -160,8 +157,7 @@ def nearest(
     """The k rows of bank [N, D] of largest inner product with each query [Q, D].
 
     leave_out [Q]: one row of the bank per query that does not count, such as the query itself.
-    Rows and queries are of length 1 at most; k is at most the number of rows that count.
-    """
+    Rows and queries are of length 1 at most; k is at most the number of rows that count."""
     similarities = torch.empty(len(queries), k, dtype=torch.float64)
     indices = torch.empty(len(queries), k, dtype=torch.int64)
     available = len(bank) - (leave_out is not None)

@@ -2,19 +2,19 @@
 
 import textwrap
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from util.files import write_whole
 
 # Of Okabe and Ito: blue, orange, green, purple, vermilion and yellow that colour-blind readers tell
 # apart. Tints and shades of them (mixed with so much white, or black) differ in lightness.
-HUES = np.array(
-    [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (213, 94, 0), (240, 228, 66)]
-)
+HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
 MIXED = (0, 0.6, -0.5, 0.3, -0.25, 0.8, -0.7, 0.45, -0.12, 0.15, -0.37, 0.7)
 
 # Inches, and points for letters.
@@ -53,14 +53,12 @@ def nested_colours(levels: list[np.ndarray]) -> list[np.ndarray]:
                 else:
                     own[part] = hue, used[hue]
                     used[hue] += 1
-        parents, coarser = own, labels
-        found.append(np.array([mixed(*own[part]) for part in range(len(own))])[labels])
+        parents, coarser, colours = own, labels, []
+        for hue, number in (own[part] for part in range(len(own))):
+            share = MIXED[number]
+            colours.append(np.array(to_rgb(HUES[hue])) * (1 - abs(share)) + max(share, 0))
+        found.append(np.array(colours)[labels])
     return found
-
-
-def mixed(hue: int, number: int) -> np.ndarray:
-    share = MIXED[number]
-    return HUES[hue] / 255 * (1 - abs(share)) + max(share, 0)
 
 
 def draw(path: Path, rows: list[Row], caption: list[str]) -> None:
@@ -77,9 +75,8 @@ def compose(rows: list[Row], caption: list[str]) -> Figure:
     columns = max(len(row.panels) for row in rows)
     width = 2 * MARGIN + columns * (PANEL + GAP) - GAP
     letters = int((width - 2 * MARGIN) * 72 / (WIDTH * SMALL))
-    lines = [
-        part for line in caption for part in textwrap.wrap(line, letters, subsequent_indent="  ")
-    ]
+    wrapped = (textwrap.wrap(text, letters, subsequent_indent="  ") for text in caption)
+    lines = list(chain.from_iterable(wrapped))
     shapes = [next(iter(row.panels.values())).content.shape for row in rows]
     heights = [PANEL * shape[0] / shape[1] for shape in shapes]
     line = SMALL * 1.4 / 72

@@ -11,6 +11,7 @@ python launcher.py --config-name=segmentation pretrained=checkpoints/demo datase
 
 import math
 from collections.abc import Iterator
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -25,18 +26,11 @@ from torch.optim import AdamW
 from data.base import DataError
 from data.loader import epoch_order
 from data.masks import IGNORE, MaskedImages, MaskTransform, WithMasks
+from eval import metrics
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation
 from eval.features import Features, unit_length
-from eval.metrics import (
-    CLASSES,
-    adjusted_rand_index,
-    class_ious,
-    confusion_matrix,
-    contingency,
-    matched_miou,
-    mean,
-)
+from eval.metrics import CLASSES
 from eval.nn import QUERIES, check_bank, nearest, vote
 from models.views import extract_patches
 from util.command import run_worker
@@ -45,6 +39,8 @@ from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects
 from util.loaders import eval_loader, open_split
 from util.streams import Stream, generator
 
+Batch = tuple[Tokens, np.ndarray]  # on the device, and masks uint8 [B, H, W]
+Grid = tuple[int, int]
 SEEN = {"tokens": "patch tokens", "pixels": "raw pixels of patches"}
 
 
@@ -65,10 +61,8 @@ def masked_data(cfg: DictConfig, split: str) -> MaskedImages:
 
 
 @torch.inference_mode()
-def token_batches(
-    run: EvalRun, dataset: MaskedImages, what: str
-) -> Iterator[tuple[Tokens, np.ndarray]]:
-    """This process's part, in order: tokens on the device, and masks uint8 [B, H, W]."""
+def token_batches(run: EvalRun, dataset: MaskedImages, what: str) -> Iterator[Batch]:
+    """This process's part, in order."""
     backbone = run.backbone
     transform = MaskTransform(backbone.image_side, run.cfg.dataset.crop_ratio)
     loader = eval_loader(run.cfg, run.ranks, WithMasks(dataset), transform)
@@ -82,16 +76,12 @@ def token_batches(
         yield tokens._replace(patches=tokens.patches.float()), masks
 
 
-# --- unsupervised: the patches of one image at a time -------------------------------------------
-
-
 def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     cfg = run.cfg
     scores = []  # of each image: [number of labels in its mask, mIoU, ARI, mIoU, ARI, ...]
     for tokens, masks in token_batches(run, dataset, "batches clustered:"):
-        vectors = tokens.patches
-        vectors = vectors - vectors.mean(dim=1, keepdim=True) if cfg.centre else vectors
-        patches = F.normalize(vectors, dim=-1).cpu().numpy()
+        centre = tokens.patches.mean(dim=1, keepdim=True) if cfg.centre else 0
+        patches = F.normalize(tokens.patches - centre, dim=-1).cpu().numpy()
         for vectors, mask in zip(patches, masks, strict=True):
             scores.append(score_image(cfg, vectors, tokens.grid, mask))
     scores = [score for part in gather_objects(scores, run.ranks) for score in part]
@@ -99,13 +89,11 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     least = 2 if "truth" in cfg.segments else 1
     scored = [score for score in scores if score[0] >= least]
     if not any(score[0] > 1 for score in scored):
-        raise DataError(
-            f"none of the {len(scores)} masks holds two classes: expected values such as 0 and 1 "
-            f"({IGNORE} marks pixels without a class)"
-        )
+        valid = f"values such as 0 and 1 ({IGNORE} marks pixels without a class)"
+        raise DataError(f"none of the {len(scores)} masks holds two classes: expected {valid}")
     names = [f"{measure}_{count}" for count in cfg.segments for measure in ("miou", "ari")]
     _, *columns = zip(*scored, strict=True)
-    results = {name: 100 * mean(values) for name, values in zip(names, columns, strict=True)}
+    results = {name: 100 * fmean(values) for name, values in zip(names, columns, strict=True)}
     where = "neighbouring" if cfg.clustering.connected else "any"
     centred = "minus their mean in the image, " if cfg.centre else ""
     run.finish(
@@ -118,9 +106,7 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     )
 
 
-def score_image(
-    cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], mask: np.ndarray
-) -> list[float]:
+def score_image(cfg: DictConfig, vectors: np.ndarray, grid: Grid, mask: np.ndarray) -> list[float]:
     """vectors [L, D], mask [H, W]"""
     classes = len(np.unique(mask[mask != IGNORE]))
     if classes == 0:
@@ -130,25 +116,21 @@ def score_image(
         count = classes if count == "truth" else count
         segments = cluster(cfg, vectors, grid, count).reshape(grid)
         segments = to_pixels(segments, mask.shape)
-        scores.append(matched_miou(contingency(mask, segments)))
-        scores.append(adjusted_rand_index(mask, segments))
+        scores.append(metrics.matched_miou(mask, segments))
+        scores.append(metrics.adjusted_rand_index(mask, segments))
     return [classes, *scores]
 
 
-def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
+def cluster(cfg: DictConfig, vectors: np.ndarray, grid: Grid, count: int) -> np.ndarray:
     """vectors [L, D] of length 1 -> the segment of each, int64 [L]"""
     if count > len(vectors):
         raise ConfigError(f"segments: {count} of {len(vectors)} patches; expected 1 to that number")
     # Blank patches of raw pixels may be all zero, which has no direction: they get a common one.
     blank = ~vectors.any(axis=1)
     vectors = np.where(blank[:, None], vectors.shape[1] ** -0.5, vectors)
-    clustering = AgglomerativeClustering(
-        n_clusters=count,
-        metric=cfg.clustering.metric,
-        linkage=cfg.clustering.linkage,
-        connectivity=grid_to_graph(*grid) if cfg.clustering.connected else None,
-    )
-    return clustering.fit_predict(vectors)
+    how = {"metric": cfg.clustering.metric, "linkage": cfg.clustering.linkage}
+    neighbours = grid_to_graph(*grid) if cfg.clustering.connected else None
+    return AgglomerativeClustering(count, connectivity=neighbours, **how).fit_predict(vectors)
 
 
 def to_pixels(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -156,9 +138,6 @@ def to_pixels(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     rows = np.arange(size[0]) * values.shape[0] // size[0]
     columns = np.arange(size[1]) * values.shape[1] // size[1]
     return values[rows[:, None], columns]
-
-
-# --- knn: single patches, of which nearly all pixels show one class -----------------------------
 
 
 def vote_on_patches(run: EvalRun, dataset: MaskedImages) -> None:
@@ -216,9 +195,6 @@ def build_bank(cfg: DictConfig, parts: list[tuple[Tensor, Tensor]]) -> tuple[Fea
     return Features(unit_length(vectors - centre), labels), centre
 
 
-# --- linear: a head for single patches ----------------------------------------------------------
-
-
 def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     cfg = run.cfg
     train_set = training_images(cfg, dataset)
@@ -233,14 +209,14 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
                 logits = head(vectors).T.unflatten(1, tokens.grid)[None]
                 logits = F.interpolate(logits, size=mask.shape, mode="bilinear")
             predicted = logits[0].argmax(dim=0).cpu().numpy()
-            confusion += torch.from_numpy(confusion_matrix(mask, predicted))
+            confusion += torch.from_numpy(metrics.confusion_matrix(mask, predicted))
     confusion = all_reduce(confusion.to(run.ranks.device)).cpu().numpy()
     if not confusion.any():
         raise DataError(f"dataset={cfg.dataset.name}: no pixel of the evaluation masks has a class")
-    ious = class_ious(confusion)
+    ious = metrics.class_ious(confusion)
     accuracy = np.trace(confusion) / confusion.sum()
     run.finish(
-        {"miou": 100 * mean(list(ious.values())), "pixel_accuracy": 100 * float(accuracy)},
+        {"miou": 100 * fmean(ious.values()), "pixel_accuracy": 100 * float(accuracy)},
         protocol=f"frozen linear head on {SEEN[cfg.features]}, {cfg.patch_head.epochs} epochs, "
         f"{len(train_set)} training images; mIoU over the classes of the evaluation masks, percent",
         images=len(dataset),
@@ -264,12 +240,11 @@ class PatchHead(nn.Module):
         return self.linear((vectors - self.mean) / self.std)
 
 
-def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> PatchHead:
+def train_patch_head(run: EvalRun, parts: list[Batch]) -> PatchHead:
     """parts: the training tokens and masks of this process. -> the same head on all processes
 
     The first process trains it, on the tokens of all: the others wait, so that the number of
-    processes changes nothing.
-    """
+    processes changes nothing."""
     cfg, ranks, head = run.cfg, run.ranks, None
     parts = gather_to_first(parts, ranks)
     if ranks.is_main:
@@ -290,8 +265,7 @@ def train_patch_head(run: EvalRun, parts: list[tuple[Tokens, np.ndarray]]) -> Pa
 
 def start(cfg: DictConfig, ranks: Ranks, tokens: Tensor, classes: int) -> tuple[PatchHead, AdamW]:
     count = tokens.shape[0] * tokens.shape[1]
-    total = torch.zeros(tokens.shape[-1], dtype=torch.float64)
-    squares = torch.zeros_like(total)
+    total, squares = torch.zeros(2, tokens.shape[-1], dtype=torch.float64)
     for image in tokens:
         total += image.double().sum(dim=0)
         squares += image.double().square().sum(dim=0)
@@ -323,7 +297,7 @@ def train_epoch(
         optimizer.step()
 
 
-def class_counts(masks: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
+def class_counts(masks: Tensor, grid: Grid, classes: int) -> Tensor:
     """uint8 [B, H, W] -> float [B, L, classes]: pixels of each class in each patch."""
     batch, height, width = masks.shape
     rows, columns = grid

@@ -23,6 +23,8 @@ from eval.metrics import score_sequence, summarise
 from util.command import run_worker
 from util.distributed import gather_objects
 
+Size = tuple[int, int]
+
 
 def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "video", evaluate)
@@ -31,10 +33,8 @@ def main(cfg: DictConfig) -> None:
 def evaluate(run: EvalRun) -> None:
     cfg, ranks = run.cfg, run.ranks
     videos = read_videos(cfg.data_path, cfg.video_split)
-    own = {
-        video.name: evaluate_video(run, video)
-        for video in run.tracked(videos[ranks.rank :: ranks.world_size], "videos:")
-    }
+    mine = run.tracked(videos[ranks.rank :: ranks.world_size], "videos:")
+    own = {video.name: evaluate_video(run, video) for video in mine}
     gathered = ChainMap(*gather_objects(own, ranks))
     scores = {video.name: gathered[video.name] for video in videos}
     run.finish(
@@ -64,9 +64,6 @@ def evaluate_video(run: EvalRun, video: Video) -> dict[int, dict]:
             image.putpalette(video.palette())
             image.save(folder / annotation.name)
     return score_sequence(truth, np.stack(predicted), VOID)
-
-
-# --- from frame to frame ------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -101,7 +98,7 @@ def frame_tokens(run: EvalRun, video: Video) -> Iterator[Tensor]:
         yield from F.normalize(tokens.patches.float(), dim=-1).unflatten(1, tokens.grid)
 
 
-def frame_size(size: tuple[int, int], shorter: int, patch_size: int) -> tuple[int, int]:
+def frame_size(size: Size, shorter: int, patch_size: int) -> Size:
     """The shorter side becomes `shorter`; then each the nearest multiple of the patch size."""
     scale = shorter / min(size)
     width, height = (max(1, round(side * scale / patch_size)) * patch_size for side in size)
@@ -113,8 +110,7 @@ def propagate_labels(tokens: Tensor, contexts: Tensor, known: Tensor, cfg: DictC
 
     Each patch looks at the patches of all context frames at most `neighbourhood` rows and columns
     away; the top_k most similar ones (with all that equal the last of them) are averaged with
-    weights exp(cosine / temperature).
-    """
+    weights exp(cosine / temperature)."""
     rows, columns = tokens.shape[:2]
     channels = known.shape[-1]
     place = torch.arange(columns, device=tokens.device)
@@ -133,13 +129,10 @@ def propagate_labels(tokens: Tensor, contexts: Tensor, known: Tensor, cfg: DictC
     return result
 
 
-def pixel_objects(
-    labels: Tensor, numbers: list[int], patch_size: int, size: tuple[int, int]
-) -> np.ndarray:
+def pixel_objects(labels: Tensor, numbers: list[int], patch_size: int, size: Size) -> np.ndarray:
     """[R, S, C] -> uint8 [H, W]: the object of each pixel of the original frame."""
-    maps = F.interpolate(
-        labels.permute(2, 0, 1)[None], scale_factor=patch_size, mode="bilinear", align_corners=False
-    )[0]
+    maps = labels.permute(2, 0, 1)[None]
+    maps = F.interpolate(maps, scale_factor=patch_size, mode="bilinear", align_corners=False)[0]
     # As the published numbers do: each object's map is stretched to 0..1 before they compete.
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
     maps = torch.where(high > low, (maps - low) / (high - low), maps)

@@ -13,7 +13,6 @@ python launcher.py --config-name=visualize pretrained=checkpoints/demo images=ph
 """
 
 import shlex
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +26,9 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from data.base import UNREADABLE, DataError
-from data.files import FileDataset, given_images
+from data.base import readable
+from data.files import given_images
+from data.photographs import installed
 from data.picture import Picture, crop_and_resize, size_of
 from data.transforms import EvalTransform
 from eval.common import EvalRun, load_for_all, write_json
@@ -41,6 +41,7 @@ from util.distributed import Ranks, join_processes, leave_processes
 
 MOST_PATCHES = 16384  # of one image: clustering keeps a distance for each pair, 1 GB
 PERPLEXITY = 30
+SAMPLES = "sklearn/datasets/images"  # two photographs
 
 
 class Method(NamedTuple):
@@ -92,13 +93,14 @@ def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
 
 
 def visualize(cfg: DictConfig, methods: list[Method]) -> None:
-    first, dataset = methods[0].run, given_images(cfg.images or samples())
+    first, dataset = methods[0].run, given_images(cfg.images or str(installed(SAMPLES)))
     run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all of them
     paths = [path if cfg.images else Path(path).name for path in dataset.paths]
     run.prepare()
     views = []  # of each image, one per method
     for index in run.tracked(range(len(dataset)), "images encoded:"):
-        picture = load(dataset, index)
+        with readable(dataset.describe(index)):
+            picture = dataset.load(index)
         views.append([see(method, picture, paths[index]) for method in methods])
     labels, lines, reports, colours = [], [], [], []
     for number, method in enumerate(methods):
@@ -107,13 +109,17 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
         colours.append(as_rgb([pca.transform(tokens) for tokens in own]))
         shares = [round(100 * share, 1) for share in pca.explained_variance_ratio_.tolist()]
         labels.append(f"{chr(ord('A') + number)}: {method.name}")
-        lines.append(
-            f"{labels[-1]}, {conditions(method)}; PCA explains {', '.join(map(str, shares))} %"
-        )
+        explained = f"PCA explains {', '.join(map(str, shares))} %"
+        lines.append(f"{labels[-1]}, {conditions(method)}; {explained}")
         run.say(f"visualize: {lines[-1]}")
         backbone = method.run.backbone.describe()
         reports.append({"name": method.name, "backbone": backbone, "pca_percent": shares})
-    lines += [legend(cfg, len(paths)), command_of(cfg)]
+    lines.append(
+        f"Clusters: Ward, of one image's patch tokens. PCA: of those of all {len(paths)} images. "
+        f"t-SNE: perplexity {PERPLEXITY}, max_iter {cfg.max_iter}, seed {cfg.seed}. Similarity: "
+        f"cosine to the token at point {cfg.point}, as shares of width and height."
+    )
+    lines.append(command_of(cfg))
     folder, sheet, files = run.job / "results" / "pictures", [], []
     folder.mkdir(exist_ok=True)
     for index in run.tracked(range(len(paths)), "images drawn:"):
@@ -133,23 +139,6 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     run.say(f"visualize: {len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/")
 
 
-# --- images -------------------------------------------------------------------------------------
-
-
-def samples() -> str:
-    """The folder of scikit-learn's two photographs. Importing its data sets takes seconds."""
-    return f"{find_spec('sklearn').submodule_search_locations[0]}/datasets/images"
-
-
-def load(dataset: FileDataset, index: int) -> Picture:
-    try:
-        return dataset.load(index)
-    except UNREADABLE as error:
-        raise DataError(
-            f"cannot read {dataset.describe(index)}: {type(error).__name__}: {error}"
-        ) from error
-
-
 def prepare(method: Method, picture: Picture) -> Tensor:
     """The crop of the evaluations; or the whole image, less what is no whole patch at its edges."""
     cfg, side, patch = method.run.cfg, method.side, method.run.backbone.patch_size
@@ -167,19 +156,16 @@ def prepare(method: Method, picture: Picture) -> Tensor:
 def conditions(method: Method) -> str:
     """What else the tokens depend on, in words."""
     cfg, backbone, side = method.run.cfg, method.run.backbone, method.side
-    seen = f"central crop of {side} x {side} pixels (crop_ratio {cfg.dataset.crop_ratio})"
-    how = ""
+    seen, how = f"central crop of {side} x {side} pixels (crop_ratio {cfg.dataset.crop_ratio})", ""
     if cfg.stride is not None or cfg.upsample is not None:
         scale = "as stored" if cfg.upsample is None else f"shorter side {side * cfg.upsample:.0f}"
         windows = f", mean of windows of {side} x {side} pixels every {cfg.stride}"
         seen = f"whole image ({scale})"
         how = ", positions resampled" if cfg.stride is None else windows
+    if method.is_pixels:
+        return seen
     norm = "with" if backbone.final_norm else "without"
-    network = f"layer {backbone.layer}, {norm} final norm, {seen}{how}"
-    return seen if method.is_pixels else network
-
-
-# --- tokens -------------------------------------------------------------------------------------
+    return f"layer {backbone.layer}, {norm} final norm, {seen}{how}"
 
 
 @torch.inference_mode()
@@ -190,10 +176,9 @@ def see(method: Method, picture: Picture, path: str) -> View:
     rows, columns = image.shape[1] // patch, image.shape[2] // patch
     least = max(3, cfg.clusters[-1])
     if not least <= rows * columns <= MOST_PATCHES:
-        raise ConfigError(
-            f"{path} makes {rows} x {columns} patches: expected {least} or more for three colours "
-            f"and clusters={listed(cfg.clusters)}, and {MOST_PATCHES} at most (see upsample=)"
-        )
+        valid = f"{least} or more for three colours and clusters={listed(cfg.clusters)}"
+        most = f"{MOST_PATCHES} at most (see upsample=)"
+        raise ConfigError(f"{path} makes {rows} x {columns} patches: expected {valid}, and {most}")
     batch = image[None].to(run.ranks.device)
     if method.is_pixels:
         tokens = extract_patches(run.normalised(batch), patch)[0]
@@ -231,9 +216,6 @@ def average_windows(method: Method, image: Tensor) -> Tensor:
     return total / count
 
 
-# --- what is shown of them ----------------------------------------------------------------------
-
-
 def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
     """By title, in the order of the figure."""
     panels = {"input": Panel(view.image.permute(1, 2, 0).numpy(), mark=cfg.point)}
@@ -241,7 +223,10 @@ def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
     for count, colours in zip(cfg.clusters, nested_colours(levels), strict=True):
         panels[f"{count} clusters"] = Panel(colours.reshape(*view.grid, 3))
     if cfg.max_iter is not None:
-        panels["t-SNE"] = Panel(colours, places=embed(cfg, view.tokens))
+        most, seed = (len(view.tokens) - 1) / 3, cfg.seed % 2**32  # what numpy takes
+        options = {"perplexity": min(PERPLEXITY, most), "init": "pca", "random_state": seed}
+        places = TSNE(max_iter=cfg.max_iter, **options).fit_transform(view.tokens)
+        panels["t-SNE"] = Panel(colours, places)
     panels["PCA"] = Panel(rgb.reshape(*view.grid, 3))
     if cfg.point is not None:
         similar = similarity(view, cfg.point)
@@ -262,14 +247,6 @@ def nested_clusters(tokens: np.ndarray, counts: list[int]) -> list[np.ndarray]:
             names[merges[merge]] = names[leaves + merge]
         levels.append(np.unique(names[:leaves], return_inverse=True)[1])
     return levels
-
-
-def embed(cfg: DictConfig, tokens: np.ndarray) -> np.ndarray:
-    """-> [L, 2]"""
-    perplexity = min(PERPLEXITY, (len(tokens) - 1) / 3)
-    seed = cfg.seed % 2**32  # what numpy takes
-    tsne = TSNE(perplexity=perplexity, max_iter=cfg.max_iter, init="pca", random_state=seed)
-    return tsne.fit_transform(tokens)
 
 
 def fit_pca(tokens: np.ndarray) -> PCA:
@@ -293,22 +270,10 @@ def similarity(view: View, point: list[float]) -> np.ndarray:
     return (unit @ unit[row, column]).numpy()
 
 
-# --- how to draw it again -----------------------------------------------------------------------
-
-
-def legend(cfg: DictConfig, images: int) -> str:
-    return (
-        f"Clusters: Ward, of one image's patch tokens. PCA: of those of all {images} images. "
-        f"t-SNE: perplexity {PERPLEXITY}, max_iter {cfg.max_iter}, seed {cfg.seed}. Similarity: "
-        f"cosine to the token at point {cfg.point}, as shares of width and height."
-    )
-
-
 def command_of(cfg: DictConfig) -> str:
     """With all that is not as shipped, whatever it was started by."""
     name = "visualize"
-    chosen = compose_config(name, []).dataset.name != cfg.dataset.name
-    words = [f"dataset={cfg.dataset.name}"] if chosen else []
+    words = [f"dataset={cfg.dataset.name}"]
     shipped = flatten(OmegaConf.to_container(compose_config(name, words)))
     for key, value in flatten(OmegaConf.to_container(cfg)).items():
         if not key.startswith("env.") and value != shipped.get(key):

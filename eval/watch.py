@@ -39,17 +39,14 @@ class CollapseWatch:
         self.ranks = ranks
         self.batches: list[Tensor] | None = None  # uint8, on the device
 
-    def read_images(self) -> Iterator[Tensor]:
-        for batch in self.loader:
-            kept = [index not in self.loader.unreadable for index in batch.indices.tolist()]
-            yield batch.images[torch.tensor(kept, device=batch.images.device)]
-
     @torch.inference_mode()
     def measure(self, encoder: Encoder, normalised: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """As --config-name=collapse, of the tokens before the final norm and their mean."""
         if self.batches is None:
-            self.batches = list(self.read_images())
-            unreadable = self.loader.unreadable
+            self.batches, unreadable = [], self.loader.unreadable
+            for batch in self.loader:
+                kept = [index not in unreadable for index in batch.indices.tolist()]
+                self.batches.append(batch.images[torch.tensor(kept, device=batch.images.device)])
             unreadable.update(*gather_objects(unreadable, self.ranks))
         pooled: list[Tensor] = []
 

@@ -10,213 +10,149 @@ illustration, not a measurement.
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-WIDTH, HEIGHT = 1800, 900  # pixels; all coordinates below are pixels with y pointing down
 GRID, PATCH, GAP, UNIT = 7, 60, 20, 5  # windows move in steps of UNIT
 CELL = PATCH + GAP
-NUM_VISIBLE, NUM_SHOWN = 5, 8
+VISIBLE, SHOWN, STEP = 5, 8, 38  # patches; those with a latent, and how far these are apart
 SEED = 9309  # its visible patches are well spread and show the tower
-TOP_LANE, BOTTOM_LANE, MATRIX_TOP = 222, 608, 280
-
-INK, MUTED, FAINT = "#1f2937", "#5b6573", "#cfd5de"
-BLUE, BLUE_LIGHT = "#2563eb", "#dbe8fe"
-GREEN, GREEN_LIGHT = "#0f8a5f", "#d6f3e5"
-PURPLE, PURPLE_LIGHT = "#7c3aed", "#ebe3fe"
-AMBER = "#f59e0b"
-LARGE, MEDIUM, SMALL = 20, 17.5, 16  # points at 100 dpi
+TOP, BOTTOM = 222, 608  # pixels, y points down: the middle of the upper and the lower lane
+INK, MUTED, BLUE, GREEN = "#1f2937", "#5b6573", "#2563eb", "#0f8a5f"
+PURPLE, AMBER = "#7c3aed", "#f59e0b"
+PALE = {MUTED: "#edf0f5", BLUE: "#dbe8fe", GREEN: "#d6f3e5", PURPLE: "#ebe3fe", AMBER: "#fff8e8"}
 
 
-def read_photograph():
-    """A square of scikit-learn's sample (NOTICE names its author): side x side x 3 in [0, 1]."""
-    photograph = Image.fromarray(load_sample_image("china.jpg"))
-    square = photograph.crop((0, 0, photograph.height, photograph.height))
-    return np.asarray(square.resize((GRID * CELL, GRID * CELL))) / 255
-
-
-def cut_patches(image, generator):
-    """One window per cell, at an offset below GAP: (row, column, pixels)."""
-    windows = []
-    for cell in range(GRID * GRID):
-        offset = UNIT * generator.integers(0, GAP // UNIT, 2)
-        row, column = np.array(divmod(cell, GRID)) * CELL + offset
-        windows.append((row, column, image[row : row + PATCH, column : column + PATCH]))
-    return windows
-
-
-def text(axes, x, y, string, size=SMALL, colour=INK, **options):
+def text(axes, x, y, words, size=16, colour=INK, **options):
     options = {"ha": "center", "va": "center", "linespacing": 1.25} | options
-    axes.text(x, y, string, fontsize=size, color=colour, **options)
+    axes.text(x, y, words, fontsize=size, color=colour, **options)
 
 
-def picture(axes, pixels, x, y, side):
-    axes.imshow(pixels, extent=(x, x + side, y + side, y), interpolation="antialiased", zorder=3)
+def picture(axes, pixels, x, y, side, **options):
+    axes.imshow(pixels, extent=(x, x + side, y + side, y), zorder=3, **options)
 
 
-def box(axes, x, y, width, height, face, edge, radius=14, line_width=2.2, **options):
-    style = f"round,pad=0,rounding_size={radius}"
-    shape = FancyBboxPatch((x, y), width, height, boxstyle=style, **options)
-    shape.set(facecolor=face, edgecolor=edge, linewidth=line_width)
-    axes.add_patch(shape)
+def box(axes, x, y, width, height, colour, title="", note="", radius=14):
+    style = {"facecolor": PALE[colour], "edgecolor": colour, "linewidth": 2.2}
+    rounded = f"round,pad=0,rounding_size={radius}"
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=rounded, **style))
+    text(axes, x + width / 2, y + 0.38 * height, title, 20, colour, weight="bold")
+    text(axes, x + width / 2, y + 0.82 * height, note, colour=MUTED)
 
 
-def arrow(axes, *points, colour=INK, dashed=False):
+def arrow(axes, colour, *points, line="-", head=16):
     """A line through the points (each leg horizontal or vertical), a head at the last one."""
-    (x, y), (before_x, before_y) = points[-1], points[-2]
-    along = np.sign([x - before_x, y - before_y])
-    across = along[::-1]
-    neck = np.array([x, y]) - 17 * along
-    shaft_x, shaft_y = zip(*points[:-1], neck + along, strict=True)
-    style = {"solid_capstyle": "butt", "solid_joinstyle": "round", "zorder": 2}
-    dashes = (0, (3.2, 1.8)) if dashed else "-"
-    axes.plot(shaft_x, shaft_y, color=colour, linewidth=2.6, linestyle=dashes, **style)
-    corners = [(x, y), neck + 7.5 * across, neck - 7.5 * across]
-    axes.add_patch(Polygon(corners, facecolor=colour, edgecolor="none", zorder=2))
+    end = np.array(points[-1])
+    tip = head * np.sign(end - points[-2])
+    x, y = zip(*points[:-1], end - tip, strict=True)
+    axes.plot(x, y, line, color=colour, linewidth=2.6, solid_capstyle="butt", zorder=2)
+    size = {"head_width": 15, "head_length": head, "length_includes_head": True}
+    axes.arrow(*(end - tip), *tip, color=colour, linewidth=0, **size)
 
 
-def heading(axes, number, x, string):
-    axes.add_patch(Circle((x, 48), 20, facecolor=INK, edgecolor="none"))
-    text(axes, x, 55, str(number), MEDIUM, "white", weight="bold", va="baseline")
-    text(axes, x + 34, 56, string, LARGE, weight="bold", ha="left", va="baseline")
+def grid(axes, image, corners, x, y, side, colour):
+    """The cells, and in them the windows with these corners."""
+    shown = np.full_like(image, 0.95)
+    shown[::CELL] = shown[:, ::CELL] = 0.6
+    for row, column in corners:
+        window = np.s_[row : row + PATCH, column : column + PATCH]
+        shown[window] = image[window]
+    box(axes, x - 9, y - 9, side + 18, side + 18, colour, radius=12)
+    picture(axes, shown, x, y, side)
 
 
-def patch_grid(axes, windows, shown, x, y, side, frame):
-    """The cells of the grid, and in them the windows whose ids are in shown."""
-    scale = side / (GRID * CELL)
-    box(axes, x - 9, y - 9, side + 18, side + 18, "#edf0f5", frame, radius=12)
-    lines = np.linspace(0, side, GRID + 1)
-    axes.hlines(y + lines, x, x + side, colors=FAINT, linewidth=1, zorder=1)
-    axes.vlines(x + lines, y, y + side, colors=FAINT, linewidth=1, zorder=1)
-    for number in shown:
-        row, column, pixels = windows[number]
-        picture(axes, pixels, x + column * scale, y + row * scale, PATCH * scale)
+def tokens(axes, x, y, count, step, colour, down=False):
+    """(x, y): the corner of the first."""
+    for at in range(0, count * step, step):
+        box(axes, x + at * (not down), y + at * down, 24, 24, colour, radius=6)
 
 
-def tokens(axes, x, y, count, step, face, edge, vertical=False, size=24, mark=""):
-    """A row or column of small rounded squares; (x, y) is the corner of the first."""
-    for number in range(count):
-        left, top = (x, y + number * step) if vertical else (x + number * step, y)
-        box(axes, left, top, size, size, face, edge, radius=6, line_width=2)
-        text(axes, left + size / 2, top + size / 2, mark, 13, edge, weight="bold")
-
-
-def module(axes, x, lane, width, title, note, face, edge):
-    box(axes, x, lane - 68, width, 136, face, edge)
-    text(axes, x + width / 2, lane - 16, title, LARGE, edge, weight="bold")
-    text(axes, x + width / 2, lane + 43, note, SMALL, MUTED)
-
-
-def draw_input(axes, image, windows):
-    heading(axes, 1, 46, "Cut with gaps")
-    picture(axes, image, 60, TOP_LANE - 115, 230)
-    text(axes, 175, TOP_LANE + 138, "image", MEDIUM)
-    arrow(axes, (175, TOP_LANE + 162), (175, BOTTOM_LANE - 152))
-    patch_grid(axes, windows, range(GRID * GRID), 41, BOTTOM_LANE - 134, 268, MUTED)
-    text(axes, 175, BOTTOM_LANE + 184, "one window per cell,\nat a random offset", MEDIUM)
-
-
-def draw_subsets(axes, windows, visible, masked):
-    heading(axes, 2, 418, "Split")
-    axes.plot([319, 350], [BOTTOM_LANE] * 2, color=INK, linewidth=2.6)
-    for ids, lane, frame, name in [
-        (visible, TOP_LANE, BLUE, "visible, 10%"),
-        (masked, BOTTOM_LANE, GREEN, "masked, 90%"),
+def draw_method(axes, image, corners, visible, masked):
+    headings = ["Cut with gaps", "Split", "Predict latents, not pixels", "Match by similarity"]
+    for number, (x, words) in enumerate(zip([46, 418, 672, 1418], headings, strict=True), start=1):
+        axes.plot(x, 48, "o", color=INK, markersize=28)
+        text(axes, x, 55, number, 17.5, "white", weight="bold", va="baseline")
+        text(axes, x + 34, 56, words, 20, weight="bold", ha="left", va="baseline")
+    picture(axes, image, 60, TOP - 115, 230)
+    text(axes, 175, TOP + 138, "image", 17.5)
+    arrow(axes, INK, (175, TOP + 162), (175, BOTTOM - 146))
+    grid(axes, image, corners, 41, BOTTOM - 134, 268, MUTED)
+    text(axes, 175, BOTTOM + 184, "one window per cell,\nat a random offset", 17.5)
+    arrow(axes, INK, (319, BOTTOM), (350, BOTTOM), head=0)
+    for ids, lane, colour, name, coder in [
+        (visible, TOP, BLUE, "visible, 10%", "Online\nencoder"),
+        (masked, BOTTOM, GREEN, "masked, 90%", "Target\nencoder"),
     ]:
-        arrow(axes, (350, BOTTOM_LANE), (350, lane), (387, lane), colour=frame)
-        patch_grid(axes, windows, ids, 398, lane - 95, 190, frame)
-        text(axes, 493, lane + 130, name, MEDIUM, frame, weight="bold")
-        arrow(axes, (599, lane), (648, lane), colour=frame)
+        arrow(axes, colour, (350, BOTTOM), (350, lane), (390, lane))
+        grid(axes, image, corners[ids], 398, lane - 95, 190, colour)
+        text(axes, 493, lane + 130, name, 17.5, colour, weight="bold")
+        arrow(axes, colour, (599, lane), (650, lane))
+        box(axes, 650, lane - 68, 186, 136, colour, coder, "ViT")
+    arrow(axes, MUTED, (743, TOP + 70), (743, BOTTOM - 68), line="--")
+    text(axes, 728, 415, "EMA", 17.5, MUTED, weight="bold", ha="right")
+    arrow(axes, BLUE, (838, TOP), (893, TOP))
+    text(axes, 910, TOP - 100, "visible latents", colour=BLUE)
+    tokens(axes, 898, TOP - 72, VISIBLE, 30, BLUE, down=True)
+    arrow(axes, BLUE, (930, TOP), (1026, TOP))
+    box(axes, 1026, TOP - 68, 220, 136, PURPLE, "Decoder", "cross-attention")
+    arrow(axes, BLUE, (910, TOP + 80), (910, 423), (1022, 423), line="--")
+    text(axes, 922, 381, "visual\ncue", colour=BLUE, ha="left")
+    tokens(axes, 1026, 411, SHOWN, 28, PURPLE)
+    arrow(axes, PURPLE, (1136, 405), (1136, TOP + 68))
+    text(axes, 1136, 475, "mask tokens at the\nmasked positions", colour=PURPLE)
 
 
-def draw_networks(axes):
-    heading(axes, 3, 672, "Predict latents, not pixels")
-    module(axes, 650, TOP_LANE, 186, "Online\nencoder", "ViT", BLUE_LIGHT, BLUE)
-    module(axes, 650, BOTTOM_LANE, 186, "Target\nencoder", "ViT", GREEN_LIGHT, GREEN)
-    arrow(axes, (743, TOP_LANE + 70), (743, BOTTOM_LANE - 70), colour=MUTED, dashed=True)
-    middle = (TOP_LANE + BOTTOM_LANE) / 2
-    text(axes, 728, middle, "EMA", MEDIUM, MUTED, weight="bold", ha="right")
-
-    tokens(axes, 898, TOP_LANE - 72, NUM_VISIBLE, 30, BLUE_LIGHT, BLUE, vertical=True)
-    arrow(axes, (838, TOP_LANE), (890, TOP_LANE), colour=BLUE)
-    text(axes, 910, TOP_LANE - 100, "visible latents", SMALL, BLUE)
-    arrow(axes, (930, TOP_LANE), (1024, TOP_LANE), colour=BLUE)
-    module(axes, 1026, TOP_LANE, 220, "Decoder", "cross-attention", PURPLE_LIGHT, PURPLE)
-
-    row = middle - 4
-    tokens(axes, 1026, row, NUM_SHOWN, 28, "white", PURPLE, mark="m")
-    arrow(axes, (1136, row - 6), (1136, TOP_LANE + 70), colour=PURPLE)
-    text(axes, 1136, row + 64, "mask tokens at the\nmasked positions", SMALL, PURPLE)
-    cue = [(910, TOP_LANE + 80), (910, row + 12), (1020, row + 12)]
-    arrow(axes, *cue, colour=BLUE, dashed=True)
-    text(axes, 922, row - 30, "visual\ncue", SMALL, BLUE, ha="left")
-
-
-def draw_matching(axes, windows, shown, similarities):
-    heading(axes, 4, 1418, "Match by similarity")
-    step, left, upper = 38, 1434, MATRIX_TOP
-    side = step * NUM_SHOWN
+def draw_matching(axes, cosines, patches):
+    left, upper, side = 1434, 280, STEP * SHOWN
     colours = LinearSegmentedColormap.from_list("similarity", ["#ffffff", "#c9bdf3", "#4c1d95"])
-    extent = (left, left + side, upper + side, upper)
-    axes.imshow(similarities, extent=extent, cmap=colours, vmin=-0.35, vmax=1.0)
-    axes.add_patch(Rectangle((left, upper), side, side, facecolor="none", edgecolor=FAINT))
-    for number in range(NUM_SHOWN):
-        at = number * step
-        style = {"facecolor": "none", "edgecolor": AMBER, "linewidth": 3.2, "zorder": 4}
-        axes.add_patch(Rectangle((left + at + 2, upper + at + 2), step - 4, step - 4, **style))
-        picture(axes, windows[shown[number]][2], left + at + 4, BOTTOM_LANE + 20, 30)
-
-    tokens(axes, left - 36, upper + 7, NUM_SHOWN, step, PURPLE_LIGHT, PURPLE, vertical=True)
-    arrow(axes, (1248, TOP_LANE), (left - 24, TOP_LANE), (left - 24, upper), colour=PURPLE)
-    text(axes, left - 4, TOP_LANE + 2, "predicted latents", SMALL, PURPLE, ha="left")
-    tokens(axes, left + 7, BOTTOM_LANE - 12, NUM_SHOWN, step, GREEN_LIGHT, GREEN)
-    text(axes, left + side / 2, BOTTOM_LANE + 76, "target latents", SMALL, GREEN)
-    arrow(axes, (838, BOTTOM_LANE), (left - 2, BOTTOM_LANE), colour=GREEN)
-    slash = np.array([[1123, 1134], [1139, 1150]])
-    axes.plot(slash, [BOTTOM_LANE + 15, BOTTOM_LANE - 15], color=INK, linewidth=3, zorder=5)
-    text(axes, 1136, BOTTOM_LANE + 38, "no gradient", SMALL, MUTED)
-
-
-def draw_loss(axes, y):
-    arrow(axes, (1586, y - 58), (1586, y - 36), (1016, y - 36), (1016, y - 3), colour=AMBER)
-    box(axes, 650, y, 1124, 124, "#fff8e8", AMBER)
+    picture(axes, cosines, left, upper, side, cmap=colours, vmin=-0.35, vmax=1.0)
+    middles = STEP * (np.arange(SHOWN) + 0.5)
+    outline = {"markersize": 25, "markeredgewidth": 3.2, "fillstyle": "none", "zorder": 4}
+    axes.plot(left + middles, upper + middles, "s", color=AMBER, **outline)
+    for x, pixels in zip(left + middles, patches, strict=True):
+        picture(axes, pixels, x - 15, BOTTOM + 20, 30)
+    tokens(axes, left - 36, upper + 7, SHOWN, STEP, PURPLE, down=True)
+    arrow(axes, PURPLE, (1248, TOP), (left - 24, TOP), (left - 24, upper))
+    text(axes, left - 4, TOP + 2, "predicted latents", colour=PURPLE, ha="left")
+    tokens(axes, left + 7, BOTTOM - 12, SHOWN, STEP, GREEN)
+    text(axes, left + side / 2, BOTTOM + 76, "target latents", colour=GREEN)
+    arrow(axes, GREEN, (838, BOTTOM), (left, BOTTOM))
+    text(axes, 1136, BOTTOM, "//", 26, weight="bold")
+    text(axes, 1136, BOTTOM + 38, "no gradient", colour=MUTED)
+    arrow(axes, AMBER, (1586, 700), (1586, 722), (1016, 722), (1016, 757))
+    box(axes, 650, 758, 1124, 124, AMBER)
     choice = "each prediction picks its own patch\namong all masked ones of the image"
     spread = "mean cosine within an image,\nkept near a scheduled value"
     terms = [(1016, "patch InfoNCE", choice), (1520, "similarity constraint", spread)]
     for x, title, note in [(738, "loss  =", ""), (1272, "+", ""), *terms]:
-        text(axes, x, y + 42, title, LARGE, weight="bold", va="baseline")
-        text(axes, x, y + 84, note, SMALL, MUTED)
+        text(axes, x, 800, title, 20, weight="bold", va="baseline")
+        text(axes, x, 842, note, colour=MUTED)
 
 
-def draw_overview(path):
-    generator = np.random.default_rng(SEED)
-    image = read_photograph()
-    windows = cut_patches(image, generator)
-    order = generator.permutation(GRID * GRID)
-    visible, masked = order[:NUM_VISIBLE], order[NUM_VISIBLE:]
-    detailed_first = sorted(masked, key=lambda number: -windows[number][2].std((0, 1)).sum())
-
-    figure = plt.figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1))
-    draw_input(axes, image, windows)
-    draw_subsets(axes, windows, visible, masked)
-    draw_networks(axes)
+def main():
+    photograph = Image.fromarray(load_sample_image("china.jpg"))  # NOTICE names its author
+    square = photograph.crop((0, 0, photograph.height, photograph.height))
+    image = np.asarray(square.resize((GRID * CELL, GRID * CELL))) / 255
+    rng = np.random.default_rng(SEED)
+    cells = np.indices((GRID, GRID)).reshape(2, -1).T * CELL
+    corners = cells + UNIT * rng.integers(0, GAP // UNIT, cells.shape)
+    visible, masked = np.split(rng.permutation(len(cells)), [VISIBLE])
+    windows = [image[y : y + PATCH, x : x + PATCH] for y, x in corners]
+    detailed = sorted(masked, key=lambda number: -windows[number].std((0, 1)).sum())[:SHOWN]
     # Made-up cosines between predictions (rows) and targets, as of a half-trained model.
-    cosines = generator.uniform(-0.2, 0.3, (NUM_SHOWN, NUM_SHOWN)) + 0.7 * np.eye(NUM_SHOWN)
-    draw_matching(axes, windows, sorted(detailed_first[:NUM_SHOWN]), cosines)
-    draw_loss(axes, 758)
-    axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0), aspect="equal")
+    cosines = rng.uniform(-0.2, 0.3, (SHOWN, SHOWN)) + 0.7 * np.eye(SHOWN)
+    figure = Figure(figsize=(18, 9), dpi=100, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    draw_method(axes, image, corners, visible, masked)
+    draw_matching(axes, cosines, [windows[number] for number in sorted(detailed)])
+    axes.set(xlim=(0, 1800), ylim=(900, 0), aspect="equal")
     axes.axis("off")
-    figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
+    figure.savefig(Path(__file__).with_name("overview.png"), metadata={"Software": None})
 
 
 if __name__ == "__main__":
-    draw_overview(Path(__file__).with_name("overview.png"))
+    main()

@@ -150,9 +150,9 @@ def test_mixing_is_off_only_without_both(checkpoint, tmp_path):
 
 
 def transform(seed: int = 0, **changes) -> FinetuneTransform:
-    settings = {"flip": True, "min_crop": 0.08, "auto_augment": "rand-m9-mstd0.5-inc1"}
-    settings |= {"erase": 0.25, "seed": seed} | changes
-    return FinetuneTransform(24, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), **settings)
+    options = {"hflip": 0.5, "scale": (0.08, 1.0), "auto_augment": "rand-m9-mstd0.5-inc1"}
+    options |= {"re_prob": 0.25, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)} | changes
+    return FinetuneTransform(seed, input_size=24, **options)
 
 
 def picture() -> Image.Image:
@@ -193,7 +193,7 @@ def test_augmentation_takes_every_strength():
 
 
 def test_erasing_leaves_the_rest_as_it_is():
-    plain, erased = (transform(auto_augment=None, erase=e)(picture(), 0, 0) for e in (0.0, 1.0))
+    plain, erased = (transform(auto_augment=None, re_prob=e)(picture(), 0, 0) for e in (0.0, 1.0))
     changed = (plain != erased).any(dim=0)
     rows, columns = changed.any(dim=1), changed.any(dim=0)
     assert 0 < changed.sum() < changed.numel()

@@ -144,8 +144,7 @@ def test_a_terminal_shows_the_lines_and_a_bar_below(tmp_path, monkeypatch, capsy
         log.record({"loss": 1.0}, step, f"line {step}")
         log.progress(step, f"loss {step}  ")
         time.sleep(0.03)
-    with log:
-        pass
+    log.close()
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [f"line {step}" for step in range(1, 6)]
     assert "  0% |" in shown.err and "loss 4   40% |" in shown.err

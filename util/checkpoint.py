@@ -114,11 +114,9 @@ def load_weights(model: torch.nn.Module, state_dict: dict[str, Tensor], source) 
     state_dict, expected = without_module_prefix(state_dict), model.state_dict()
     differences = [f"{key} is missing" for key in expected if key not in state_dict]
     differences += [f"{key} is unexpected" for key in state_dict if key not in expected]
-    differences += [
-        f"{key} is {list(state_dict[key].shape)} there and {list(value.shape)} here"
-        for key, value in expected.items()
-        if key in state_dict and state_dict[key].shape != value.shape
-    ]
+    for key in (key for key in expected if key in state_dict):
+        there, here = (list(own[key].shape) for own in (state_dict, expected))
+        differences += [f"{key} is {there} there and {here} here"] if there != here else []
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         first = "; ".join(differences[:5])
@@ -195,12 +193,8 @@ def describe(dataset: ImageDataset, loader: StepOrder) -> dict[str, object]:
     digest = hashlib.sha256(os.fsencode("\0".join(name[len(folder) :] for name in names)))
     if dataset.labels is not None:
         digest.update(np.asarray(dataset.labels, dtype=np.int64).tobytes())
-    return {
-        "images": len(names),
-        "image_list": digest.hexdigest()[:16],
-        "images_per_step": loader.images_per_step,
-        "steps_per_epoch": loader.steps_per_epoch,
-    }
+    steps = {name: getattr(loader, name) for name in ("images_per_step", "steps_per_epoch")}
+    return {"images": len(names), "image_list": digest.hexdigest()[:16], **steps}
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple[object, object]]:

@@ -139,13 +139,9 @@ def say_error(error: Exception) -> None:
     """One line on stderr."""
     rank = int(os.environ.get("RANK", 0))
     if rank != 0:
-        wait_for_first_process()
+        # Rank 0 reports an error that all have, and their parent then ends the others. One that is
+        # still alive after this reports an error of its own.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE_SECONDS)
     where = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     print(f"{where}error: {error}", file=sys.stderr, flush=True)
-
-
-def wait_for_first_process() -> None:
-    """Rank 0 reports an error that all ranks have, and their parent then ends the others. A rank
-    that is still alive after this reports an error of its own."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(GRACE_SECONDS)

@@ -22,14 +22,8 @@ SMALLEST = 2**18
 # oneDNN reorders the weights in each call, which pays off from this many tokens on.
 FEWEST_TOKENS = 512
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
-ONE_PIXEL = {
-    "stride": [1, 1],
-    "padding": [0, 0],
-    "dilation": [1, 1],
-    "transposed": False,
-    "output_padding": [0, 0],
-    "groups": 1,
-}
+ONE_PIXEL = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
+ONE_PIXEL |= {"transposed": False, "output_padding": [0, 0]}
 
 
 def as_pixels(tokens: Tensor) -> Tensor:

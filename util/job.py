@@ -57,19 +57,8 @@ def refuse_to_start_over(cfg: DictConfig) -> None:
     """The checkpoints of an earlier run are only removed on demand."""
     existing = list_checkpoints(job_directory(cfg) / "checkpoints")
     if existing and not cfg.resume and not cfg.overwrite:
-        raise ConfigError(
-            f"{job_directory(cfg)} already holds {existing[0].name}: choose resume=True, "
-            f"overwrite=True or another job_name"
-        )
-
-
-def remove_checkpoints(job: Path) -> None:
-    """As overwrite=True asks."""
-    paths = list_checkpoints(job / "checkpoints")
-    if paths:
-        print(f"replacing {len(paths)} checkpoints of {job.name}, the newest is {paths[0].name}")
-    for path in paths:
-        path.unlink()
+        choices = "choose resume=True, overwrite=True or another job_name"
+        raise ConfigError(f"{job_directory(cfg)} already holds {existing[0].name}: {choices}")
 
 
 def prepare_job_directory(cfg: DictConfig) -> Path:
@@ -84,8 +73,12 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
         refuse_to_start_over(cfg)
         for folder in (job, job / "logs", job / "results", job / "checkpoints"):
             remove_unfinished(folder)
-        if not cfg.resume:
-            remove_checkpoints(job)
+        replaced = [] if cfg.resume else list_checkpoints(job / "checkpoints")  # overwrite=True
+        if replaced:
+            newest = f"the newest is {replaced[0].name}"
+            print(f"replacing {len(replaced)} checkpoints of {job.name}, {newest}")
+        for path in replaced:
+            path.unlink()
     except BaseException:
         unlock(job)
         raise

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from data.base import DataError, ImageDataset
 from data.datasets import build_dataset
-from data.loader import EvalLoader, TrainLoader
-from data.picture import Picture
+from data.loader import Augmentation, EvalLoader, TrainLoader
 from util.distributed import Ranks, default_workers
 
 
@@ -22,10 +21,7 @@ def open_split(cfg: DictConfig, split: str) -> ImageDataset:
 
 
 def train_loader(
-    cfg: DictConfig,
-    ranks: Ranks,
-    dataset: ImageDataset,
-    transform: Callable[[Picture, int, int], Tensor],
+    cfg: DictConfig, ranks: Ranks, dataset: ImageDataset, transform: Augmentation
 ) -> TrainLoader:
     if "shrink_batch" in cfg and cfg.shrink_batch:  # a step needs no more than there are
         share = len(dataset) // (cfg.accum_iter * ranks.world_size)

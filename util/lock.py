@@ -45,13 +45,9 @@ class Owner:
 
 
 def this_process() -> Owner:
-    return Owner(
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        started=start_of(os.getpid()),
-        slurm_job=os.environ.get("SLURM_JOB_ID"),
-        restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-    )
+    pid, slurm_job = os.getpid(), os.environ.get("SLURM_JOB_ID")
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return Owner(socket.gethostname(), pid, start_of(pid), slurm_job, restarts)
 
 
 def start_of(pid: int) -> str:

@@ -7,7 +7,7 @@ a step is, and this file keeps them alive.
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -100,13 +100,10 @@ class Task:
         """In place, from what state() has given. source: for messages."""
         checkpoint.load_weights(self.model, contents["state_dict"], source)
         # Learning rates, weight decay and the like are the config's.
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
+        settings = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(contents["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+            group.update(own | {"params": group["params"]})
         if self.scaler is not None and contents["loss_scaler"]:  # that run was in fp16, too
             self.scaler.load_state_dict(contents["loss_scaler"])
 
@@ -127,7 +124,7 @@ def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopF
     start = f"from step {loop.first_step}" if loop.first_step else "from the beginning"
     steps = f"{loop.images_per_step} images per step, {loop.total_steps} steps, {start}"
     loop.log.say(f"{task.introduction()}, {steps}")
-    with loop.log, logging_redirect_tqdm():
+    with closing(loop.log), logging_redirect_tqdm():
         if loop.first_step < loop.total_steps:
             run_steps(task, cfg, loop)
         else:
@@ -141,7 +138,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     if step == 0:
         loop.watch(0)
         if "eval_at_start" in cfg and cfg.eval_at_start:
-            loop.evaluate(0)
+            loop.record(0, task.evaluate)
     batches = loop.speed.timed(task.batches(step, loop.total_steps))
     while step < loop.total_steps:
         with loop.rescue(step):
@@ -158,7 +155,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
         at_end = at_end and (task.evaluates_at_end or cfg.eval_freq)
         evaluates = at_end or (cfg.eval_freq and step % (cfg.eval_freq * per_epoch) == 0)
         if evaluates:
-            loop.evaluate(step)
+            loop.record(step, task.evaluate)
         loop.watch(step, at_evaluation=evaluates)
         loop.after_epoch(step)
     loop.finish()
@@ -169,33 +166,34 @@ def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
     describe = partial(checkpoint.describe, task.dataset, task.loader)
     task.made_from, folder = on_main(describe, ranks), job / "checkpoints"
     try:
-        contents = find_checkpoint(task, cfg, folder, ranks)
-        if contents is not None:
-            task.restore(contents, folder)
+        accept = partial(checkpoint.accept, cfg=cfg, facts=task.made_from)
+        newest = newest_for_all(folder, ranks, print_error, accept) if cfg.resume else None
+        if newest is not None:
+            task.restore(newest[1], folder)
     except (KeyError, ValueError) as error:
         valid = f"checkpoints of these networks and this optimiser in {folder}"
         reason = f"{type(error).__name__}: {first_words(error)}"
         raise checkpoint.CheckpointError(f"resume: expected {valid} ({reason})") from error
     on_main(lambda: record_start(cfg, job), ranks)
-    return contents["step"] if contents else 0
+    return newest[1]["step"] if newest else 0
 
 
-def find_checkpoint(task: Task, cfg: DictConfig, folder: Path, ranks: Ranks) -> dict | None:
-    """Rank 0 chooses the newest readable file and decides whether the run may go on from it; all
-    ranks read that one. None: a new run."""
-    if not cfg.resume:
-        return None
+def newest_for_all(
+    folder: Path, ranks: Ranks, report: Callable[[str], None], accept: Callable | None = None
+) -> tuple[Path, dict] | None:
+    """The newest readable checkpoint and what it holds. Rank 0 chooses it, and says what accept has
+    to say about it; all ranks read that one."""
     chosen: dict[Path, dict] = {}  # gigabytes, which only their path leaves this process for
 
     def choose() -> Path | None:
-        newest = checkpoint.newest_readable(folder, print_error)
-        for text in checkpoint.accept(*newest, cfg, task.made_from) if newest else []:
-            print_error(text)
+        newest = checkpoint.newest_readable(folder, report)
+        for text in accept(*newest) if newest and accept else []:
+            report(text)
         chosen.update([newest] if newest else [])
         return next(iter(chosen), None)
 
     path = on_main(choose, ranks)
-    return chosen.get(path) if ranks.is_main or path is None else checkpoint.load_file(path)
+    return path and (path, chosen.get(path) or checkpoint.load_file(path))
 
 
 class Loop:
@@ -218,16 +216,16 @@ class Loop:
         self.speed = Speed()
         self.last_speed: dict[str, float] = {}  # of the last log line
         self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
-        self.writer: checkpoint.CheckpointWriter | None = None
         self.folder = job / "checkpoints"
-        if ranks.is_main:
-            self.writer = checkpoint.CheckpointWriter(self.folder, report=self.log.say)
+        writer = partial(checkpoint.CheckpointWriter, self.folder, self.log.say)
+        self.writer = writer() if ranks.is_main else None
 
     def after_step(self, done: int) -> None:
-        is_early = done - self.first_step in FIRST_STEPS
+        silent = time.monotonic() - self.log.last_said
+        is_due = done - self.first_step in FIRST_STEPS or silent > QUIET_SECONDS
         if done % self.cfg.print_freq == 0 or done == self.total_steps:
             self.write_log(done)
-        elif self.ranks.is_main and (is_early or self.log.silent_for() > QUIET_SECONDS):
+        elif self.ranks.is_main and is_due:
             speed, summary = self.read_speed(done, keep=True), self.task.glimpse()
             self.log.say(self.describe(done, summary, speed))
             self.log.progress(done, bar_text(summary, speed))
@@ -248,9 +246,8 @@ class Loop:
         bar = bar_text(summary, speed)
         if steps < min(self.cfg.print_freq, done):  # at the end, or since a resume
             summary = f"(mean of {steps} steps)  {summary}"
-        self.log.record(
-            {"epoch": epoch, **numbers, **speed}, done, self.describe(done, summary, speed)
-        )
+        values = {"epoch": epoch, **numbers, **speed}
+        self.log.record(values, done, self.describe(done, summary, speed))
         self.log.progress(done, bar)
 
     def read_speed(self, done: int, keep: bool = False) -> dict[str, float]:
@@ -261,9 +258,6 @@ class Loop:
         epoch = f"epoch {done / self.steps_per_epoch:.2f}/{self.cfg.epochs}"
         parts = (epoch, f"step {done}/{self.total_steps}", summary, describe_speed(speed))
         return "  ".join(filter(None, parts))
-
-    def evaluate(self, done: int) -> None:
-        self.record(done, self.task.evaluate)
 
     def watch(self, done: int, at_evaluation: bool = False) -> None:
         if at_evaluation or done in self.watched:
@@ -311,7 +305,9 @@ class Loop:
                     print_error(f"step {done + 1} has failed; the newest checkpoint is {newest}")
             if number := self.stop_flag.own():  # it was not waited for any longer
                 raise Interrupted(number) from error
-            if is_out_of_memory(error):
+            # On a CPU torch has no type of its own for it.
+            kinds = (torch.OutOfMemoryError, MemoryError)
+            if isinstance(error, kinds) or "not enough memory" in str(error):
                 raise TrainingStopped(self.how_to_need_less(error)) from error
             raise
 
@@ -363,10 +359,9 @@ class Loop:
         name = checkpoint_name(self.total_steps, self.whole_epoch(self.total_steps))
         last = self.folder / name
         if self.ranks.is_main and not last.exists():
-            raise TrainingStopped(
-                f"training has ended, but its last checkpoint {last} could not be written: make "
-                f"room, and start it again with resume=True"
-            )
+            problem = f"its last checkpoint {last} could not be written"
+            hint = "make room, and start it again with resume=True"
+            raise TrainingStopped(f"training has ended, but {problem}: {hint}")
 
 
 def watched_steps(planned: int) -> set[int]:
@@ -384,12 +379,6 @@ def sum_over_processes(numbers: Tensor, loader, ranks: Ranks) -> list[float]:
         loader.bad_images = set().union(*gather_objects(loader.bad_images, ranks))
         loader.check_bad_images()
     return sums
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """On a GPU or a CPU, where torch has no type of its own for it."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "not enough memory" in str(error)
 
 
 def print_error(text: str) -> None:

@@ -66,8 +66,7 @@ class FaultCounter:
     """How many steps went wrong and which was the first, without asking the device."""
 
     def __init__(self, device: torch.device):
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self.first_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.count, self.first_step = torch.zeros(2, dtype=torch.int64, device=device)
 
     def add(self, step: int, is_bad: Tensor) -> None:
         self.first_step += (is_bad & (self.count == 0)) * step
@@ -89,20 +88,17 @@ class Speed:
             yield batch
             start = time.perf_counter()
 
-    def read(
-        self, steps: int, images_per_step: int, steps_left: int, keep: bool = False
-    ) -> dict[str, float]:
-        """Since the last call; then start again, or keep what was counted."""
+    def read(self, steps: int, images_per_step: int, left: int, keep: bool = False) -> dict:
+        """Since the last call; then start again, or keep what was counted. left: steps"""
         now = time.perf_counter()
-        seconds = now - self.last
-        values = {
-            "images_per_second": steps * images_per_step / seconds,
-            "data_wait": self.waited / seconds,
-            "eta_seconds": steps_left * seconds / steps,
-        }
+        seconds, waited = now - self.last, self.waited
         if not keep:
             self.last, self.waited = now, 0.0
-        return values
+        return {
+            "images_per_second": steps * images_per_step / seconds,
+            "data_wait": waited / seconds,
+            "eta_seconds": left * seconds / steps,
+        }
 
     @contextmanager
     def pause(self):
@@ -138,10 +134,8 @@ def readable_time(seconds: float) -> str:
 
 
 def describe_speed(speed: dict[str, float]) -> str:
-    return (
-        f"{speed['images_per_second']:.0f} images/s  waiting {speed['data_wait']:.0%}  "
-        f"eta {readable_time(speed['eta_seconds'])}"
-    )
+    images, eta = speed["images_per_second"], readable_time(speed["eta_seconds"])
+    return f"{images:.0f} images/s  waiting {speed['data_wait']:.0%}  eta {eta}"
 
 
 def bar_text(summary: str, speed: dict[str, float]) -> str:

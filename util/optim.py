@@ -47,13 +47,9 @@ def layer_decay_groups(
         layer = layer_of(name)
         is_token = any(word in name for word in NO_DECAY_IN_FINETUNING)
         decays = parameter.ndim > 1 and not is_token
-        group = {
-            "params": [],
-            "names": [],
-            "weight_decay": weight_decay if decays else 0.0,
-            "lr_scale": layer_decay ** (last_layer - layer),
-        }
-        group = groups.setdefault((layer, decays), group)
+        group = groups.setdefault((layer, decays), {"params": [], "names": []})
+        group["weight_decay"] = weight_decay if decays else 0.0
+        group["lr_scale"] = layer_decay ** (last_layer - layer)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

@@ -98,13 +98,10 @@ class StopFlag(Signals):
             time.sleep(60)
             return NOT_DONE
         if self.ranks.is_main:
+            saved = f"stopped by {signal.Signals(number).name}, everything is saved"
+            hint = "the same command with resume=True goes on from here"
             with suppress(OSError):  # the terminal is gone
-                print(
-                    f"stopped by {signal.Signals(number).name}, everything is saved; the same "
-                    f"command with resume=True goes on from here",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"{saved}; {hint}", file=sys.stderr, flush=True)
         return 128 + number
 
 
@@ -121,10 +118,7 @@ os.register_at_fork(after_in_child=ignore_signals_in_child)
 
 # A requeue must not be forgotten because a TERM came as well.
 SIGNALS_BY_URGENCY = (0, *reversed(STOP_SIGNALS))
-
-
-def urgency(number: int) -> int:
-    return SIGNALS_BY_URGENCY.index(number)
+urgency = SIGNALS_BY_URGENCY.index
 
 
 class Question:

@@ -102,9 +102,6 @@ class RunLog:
         with suppress(OSError):  # it is kept until there is room
             self.scalars.add({"eval/images": picture}, step)
 
-    def silent_for(self) -> float:
-        return time.monotonic() - self.last_said
-
     def records_with(self, name: str) -> dict[int, dict]:
         """The lines of log.txt that have this number, by step. For the first process."""
         records = read_records(self.lines.path)
@@ -116,10 +113,7 @@ class RunLog:
             self.bar.set_description_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         """The bar must not stand in front of the last words."""
         self.bar.close()
         if self.is_main:
@@ -129,11 +123,8 @@ class RunLog:
 
 def keep_until_step(path: Path, last_step: int) -> None:
     """Drop what a log has beyond a step, and lines that are damaged."""
-    if not path.exists():
-        return
-    kept = [
-        record for record in read_records(path) if record["step"] <= last_step and last_step > 0
-    ]
+    records = read_records(path) if last_step > 0 else []
+    kept = [record for record in records if record["step"] <= last_step]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
@@ -175,23 +166,20 @@ class TensorBoardFile(AppendedFile):
             self.unwritten += as_record(step=first_step, session_log=start)
 
     def add(self, values: Mapping[str, float | str | bytes], step: int) -> None:
-        shown = [as_value(grouped(name), value) for name, value in values.items()]
+        shown = [as_value(name, value) for name, value in values.items()]
         self.append(as_record(step=step, summary=Summary(value=shown)))
 
 
-def grouped(name: str) -> str:
-    return name if "/" in name else f"{GROUP_OF.get(name, 'train')}/{name}"
-
-
 def as_value(name: str, value: float | str | bytes) -> Summary.Value:
+    tag = name if "/" in name else f"{GROUP_OF.get(name, 'train')}/{name}"
     if isinstance(value, bytes):
         width, height = Image.open(io.BytesIO(value)).size
         size = {"width": width, "height": height, "colorspace": 3}
-        return Summary.Value(tag=name, image=Summary.Image(**size, encoded_image_string=value))
+        return Summary.Value(tag=tag, image=Summary.Image(**size, encoded_image_string=value))
     if not isinstance(value, str):
-        return Summary.Value(tag=name, simple_value=value)
+        return Summary.Value(tag=tag, simple_value=value)
     text = {"metadata": create_summary_metadata("", ""), "tensor": make_tensor_proto([value])}
-    return Summary.Value(tag=name, **text)
+    return Summary.Value(tag=tag, **text)
 
 
 def as_record(**fields) -> bytes:

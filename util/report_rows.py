@@ -45,10 +45,10 @@ class Job:
         if not config.is_file():
             raise ConfigError(f"{folder} holds no config.yaml")
         self.folder, self.name = folder, folder.resolve().name
-        log, environment = folder / "log.txt", folder / "environment.json"
+        environment = folder / "environment.json"
         try:
             self.config = flatten(read_yaml(config))
-            self.records = read_records(log) if log.exists() else []
+            self.records = read_records(folder / "log.txt")
             self.environment = json.loads(environment.read_bytes()) if environment.exists() else {}
             files = sorted((folder / "results").glob("*.json"))
             self.results = [r for file in files for r in results_in(json.loads(file.read_bytes()))]
@@ -72,15 +72,10 @@ class Job:
     def settings(self) -> dict[str, object]:
         """What changes results, besides the seed."""
         ignored = CHANGE_NO_RESULT - {"pretrained", "pretrained_weights"} | {"seed"}
-        kept = {
-            key: value
-            for key, value in self.config.items()
-            if key not in ignored and not key.startswith("env.")
-        }
+        keys = [key for key in self.config if key not in ignored and not key.startswith("env.")]
+        kept = {key: self.config[key] for key in keys}
         # Depends on the processes and the images, which the config does not tell.
-        epochs = [
-            record["step"] / record["epoch"] for record in self.records if record.get("epoch")
-        ]
+        epochs = [line["step"] / line["epoch"] for line in self.records if line.get("epoch")]
         return kept | ({"steps per epoch": round(epochs[-1])} if epochs else {})
 
 
@@ -109,6 +104,15 @@ class Row:
         steps = sorted(set.intersection(*map(set, curves)))
         return steps, np.array([[curve[step] for curve in curves] for step in steps])
 
+    def last_step(self, names: Iterable[str]) -> int | str:
+        """Of these curves."""
+        return max((self.curve(name)[0][-1] for name in names if self.curve(name)[0]), default="–")
+
+    def verdicts(self) -> str:
+        counts = Counter(str(job.verdict().get("verdict", "–")) for job in self.jobs)
+        several = len(counts) > 1
+        return ", ".join(f"{name} ({n})" if several else name for name, n in counts.items())
+
     def notes(self) -> Iterable[str]:
         if len(self.jobs) == 1:
             return
@@ -131,7 +135,9 @@ class Row:
 
 def find_rows(jobs: dict[Path, Job], apart: dict[Path, Job]) -> list[Row]:
     """Those of jobs that are not apart may share one."""
-    name_apart([*jobs.values()])
+    counts = Counter(job.name for job in jobs.values())
+    for job in jobs.values():  # folders of the same name by their whole path
+        job.name = job.name if counts[job.name] == 1 else str(job.folder)
     give_results_to_their_runs([*jobs.values()])
     alike: dict[str, list[Job]] = defaultdict(list)
     for path, job in jobs.items():
@@ -160,13 +166,6 @@ def find_jobs(key: str, entries: Iterable[str]) -> dict[Path, Job]:
             raise ConfigError(f"{key}={entry}: expected folders of jobs, but it matches none")
         found |= {job.folder.resolve(): job for job in matched}
     return found
-
-
-def name_apart(jobs: list[Job]) -> None:
-    """Folders of the same name by their whole path."""
-    counts = Counter(job.name for job in jobs)
-    for job in jobs:
-        job.name = job.name if counts[job.name] == 1 else str(job.folder)
 
 
 def give_results_to_their_runs(jobs: list[Job]) -> None:

@@ -197,24 +197,22 @@ def copy_code(folder: Path, keep: bool) -> Path:
     code.mkdir(exist_ok=True)
     for pattern in CODE:
         for path in REPOSITORY.glob(pattern):
-            if path.is_dir():
-                copy_code_folder(path, code / path.name)
-            else:
-                shutil.copy2(path, code / path.name)
+            copy_code_to(path, code / path.name)
     return code
 
 
-def copy_code_folder(source: Path, target: Path) -> None:
-    """Neither data that lie in it, nor what links lead to."""
+def copy_code_to(source: Path, target: Path) -> None:
+    """Of a folder neither data that lie in it, nor what links lead to."""
+    if not source.is_dir():
+        shutil.copy2(source, target)
+        return
     entries = list(source.iterdir())
     files = [path for path in entries if path.suffix in CODE_FILES and path.is_file()]
     if files and source.name != "__pycache__":
         target.mkdir(exist_ok=True)
-        for path in files:
-            shutil.copy2(path, target / path.name)
-        for path in entries:
-            if path.is_dir() and not path.is_symlink():
-                copy_code_folder(path, target / path.name)
+        folders = [path for path in entries if path.is_dir() and not path.is_symlink()]
+        for path in files + folders:
+            copy_code_to(path, target / path.name)
 
 
 def start_again_or_end(max_restarts: int) -> list[str]:

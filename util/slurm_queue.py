@@ -7,15 +7,11 @@ from pathlib import Path
 
 from util.config import ConfigError
 
-OVER = {
-    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED"),
-    *("BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY"),
-}
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED"}
+OVER |= {"BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY"}
 # Reasons for which a job waits without anybody having to do something.
-USUAL = {
-    *("None", "Priority", "Resources", "Dependency", "BeginTime", "JobHeldUser"),
-    *("JobArrayTaskLimit", "Licenses", "Reservation", "Cleaning", "Prolog"),
-}
+USUAL = {"None", "Priority", "Resources", "Dependency", "BeginTime", "JobHeldUser"}
+USUAL |= {"JobArrayTaskLimit", "Licenses", "Reservation", "Cleaning", "Prolog"}
 
 
 def slurm_command(*arguments: str) -> str:

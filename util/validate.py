@@ -46,23 +46,28 @@ def is_module(value) -> bool:
         return False
 
 
-def is_list(value, holds: Callable[[object], bool]) -> TypeGuard[ListConfig]:
-    return isinstance(value, ListConfig) and all(map(holds, value))
+def is_list(value, holds: Callable[[object], bool], least: int = 0, most: float = math.inf) -> bool:
+    items = isinstance(value, ListConfig) and all(map(holds, value))
+    return items and least <= len(value) <= most
 
 
 def is_choice(value, holds: Callable[[object], bool]) -> bool:
     """A list of at least one item, without repetitions."""
-    return is_list(value, holds) and 0 < len(value) == len(set(map(str, value)))
+    return is_list(value, holds, 1) and len(value) == len(set(map(str, value)))
+
+
+def number(least: float, most: float = math.inf, kind: str = "number", holds=is_number) -> Rule:
+    words = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+    return f"a {kind} {words}", lambda v: holds(v) and least <= v <= most
 
 
 def whole(least: int, most: float = math.inf) -> Rule:
-    words = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-    return f"a whole number {words}", lambda v: is_whole(v) and least <= v <= most
+    return number(least, most, "whole number", is_whole)
 
 
-def number(least: float, most: float = math.inf) -> Rule:
-    words = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-    return f"a number {words}", lambda v: is_number(v) and least <= v <= most
+def list_of(words: str, holds: Callable[[object], bool], *lengths: int) -> Rule:
+    """lengths: the least and the greatest, where they matter."""
+    return f"a list of {words}", lambda v: is_list(v, holds, *lengths)
 
 
 def or_null(rule: Rule) -> Rule:
@@ -98,26 +103,13 @@ EVALUATIONS = (
     *("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"),
     *("patches_knn", "patches_linear", "clusters"),
 )
-RGB: Rule = (
-    "a list of three numbers (red, green, blue)",
-    lambda v: is_list(v, is_number) and len(v) == 3,
+RGB = list_of("three numbers (red, green, blue)", is_number, 3, 3)
+RGB_POSITIVE = list_of("three numbers above 0 (red, green, blue)", POSITIVE[1], 3, 3)
+TEXTS = list_of("texts, such as ['linear_probe.epochs=10']", is_text)
+FOLDERS = list_of(
+    "folders of jobs or globs of them, such as [checkpoints/demo,reference/*]", is_text
 )
-RGB_POSITIVE: Rule = (
-    "a list of three numbers above 0 (red, green, blue)",
-    lambda v: is_list(v, POSITIVE[1]) and len(v) == 3,
-)
-TEXTS: Rule = (
-    "a list of texts, such as ['linear_probe.epochs=10']",
-    lambda v: is_list(v, is_text),
-)
-FOLDERS: Rule = (
-    "a list of folders of jobs or globs of them, such as [checkpoints/demo,reference/*]",
-    lambda v: is_list(v, is_text),
-)
-COUNTS: Rule = (
-    "a list of whole numbers of at least 1, such as [1,2]",
-    lambda v: is_list(v, whole(1)[1]) and len(v) > 0,
-)
+COUNTS = list_of("whole numbers of at least 1, such as [1,2]", whole(1)[1], 1)
 LAYERS: Rule = (
     "top:K, such as top:6, or a list of different blocks counted from 0, such as [2,5]",
     lambda v: (is_text(v) and bool(re.fullmatch(r"top:[1-9]\d*", v))) or is_choice(v, whole(0)[1]),
@@ -128,16 +120,17 @@ RISING: Rule = (
 )
 PLACE: Rule = (
     "a place in the picture as shares of its width and height from 0 to 1, such as [0.5,0.5]",
-    lambda v: is_list(v, number(0, 1)[1]) and len(v) == 2,
+    lambda v: is_list(v, number(0, 1)[1], 2, 2),
 )
 BACKBONES: Rule = ("a text or a list of texts", lambda v: is_text(v) or is_choice(v, is_text))
 CONTROLS: Rule = (
     "[], [random], [pixels] or [random,pixels]",
-    lambda v: is_list(v, lambda name: name in ("random", "pixels")) and len(v) == len(set(v)),
+    lambda v: v == [] or is_choice(v, lambda name: name in ("random", "pixels")),
 )
-SEGMENTS: Rule = (
-    "a list of whole numbers of at least 1, or truth, such as [2,truth]",
-    lambda v: is_list(v, lambda n: n == "truth" or whole(1)[1](n)) and len(v) > 0,
+SEGMENTS = list_of(
+    "whole numbers of at least 1, or truth, such as [2,truth]",
+    lambda n: n == "truth" or whole(1)[1](n),
+    1,
 )
 RATES: Rule = ("a list of different numbers above 0", lambda v: is_choice(v, POSITIVE[1]))
 RAND_AUGMENT: Rule = (
@@ -151,11 +144,10 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (MODULE, "worker"),
     (("True, False or changed", lambda v: v == "changed" or isinstance(v, bool)), "resume"),
     (TEXT, "output_dir"),
-    (or_null(TEXT), "data_path images dataset.options.index_folder"),
+    (or_null(TEXT), "data_path images dataset.options.index_folder env.gres env.python"),
     (or_null(TEXT), "pretrained pretrained_weights cache_dir"),
     (TEXTS, "settings env.setup env.srun_args"),
     (FOLDERS, "jobs apart"),
-    (or_null(TEXT), "env.gres env.python"),
     (FOLDER_NAME, "job_name encoder.name video_split"),  # the encoder's is part of job_name
     (or_null(LABEL), "env.partition env.constraint env.nodelist env.exclude"),
     (or_null(LABEL), "env.account env.qos env.comment"),
@@ -167,14 +159,11 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (or_null(whole(0)), "num_workers env.ngpu"),
     (whole(1), "patch_size num_vis decoder_depth decoder_embed_dim decoder_num_heads proj.mlp_dim"),
     (whole(1), "encoder.embed_dim encoder.depth encoder.num_heads encoder.patch_size"),
-    (whole(1), "epochs batch_size accum_iter print_freq save_freq"),
-    (
-        whole(1),
-        "env.parallel env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers",
-    ),
+    (whole(1), "epochs batch_size accum_iter print_freq save_freq env.parallel"),
+    (whole(1), "env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers"),
     (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
     (whole(1), "sigreg_slices draws frame_side top_k patch_head.epochs patch_head.batch_images"),
-    (or_null(whole(1)), "target_depth image_side max_steps bank_patches"),
+    (or_null(whole(1)), "target_depth image_side max_steps bank_patches stride"),
     (whole(2, 1000), "grid_size encoder.grid_size"),
     (whole(4), "probe_images"),
     (whole(8), "dataset.options.image_size"),
@@ -182,7 +171,6 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (SEGMENTS, "segments"),
     (RISING, "clusters"),
     (or_null(PLACE), "point"),
-    (or_null(whole(1)), "stride"),
     (or_null(whole(250)), "max_iter"),
     # Other numbers.
     (number(-1, 1), "sim_init sim_end"),
@@ -245,26 +233,22 @@ def check_config(cfg: DictConfig) -> None:
         check_networks(cfg)
     if "warmup_epochs" in cfg and cfg.warmup_epochs > cfg.epochs:
         raise ConfigError(f"warmup_epochs={cfg.warmup_epochs}: expected 0 to {cfg.epochs} (epochs)")
-    if "clustering" in cfg and cfg.clustering.linkage == "ward":
-        check_ward(cfg.clustering.metric)
+    is_ward = "clustering" in cfg and cfg.clustering.linkage == "ward"
+    if is_ward and cfg.clustering.metric != "euclidean":
+        valid = "euclidean with clustering.linkage=ward"
+        raise ConfigError(f"clustering.metric={cfg.clustering.metric}: expected {valid}")
     if "job_name" in cfg:
         check_job(cfg)
-
-
-def check_ward(metric: str) -> None:
-    if metric != "euclidean":
-        valid = "euclidean with clustering.linkage=ward"
-        raise ConfigError(f"clustering.metric={metric}: expected {valid}")
 
 
 def check_networks(cfg: DictConfig) -> None:
     # infonce_patches tells the masked patches of an image apart.
     patches, masked = cfg.grid_size**2, 2 if cfg.loss.name == "infonce_patches" else 1
     if cfg.num_vis > patches - masked:
-        raise ConfigError(
-            f"num_vis={cfg.num_vis}: expected 1 to {patches - masked}, because "
+        why = (
             f"grid_size={cfg.grid_size} makes {patches} patches and {masked} or more must be masked"
         )
+        raise ConfigError(f"num_vis={cfg.num_vis}: expected 1 to {patches - masked}, because {why}")
     networks = (
         ("encoder.embed_dim", cfg.encoder.embed_dim, "encoder.num_heads", cfg.encoder.num_heads),
         ("decoder_embed_dim", cfg.decoder_embed_dim, "decoder_num_heads", cfg.decoder_num_heads),
@@ -324,10 +308,8 @@ def check_layers(cfg: DictConfig) -> None:
 def check_job(cfg: DictConfig) -> None:
     processes = processes_per_node(cfg) * cfg.env.world_size
     if not cfg.env.distributed and processes > 1:
-        raise ConfigError(
-            f"env.distributed=False: expected one process, but env.ngpu={cfg.env.ngpu} and "
-            f"env.world_size={cfg.env.world_size} make {processes}"
-        )
+        found = f"env.ngpu={cfg.env.ngpu} and env.world_size={cfg.env.world_size} make {processes}"
+        raise ConfigError(f"env.distributed=False: expected one process, but {found}")
     if cfg.env.slurm and cfg.env.ngpu is None:
         raise ConfigError("env.ngpu=null: expected a number where env.slurm=True (see env=slurm)")
     if cfg.env.signal_delay >= 60 * cfg.env.timeout:
