@@ -1,7 +1,7 @@
 """Runs that are ended again and again, and started again: kill -9 while checkpoints are written (in
 the suite, too), and, by hand, kill -9 at any moment, closed terminals, killed loader workers:
 
-python -m tests.kills FOLDER     # about a quarter of an hour
+python -m tests.kills FOLDER     # about ten minutes
 """
 
 import os
@@ -90,7 +90,7 @@ def log_without_times(job: Path) -> list[dict]:
 def end_again_and_again(folder: Path, processes: int, times: int, end: Callable) -> None:
     """Half of the ends come some steps after the start, the others at a random time, the first of
     them before there is a step. What is then left to its end equals a run that was never ended."""
-    settings = [f"epochs={4 * times}", "num_workers=1", "save_minutes=1e-4"]
+    settings = [f"epochs={2 * times}", "num_workers=1", "save_minutes=1e-4"]
     settings += [f"batch_size={128 // processes}"]
     command = [*LAUNCHER, f"env.tasks_per_node={processes}"]
     job, chance = folder / "demo", random.Random(processes * times)
@@ -125,6 +125,7 @@ def kill_all(process: Forked, job: Path) -> None:
 
 def hang_up(process: Forked, job: Path) -> None:
     """As a terminal that is closed."""
+    wait_until(lambda: os.getpgid(process.pid) == process.pid, process)
     os.killpg(process.pid, signal.SIGHUP)
     check_all_saved(process, job, {128 + signal.SIGHUP, -signal.SIGHUP})
 
