@@ -32,10 +32,9 @@ def write_whole(path: Path, contents: bytes | Callable[[BinaryIO], object]) -> N
 
 
 def read_records(path: Path) -> list[dict]:
-    """Of a log with one JSON object per line, if it is there; without lines that are cut off or
-    damaged."""
+    """Of a log with one JSON object per line; without lines that are cut off or damaged."""
     records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines():
         with suppress(ValueError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "step" in record]

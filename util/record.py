@@ -123,7 +123,7 @@ class RunLog:
 
 def keep_until_step(path: Path, last_step: int) -> None:
     """Drop what a log has beyond a step, and lines that are damaged."""
-    records = read_records(path) if last_step > 0 else []
+    records = read_records(path) if last_step > 0 and path.exists() else []
     kept = [record for record in records if record["step"] <= last_step]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 

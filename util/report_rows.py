@@ -45,10 +45,10 @@ class Job:
         if not config.is_file():
             raise ConfigError(f"{folder} holds no config.yaml")
         self.folder, self.name = folder, folder.resolve().name
-        environment = folder / "environment.json"
+        log, environment = folder / "log.txt", folder / "environment.json"
         try:
             self.config = flatten(read_yaml(config))
-            self.records = read_records(folder / "log.txt")
+            self.records = read_records(log) if log.exists() else []
             self.environment = json.loads(environment.read_bytes()) if environment.exists() else {}
             files = sorted((folder / "results").glob("*.json"))
             self.results = [r for file in files for r in results_in(json.loads(file.read_bytes()))]

@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> None:
 
 def describe_job(job: Path) -> tuple[str, ...]:
     job_id, state, restarts = in_slurm(job)
-    records = read_records(job / "log.txt")
+    records = read_records(job / "log.txt") if (job / "log.txt").exists() else []
     checkpoints = list_checkpoints(job / "checkpoints")
     return (
         job.name,
