@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from eval.nn import leave_one_out_accuracy
 from eval.watch import COLLAPSED, CollapseWatch, judge
 from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
-from util.build import build_model, read_geometry, training_parts
+from util.build import build_model, count_flops, read_geometry, training_parts
+from util.checkpoint import first_words
 from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
@@ -30,8 +32,8 @@ from util.distributed import Ranks, gather_objects, join_processes, leave_proces
 from util.files import write_whole
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
-from util.loop import Line, Loop, Task, job_folder, sum_over_processes, train
-from util.metrics import describe_nodes, memory_in_use
+from util.loop import Line, Loop, Task, job_folder, print_error, sum_over_processes, train
+from util.metrics import dense_peak, describe_nodes, memory_in_use
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
 from util.streams import Stream, seed_of
@@ -77,6 +79,8 @@ class Pretraining(Task):
         sizes = (self.loader.batch_size, masked, self.model.decoder.head.out_features)
         self.chance: float | None = parts["objective"].chance(*sizes)
         self.optimizer, self.scaler = self.training.optimizer, self.training.scaler
+        if peak := dense_peak(ranks.device, precision):
+            self.images_at_peak = ranks.world_size * peak / count_flops(cfg)
         self.draw_views = view_source(cfg, ranks, self.geometry)
 
     def introduction(self) -> str:
@@ -104,17 +108,36 @@ class Pretraining(Task):
         self.training.target_is_ahead = "target_is_ahead" in contents
 
     def prepare(self) -> None:
+        network = self.training.network
         if self.cfg.compile:
-            self.training.compile()
-        if isinstance(self.training.network, DistributedDataParallel):
-            self.settle_gradient_buckets()
-        self.training.network.train()
+            self.compile()
+        if isinstance(network, DistributedDataParallel):
+            # It regroups gradients after the first backward pass, which changes the order of
+            # summation over more than two processes. Once this is settled, a new and a resumed run
+            # sum in the same order.
+            self.pass_blank_images()
+        network.train()
+
+    def compile(self) -> None:
+        """Where that fails, in any process, all go on without, which is slower."""
+        network, reason = self.training.network, ""
+        self.training.compile()
+        is_alone = not isinstance(network, DistributedDataParallel)
+        try:
+            with nullcontext() if is_alone else network.no_sync():
+                self.pass_blank_images()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_words(error)}"
+        if reasons := list(filter(None, gather_objects(reason, self.ranks))):
+            torch.compiler.set_stance("force_eager")
+            if self.ranks.is_main:
+                print_error(f"compile=True: training goes on uncompiled ({reasons[0]})")
 
     def normalised(self, images: Tensor) -> Tensor:
         return normalise(images, self.cfg.dataset.mean, self.cfg.dataset.std)
 
     def step(self, step: int, batches: Iterator[TrainBatch]) -> None:
-        images = (self.normalised(batch.images) for batch in batches)
+        images = (batch.images for batch in batches)
         epoch = step / self.loader.steps_per_epoch
         try:
             train_step(self.training, images, self.draw_views, step, epoch)
@@ -200,17 +223,17 @@ class Pretraining(Task):
             tokens = encoder.encode_images(self.normalised(images))[:, 1:]
         return picture(images, self.draw_views(0, 0, len(images)), self.geometry, tokens)
 
-    def settle_gradient_buckets(self) -> None:
-        """DistributedDataParallel regroups gradients after the first backward pass, which changes
-        the order of summation over more than two processes. One pass on blank images settles this
-        before the first step, so that a new and a resumed run sum in the same order."""
+    def pass_blank_images(self) -> None:
+        """Forward and backward, as in a step, of which nothing stays."""
         training, side = self.training, self.geometry.side
         # A whole batch: compiled code is then compiled for the shapes of training, and only once.
-        images = torch.zeros(self.cfg.batch_size, 3, side, side, device=training.device)
+        shape = self.cfg.batch_size, 3, side, side
+        images = torch.zeros(shape, dtype=torch.uint8, device=training.device)
         with training.autocast():
             latents = training.network(images, self.draw_views(0, 0, len(images)))
         training.objective(latents, training.similarity_goal)[0].backward()
-        training.optimizer.zero_grad(set_to_none=False)
+        is_alone = not isinstance(training.network, DistributedDataParallel)
+        training.optimizer.zero_grad(set_to_none=is_alone)
 
     def finish(self, loop: Loop) -> None:
         """What the run has come to and what it took: results/JOB.json, and where the rest is."""

@@ -39,7 +39,7 @@ from bench.step import (
 from data.base import ImageDataset
 from data.datasets import build_dataset
 from data.loader import TrainLoader
-from data.transforms import TrainTransform, normalise
+from data.transforms import TrainTransform
 from engine_pretrain import train_step
 from util.distributed import Ranks, join_processes, leave_processes
 from util.metrics import Speed
@@ -155,10 +155,7 @@ def train(data: Path, setting: Setting, workers: int, steps: int, ranks: Ranks) 
     transform = recipe_transform(image_side(training, setting))
     loader = build_loader(dataset, transform, setting.batch, workers, ranks)
     speed, all_steps = Speed(), WARM_UP + steps
-    batches = (
-        normalise(batch.images, IMAGENET["mean"], IMAGENET["std"])
-        for batch in speed.timed(loader.stream(0, all_steps))
-    )
+    batches = (batch.images for batch in speed.timed(loader.stream(0, all_steps)))
     draw_views = view_source(setting, ranks)
     for step in range(all_steps):
         if step == WARM_UP:

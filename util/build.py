@@ -4,10 +4,12 @@ cfg: a composed config, or anything with its keys as attributes.
 """
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from data.transforms import scale_and_shift
 from models.lmim import LatentMIM
 from models.losses import Objective, SIGReg
-from models.views import Geometry
+from models.views import Geometry, Views
 from util.distributed import Ranks, all_reduce, synchronised
 from util.optim import build_adamw
 from util.schedules import Schedule, peak_learning_rate
@@ -19,7 +21,7 @@ def read_geometry(cfg) -> Geometry:
 
 def build_model(cfg) -> LatentMIM:
     geometry = read_geometry(cfg)
-    return LatentMIM(
+    model = LatentMIM(
         grid_size=geometry.grid_size,
         patch_size=geometry.patch_size,
         patch_gap=geometry.patch_gap,
@@ -43,6 +45,25 @@ def build_model(cfg) -> LatentMIM:
         target_tap=cfg.target_tap,
         recompute=cfg.recompute,
     )
+    mean, std, device = cfg.dataset.mean, cfg.dataset.std, torch.get_default_device()
+    colours = scale_and_shift(tuple(mean), tuple(std), device)
+    for own, values in zip((model.scale, model.shift), colours, strict=True):
+        own.copy_(values.flatten().repeat(cfg.patch_size**2))  # channel fastest
+    return model
+
+
+def count_flops(cfg) -> float:
+    """Of one image: all matrix products of a step, forward and backward, counted on tensors without
+    contents. What recompute does again is no progress, and does not count."""
+    grid, visible = cfg.grid_size, cfg.num_vis
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model, objective = build_model(cfg), build_objective(cfg)
+        model.encoder.recompute = model.decoder.recompute = False
+        ids, offsets = torch.zeros(1, grid**2).long(), torch.zeros(1, grid, grid).long()
+        images = torch.zeros(1, 3, *2 * [read_geometry(cfg).side])
+        latents = model(images, Views(ids[:, :visible], ids[:, visible:], offsets, offsets))
+        objective(latents, 0.0)[0].backward()
+    return counter.get_total_flops()
 
 
 def target_layers(cfg) -> list[int] | None:
@@ -68,6 +89,18 @@ def build_sigreg(cfg, ranks: Ranks) -> SIGReg | None:
     )
 
 
+def build_objective(cfg) -> Objective:
+    return Objective(
+        loss=cfg.loss.name,
+        tau=cfg.tau,
+        avg_sim_coeff=cfg.avg_sim_coeff,
+        pred_unit=cfg.pred_unit,
+        negatives=cfg.negatives,
+        same_target=cfg.same_target,
+        loss_beta=cfg.loss_beta,
+    )
+
+
 def training_parts(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> dict:
     """The arguments of engine_pretrain.Training."""
     schedule = Schedule(
@@ -84,15 +117,7 @@ def training_parts(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> dict:
         "model": model,
         "optimizer": build_adamw(model, cfg.weight_decay),
         "scaler": torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
-        "objective": Objective(
-            loss=cfg.loss.name,
-            tau=cfg.tau,
-            avg_sim_coeff=cfg.avg_sim_coeff,
-            pred_unit=cfg.pred_unit,
-            negatives=cfg.negatives,
-            same_target=cfg.same_target,
-            loss_beta=cfg.loss_beta,
-        ),
+        "objective": build_objective(cfg),
         "schedule": schedule,
         "device": ranks.device,
         "accum_iter": cfg.accum_iter,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from data.loader import share_of
 
@@ -95,6 +96,7 @@ def join_processes() -> Ranks:
             store=dist.PrefixStore(f"start {start}", store),
             rank=rank,
             world_size=world_size,
+            device_id=device if backend == "nccl" else None,  # which NCCL would have to guess
         )
         # A rank that finds an error at once must not leave while others are still connecting: they
         # would report a crash.
@@ -157,6 +159,24 @@ def broadcast_object(value, ranks: Ranks):
     box = [value if ranks.is_main else None]
     dist.broadcast_object_list(box, device=ranks.device)
     return box[0]
+
+
+def broadcast_tensors(value, ranks: Ranks):
+    """What rank 0 has: nested dicts and lists, whose tensors travel one by one and end on the
+    CPU."""
+    if ranks.world_size == 1:
+        return value
+    outline = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
+    leaves, layout = tree_flatten(broadcast_object(outline, ranks))
+    sources = tree_leaves(value) if ranks.is_main else leaves
+    for place, (leaf, source) in enumerate(zip(leaves, sources, strict=True)):
+        if isinstance(leaf, torch.Tensor):
+            buffer = torch.empty_like(leaf, device=ranks.device)
+            if ranks.is_main:
+                buffer.copy_(source)
+            dist.broadcast(buffer, 0)
+            leaves[place] = buffer.cpu()
+    return tree_unflatten(leaves, layout)
 
 
 def on_main(function, ranks: Ranks):

@@ -22,7 +22,14 @@ from data.loader import StepOrder
 from util import checkpoint
 from util.checkpoint import first_words
 from util.config import TrainingStopped
-from util.distributed import Ranks, all_reduce, barrier, gather_objects, on_main
+from util.distributed import (
+    Ranks,
+    all_reduce,
+    barrier,
+    broadcast_tensors,
+    gather_objects,
+    on_main,
+)
 from util.job import checkpoint_name, list_checkpoints, prepare_job_directory, record_start
 from util.lock import unlock
 from util.metrics import Speed, bar_text, describe_speed
@@ -41,6 +48,7 @@ class Task:
     dataset: ImageDataset  # what it is trained on
     made_from: dict  # what a checkpoint is compared with besides the config
     evaluates_at_end = True  # also where eval_freq is 0
+    images_at_peak: float | None = None  # per second, if GPUs did nothing but matrix products
     max_steps: int | None = None  # at which a run ends as if that were all
     gives_up = ""
     half_done = False  # while networks and optimiser are between two steps
@@ -181,21 +189,20 @@ def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
 
 
 def find_checkpoint(task: Task, cfg: DictConfig, folder: Path, ranks: Ranks) -> dict | None:
-    """Rank 0 chooses the newest readable file and decides whether the run may go on from it; all
-    ranks read that one. None: a new run."""
+    """Rank 0 chooses the newest readable file, decides whether the run may go on from it, and gives
+    the others what it holds. None: a new run."""
     if not cfg.resume:
         return None
-    chosen: dict[Path, dict] = {}  # gigabytes, which only their path leaves this process for
+    chosen: list[dict] = []  # gigabytes, which are not for on_main to send
 
-    def choose() -> Path | None:
+    def choose() -> None:
         newest = checkpoint.newest_readable(folder, print_error)
         for text in checkpoint.accept(*newest, cfg, task.made_from) if newest else []:
             print_error(text)
-        chosen.update([newest] if newest else [])
-        return next(iter(chosen), None)
+        chosen.extend([newest[1]] if newest else [])
 
-    path = on_main(choose, ranks)
-    return chosen.get(path) if ranks.is_main or path is None else checkpoint.load_file(path)
+    on_main(choose, ranks)
+    return broadcast_tensors(chosen[0] if chosen else None, ranks)
 
 
 class Loop:
@@ -215,7 +222,7 @@ class Loop:
         self.last_logged = self.last_saved_step = first_step
         self.last_saved = time.monotonic()
         self.start = time.perf_counter()
-        self.speed = Speed()
+        self.speed = Speed(task.images_at_peak)
         self.last_speed: dict[str, float] = {}  # of the last log line
         self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
         self.writer: checkpoint.CheckpointWriter | None = None

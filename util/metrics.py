@@ -7,11 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from util.distributed import Ranks, gather_objects
+
+MACHINES = Path(__file__).parents[1] / "bench" / "machines.yaml"
 
 
 class DeviceMeters:
@@ -75,9 +79,11 @@ class FaultCounter:
 
 
 class Speed:
-    """Images per second, share of the time spent waiting for data, and time left."""
+    """Images per second, share of the time spent waiting for data, and time left.
+    images_at_peak: per second, of which the speed is a share."""
 
-    def __init__(self):
+    def __init__(self, images_at_peak: float | None = None):
+        self.images_at_peak = images_at_peak
         self.start = self.last = time.perf_counter()
         self.waited = 0.0
 
@@ -100,6 +106,8 @@ class Speed:
             "data_wait": self.waited / seconds,
             "eta_seconds": steps_left * seconds / steps,
         }
+        if self.images_at_peak is not None:
+            values["share_of_peak"] = values["images_per_second"] / self.images_at_peak
         if not keep:
             self.last, self.waited = now, 0.0
         return values
@@ -110,6 +118,14 @@ class Speed:
         start = time.perf_counter()
         yield
         self.last += time.perf_counter() - start
+
+
+def dense_peak(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of matrix products by the data sheet; None where bench/machines.yaml has none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    machines = yaml.safe_load(MACHINES.read_text()).values()
+    peaks = (1e12 * machine["peak"][precision] for machine in machines if name in machine["names"])
+    return next(peaks, None)
 
 
 def memory_in_use(device: torch.device) -> float:
@@ -138,8 +154,9 @@ def readable_time(seconds: float) -> str:
 
 
 def describe_speed(speed: dict[str, float]) -> str:
+    share = f"{speed['share_of_peak']:.0%} of peak  " if "share_of_peak" in speed else ""
     return (
-        f"{speed['images_per_second']:.0f} images/s  waiting {speed['data_wait']:.0%}  "
+        f"{speed['images_per_second']:.0f} images/s  {share}waiting {speed['data_wait']:.0%}  "
         f"eta {readable_time(speed['eta_seconds'])}"
     )
 
