@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
@@ -23,7 +24,7 @@ from eval.nn import leave_one_out_accuracy
 from eval.watch import COLLAPSED, CollapseWatch, judge
 from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
-from util.build import build_model, count_flops, read_geometry, training_parts
+from util.build import build_model, read_geometry, training_parts
 from util.checkpoint import first_words
 from util.command import run_worker
 from util.config import TrainingStopped
@@ -79,8 +80,6 @@ class Pretraining(Task):
         sizes = (self.loader.batch_size, masked, self.model.decoder.head.out_features)
         self.chance: float | None = parts["objective"].chance(*sizes)
         self.optimizer, self.scaler = self.training.optimizer, self.training.scaler
-        if peak := dense_peak(ranks.device, precision):
-            self.images_at_peak = ranks.world_size * peak / count_flops(cfg)
         self.draw_views = view_source(cfg, ranks, self.geometry)
 
     def introduction(self) -> str:
@@ -108,30 +107,42 @@ class Pretraining(Task):
         self.training.target_is_ahead = "target_is_ahead" in contents
 
     def prepare(self) -> None:
-        network = self.training.network
+        if peak := dense_peak(self.ranks.device, self.training.precision):
+            with FlopCounterMode(display=False) as counter:
+                self.pass_blank_images(1)
+            self.images_at_peak = self.ranks.world_size * peak / counter.get_total_flops()
         if self.cfg.compile:
             self.compile()
-        if isinstance(network, DistributedDataParallel):
+        if isinstance(self.training.network, DistributedDataParallel):
             # It regroups gradients after the first backward pass, which changes the order of
             # summation over more than two processes. Once this is settled, a new and a resumed run
             # sum in the same order.
-            self.pass_blank_images()
-        network.train()
+            self.pass_blank_images(self.cfg.batch_size, keep_local=False)
+        self.training.network.train()
 
     def compile(self) -> None:
-        """Where that fails, in any process, all go on without, which is slower."""
-        network, reason = self.training.network, ""
+        """Where that fails, in any process, all go on without."""
         self.training.compile()
-        is_alone = not isinstance(network, DistributedDataParallel)
-        try:
-            with nullcontext() if is_alone else network.no_sync():
-                self.pass_blank_images()
+        reason = ""
+        try:  # for the shapes of training, and only once
+            self.pass_blank_images(self.cfg.batch_size)
         except Exception as error:
             reason = f"{type(error).__name__}: {first_words(error)}"
         if reasons := list(filter(None, gather_objects(reason, self.ranks))):
             torch.compiler.set_stance("force_eager")
             if self.ranks.is_main:
                 print_error(f"compile=True: training goes on uncompiled ({reasons[0]})")
+
+    def pass_blank_images(self, images: int, keep_local: bool = True) -> None:
+        """Forward and backward, of which nothing stays."""
+        training, side = self.training, self.geometry.side
+        is_alone = not isinstance(training.network, DistributedDataParallel)
+        blank = torch.zeros(images, 3, side, side, dtype=torch.uint8, device=training.device)
+        with nullcontext() if is_alone or not keep_local else training.network.no_sync():
+            with training.autocast():
+                latents = training.network(blank, self.draw_views(0, 0, images))
+            training.objective(latents, training.similarity_goal)[0].backward()
+        training.optimizer.zero_grad(set_to_none=is_alone)
 
     def normalised(self, images: Tensor) -> Tensor:
         return normalise(images, self.cfg.dataset.mean, self.cfg.dataset.std)
@@ -222,18 +233,6 @@ class Pretraining(Task):
         with torch.compiler.set_stance("force_eager"):
             tokens = encoder.encode_images(self.normalised(images))[:, 1:]
         return picture(images, self.draw_views(0, 0, len(images)), self.geometry, tokens)
-
-    def pass_blank_images(self) -> None:
-        """Forward and backward, as in a step, of which nothing stays."""
-        training, side = self.training, self.geometry.side
-        # A whole batch: compiled code is then compiled for the shapes of training, and only once.
-        shape = self.cfg.batch_size, 3, side, side
-        images = torch.zeros(shape, dtype=torch.uint8, device=training.device)
-        with training.autocast():
-            latents = training.network(images, self.draw_views(0, 0, len(images)))
-        training.objective(latents, training.similarity_goal)[0].backward()
-        is_alone = not isinstance(training.network, DistributedDataParallel)
-        training.optimizer.zero_grad(set_to_none=is_alone)
 
     def finish(self, loop: Loop) -> None:
         """What the run has come to and what it took: results/JOB.json, and where the rest is."""

@@ -26,10 +26,11 @@ from types import SimpleNamespace
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.views import Views, sample_views
-from util import build
+from util.build import build_model, training_parts
 from util.cpu import PixelProduct, tune_for_cpu, write_out_attention
 from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
 from util.metrics import memory_in_use
@@ -69,22 +70,17 @@ class Setting:
         return max(1, round(RECIPE["num_vis"] * (self.grid / GRID) ** 2))
 
 
-def config_of(setting: Setting) -> SimpleNamespace:
+def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Training:
     """The published recipe, but for the setting."""
     encoder = read_config(f"encoder/{setting.encoder}") | {"grid_size": setting.grid}
     own = {"batch_size": setting.batch, "accum_iter": 1, "recompute": setting.recompute}
-    own["num_vis"] = setting.visible
     keys = RECIPE | encoder | own | {"encoder": encoder}
-    return json.loads(json.dumps(keys), object_hook=lambda section: SimpleNamespace(**section))
-
-
-def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Training:
-    cfg = config_of(setting)
+    cfg = json.loads(json.dumps(keys), object_hook=lambda section: SimpleNamespace(**section))
     torch.manual_seed(0)
-    model = build.build_model(cfg).to(ranks.device)
+    model = build_model(cfg).to(ranks.device)
     if tuned and ranks.device.type == "cpu":
         tune_for_cpu(model, setting.precision, setting.compile)
-    training = Training(**build.training_parts(cfg, model, ranks, setting.precision))
+    training = Training(**training_parts(cfg, model, ranks, setting.precision))
     if setting.compile:
         training.compile()
     return training
@@ -165,8 +161,14 @@ def matrix_products(precision: str, device: torch.device) -> dict[str, tuple[int
 
 
 def count_flops(setting: Setting) -> float:
-    """Of one image."""
-    return build.count_flops(config_of(setting))
+    """Of one image: all matrix products of a step, forward and backward, by counting them."""
+    alone = Ranks(0, 1, torch.device("cpu"))
+    # Recomputing is not progress: the share of the peak counts the work that is needed.
+    small = replace(setting, batch=2, precision="fp32", compile=False, recompute=False)
+    step = plain_formulation(small, alone)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / small.batch
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:

@@ -4,12 +4,11 @@ cfg: a composed config, or anything with its keys as attributes.
 """
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from data.transforms import scale_and_shift
 from models.lmim import LatentMIM
 from models.losses import Objective, SIGReg
-from models.views import Geometry, Views
+from models.views import Geometry
 from util.distributed import Ranks, all_reduce, synchronised
 from util.optim import build_adamw
 from util.schedules import Schedule, peak_learning_rate
@@ -52,20 +51,6 @@ def build_model(cfg) -> LatentMIM:
     return model
 
 
-def count_flops(cfg) -> float:
-    """Of one image: all matrix products of a step, forward and backward, counted on tensors without
-    contents. What recompute does again is no progress, and does not count."""
-    grid, visible = cfg.grid_size, cfg.num_vis
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model, objective = build_model(cfg), build_objective(cfg)
-        model.encoder.recompute = model.decoder.recompute = False
-        ids, offsets = torch.zeros(1, grid**2).long(), torch.zeros(1, grid, grid).long()
-        images = torch.zeros(1, 3, *2 * [read_geometry(cfg).side])
-        latents = model(images, Views(ids[:, :visible], ids[:, visible:], offsets, offsets))
-        objective(latents, 0.0)[0].backward()
-    return counter.get_total_flops()
-
-
 def target_layers(cfg) -> list[int] | None:
     """Counted from 0; top:K are the last K of the target encoder."""
     if isinstance(cfg.target_layers, str):
@@ -89,18 +74,6 @@ def build_sigreg(cfg, ranks: Ranks) -> SIGReg | None:
     )
 
 
-def build_objective(cfg) -> Objective:
-    return Objective(
-        loss=cfg.loss.name,
-        tau=cfg.tau,
-        avg_sim_coeff=cfg.avg_sim_coeff,
-        pred_unit=cfg.pred_unit,
-        negatives=cfg.negatives,
-        same_target=cfg.same_target,
-        loss_beta=cfg.loss_beta,
-    )
-
-
 def training_parts(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> dict:
     """The arguments of engine_pretrain.Training."""
     schedule = Schedule(
@@ -117,7 +90,15 @@ def training_parts(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> dict:
         "model": model,
         "optimizer": build_adamw(model, cfg.weight_decay),
         "scaler": torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
-        "objective": build_objective(cfg),
+        "objective": Objective(
+            loss=cfg.loss.name,
+            tau=cfg.tau,
+            avg_sim_coeff=cfg.avg_sim_coeff,
+            pred_unit=cfg.pred_unit,
+            negatives=cfg.negatives,
+            same_target=cfg.same_target,
+            loss_beta=cfg.loss_beta,
+        ),
         "schedule": schedule,
         "device": ranks.device,
         "accum_iter": cfg.accum_iter,

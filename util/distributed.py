@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from data.loader import share_of
 
@@ -162,21 +162,17 @@ def broadcast_object(value, ranks: Ranks):
 
 
 def broadcast_tensors(value, ranks: Ranks):
-    """What rank 0 has: nested dicts and lists, whose tensors travel one by one and end on the
-    CPU."""
+    """What rank 0 has, nested dicts and lists: its tensors one by one, to the CPU of each."""
     if ranks.world_size == 1:
         return value
-    outline = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
-    leaves, layout = tree_flatten(broadcast_object(outline, ranks))
-    sources = tree_leaves(value) if ranks.is_main else leaves
-    for place, (leaf, source) in enumerate(zip(leaves, sources, strict=True)):
-        if isinstance(leaf, torch.Tensor):
-            buffer = torch.empty_like(leaf, device=ranks.device)
-            if ranks.is_main:
-                buffer.copy_(source)
-            dist.broadcast(buffer, 0)
-            leaves[place] = buffer.cpu()
-    return tree_unflatten(leaves, layout)
+    outline = broadcast_object(tree_map_only(torch.Tensor, lambda t: t.to("meta"), value), ranks)
+
+    def send(tensor: torch.Tensor) -> torch.Tensor:
+        buffer = torch.empty_like(tensor, device=ranks.device)
+        dist.broadcast(buffer.copy_(tensor) if ranks.is_main else buffer, 0)
+        return buffer.cpu()
+
+    return tree_map_only(torch.Tensor, send, value if ranks.is_main else outline)
 
 
 def on_main(function, ranks: Ranks):

@@ -22,14 +22,7 @@ from data.loader import StepOrder
 from util import checkpoint
 from util.checkpoint import first_words
 from util.config import TrainingStopped
-from util.distributed import (
-    Ranks,
-    all_reduce,
-    barrier,
-    broadcast_tensors,
-    gather_objects,
-    on_main,
-)
+from util.distributed import Ranks, all_reduce, barrier, broadcast_tensors, gather_objects, on_main
 from util.job import checkpoint_name, list_checkpoints, prepare_job_directory, record_start
 from util.lock import unlock
 from util.metrics import Speed, bar_text, describe_speed
@@ -146,6 +139,7 @@ def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopF
 def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     step, per_epoch = loop.first_step, loop.steps_per_epoch
     task.prepare()
+    loop.speed.images_at_peak = task.images_at_peak
     if step == 0:
         loop.watch(0)
         if "eval_at_start" in cfg and cfg.eval_at_start:
@@ -222,7 +216,7 @@ class Loop:
         self.last_logged = self.last_saved_step = first_step
         self.last_saved = time.monotonic()
         self.start = time.perf_counter()
-        self.speed = Speed(task.images_at_peak)
+        self.speed = Speed()
         self.last_speed: dict[str, float] = {}  # of the last log line
         self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
         self.writer: checkpoint.CheckpointWriter | None = None

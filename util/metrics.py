@@ -79,11 +79,10 @@ class FaultCounter:
 
 
 class Speed:
-    """Images per second, share of the time spent waiting for data, and time left.
-    images_at_peak: per second, of which the speed is a share."""
+    """Images per second, share of the time spent waiting for data, and time left."""
 
-    def __init__(self, images_at_peak: float | None = None):
-        self.images_at_peak = images_at_peak
+    def __init__(self):
+        self.images_at_peak: float | None = None  # per second, of which the speed is a share
         self.start = self.last = time.perf_counter()
         self.waited = 0.0
 
