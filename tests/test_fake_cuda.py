@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+import main_lmim
 from bench.roofline import add_up, left_when_fused, seconds
 from data.transforms import normalise
 from engine_pretrain import Training, train_step
@@ -20,11 +21,15 @@ from main_lmim import view_source
 from models.vit import LayerNorm
 from tests.fake_cuda import CUDA, Recorder, fake_cuda
 from tests.published import PLACES, recipe
+from tests.runs import TINY, records
 from tests.test_engine import build_training, draw
 from tests.test_models import random_inputs, small_model
 from util.build import build_model, read_geometry, training_parts
+from util.config import compose_config
 from util.cpu import write_out_attention
 from util.distributed import Ranks
+from util.metrics import dense_peak
+from util.preemption import stoppable
 
 SLOW = pytest.mark.slow
 SMALL = {
@@ -44,7 +49,7 @@ def small_config(**changes) -> DictConfig:
 def fake_step(
     precision: str = "bf16", plant: Callable | None = None, **changes
 ) -> tuple[Training, Recorder]:
-    """The second step. plant: called inside, with the loss."""
+    """The second step; with a plant, which is called with the loss, the first."""
     cfg = small_config(**changes)
     with fake_cuda() as recorder:
         ranks, geometry = Ranks(0, 1, CUDA), read_geometry(cfg)
@@ -52,8 +57,9 @@ def fake_step(
         training.compile()
         draw_views = view_source(cfg, ranks, geometry)
         images = repeat(torch.empty(2, 3, geometry.side, geometry.side, dtype=torch.uint8))
-        train_step(training, images, draw_views, 0, 0.0)
-        if plant is not None:
+        if plant is None:
+            train_step(training, images, draw_views, 0, 0.0)
+        else:
             objective = training.objective
 
             def planted(*inputs):
@@ -93,12 +99,6 @@ RAISES = {
     "nonzero": (lambda loss: loss[None].nonzero(), DynamicOutputShapeException),
     "mismatch": (lambda loss: loss + from_host(), RuntimeError),
 }
-COPIES = {
-    "to": lambda loss: loss + from_host().to(CUDA),
-    "made there": lambda loss: loss + torch.tensor([1.0], device=CUDA),
-    "copied into": lambda loss: torch.empty(3).copy_(from_host()),
-    "back": lambda loss: loss.cpu(),
-}
 
 
 @pytest.mark.parametrize("way", RAISES)
@@ -108,10 +108,16 @@ def test_a_planted_wait_or_mismatch_raises(way):
         fake_step(plant=plant)
 
 
-@pytest.mark.parametrize("way", COPIES)
-def test_a_planted_copy_is_noted_with_its_line(way):
-    copies = fake_step(plant=COPIES[way])[1].copies
-    assert len(copies) == 1 and all("tests/test_fake_cuda.py:" in copy for copy in copies)
+def test_planted_copies_are_noted_with_their_lines():
+    def copy(loss: torch.Tensor) -> None:
+        loss + from_host().to(CUDA)
+        loss + torch.tensor([1.0], device=CUDA)
+        torch.empty(3).copy_(from_host())
+        loss.cpu()
+
+    first = copy.__code__.co_firstlineno
+    places = [copy.partition(" at ")[2] for copy in fake_step(plant=copy)[1].copies]
+    assert places == [f"tests/test_fake_cuda.py:{first + line}" for line in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +176,44 @@ def test_bytes_become_floats_late():
     model.shift.copy_(torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).repeat(9))
     found, expected = model(images, views), model(normalise(images, mean, std), views)
     assert all(map(torch.equal, found, expected))
+
+
+def test_the_share_of_the_peak(monkeypatch, tmp_path):
+    """In an in-process run of the worker, on a GPU that is said to do 1 GFLOP/s."""
+    monkeypatch.setattr("main_lmim.dense_peak", lambda device, precision: 1e9)
+    changes = ["max_steps=2", "num_workers=0", "watch_images=0", "eval_at_start=False"]
+    tiny = [text for text in TINY if "=" in text and not text.startswith("--")]
+    cfg = compose_config("demo", [*tiny, *changes, "precision=fp32", f"output_dir={tmp_path}"])
+    cpu = Ranks(0, 1, torch.device("cpu"))
+    with stoppable(cpu) as stop_flag:
+        main_lmim.pretrain(cfg, cpu, stop_flag)
+    training = Training(**training_parts(cfg, build_model(cfg), cpu, "fp32"))
+    side = read_geometry(cfg).side
+    images = torch.zeros(4, 3, side, side, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        train_step(training, repeat(images), view_source(cfg, cpu, read_geometry(cfg)), 0, 0.0)
+    lines = [line for line in records(tmp_path / "demo") if "loss" in line]
+    for line in lines:
+        share = line["images_per_second"] * counter.get_total_flops() / 4 / 1e9
+        assert line["share_of_peak"] == pytest.approx(share, rel=1e-3)
+    console = (tmp_path / "demo" / "logs" / "console.txt").read_text()
+    assert (
+        len(lines) == 2 and f"images/s  {lines[-1]['share_of_peak']:.0%} of peak  wait" in console
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5e12),
+        ("NVIDIA H100 PCIe", "bf16", None),
+    ],
+)
+def test_peaks_are_known_by_the_name_of_the_gpu(monkeypatch, name, precision, peak):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert dense_peak(CUDA, precision) == peak
+    assert dense_peak(torch.device("cpu"), precision) is None
 
 
 # ---- What is counted. ----------------------------------------------------------------------------
