@@ -28,6 +28,7 @@ from util.command import run_worker
 from util.distributed import Ranks
 from util.metrics import MACHINES
 
+GPUS = yaml.safe_load(MACHINES.read_text())
 LAUNCH = 3e-6  # seconds between two operations, at least
 LARGEST = 10
 
@@ -95,10 +96,10 @@ def show(head: list[str], rows: dict[str, list[float]]) -> None:
 
 
 def show_costs(cfg, training: Training, recorder: Recorder, sums: Counter) -> None:
-    gpus, parameters = OWN["gpus"] or cfg.env.ngpu * cfg.env.world_size, training.model.parameters()
+    gpus = OWN["gpus"] or (cfg.env.ngpu or 1) * cfg.env.world_size
     made = {storage._cdata for storage in recorder.made}
     kept = sum(size for key, size in recorder.kept.items() if key in made) / cfg.accum_iter / 1e9
-    sizes = [(4e-9 * p.numel(), p.requires_grad) for p in parameters]
+    sizes = [(4e-9 * p.numel(), p.requires_grad) for p in training.model.parameters()]
     weights, trained = sum(size for size, _ in sizes), sum(size * used for size, used in sizes)
     print(
         f"\nmemory: weights {weights:.2f} GB, gradients {trained:.2f}, moments {2 * trained:.2f}, "
@@ -107,16 +108,20 @@ def show_costs(cfg, training: Training, recorder: Recorder, sums: Counter) -> No
         f"{cfg.epochs} epochs of {OWN['images']} images, at least:"
     )
     steps = cfg.epochs * (OWN["images"] // (cfg.batch_size * cfg.accum_iter * gpus))
-    for name, value in sums.items():
-        if name.endswith(" ms"):
+    for name, machine in GPUS.items():
+        for how in ("eager", "compiled"):
+            value = sums[f"{name} {how} ms"]
             rate, hours = 1e3 * cfg.batch_size * gpus / value, value * steps * cfg.accum_iter / 36e5
-            print(f"{name.removesuffix(' ms')}: {hours:.1f} h, {rate:.0f} images/s from the loader")
+            share = 1e3 * sums["TFLOP"] / value / machine["peak"][training.precision]
+            print(
+                f"{name} {how}: {hours:.1f} h, {rate:.0f} images/s for the loader, {share:.0%} of the peak"
+            )
 
 
 def main(cfg) -> None:
     precision = "bf16" if cfg.precision == "auto" else cfg.precision
     training, recorder = record_step(cfg, precision)
-    sums = add_up(recorder.operations, yaml.safe_load(MACHINES.read_text()), cfg.accum_iter)
+    sums = add_up(recorder.operations, GPUS, cfg.accum_iter)
     show(["per micro-step", *sums["all"]], {row: list(sums[row].values()) for row in sums})
     moved: Counter[str] = Counter()
     for o in recorder.operations:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 CUDA = torch.device("cuda", 0)
+ROOT = f"{Path(__file__).parents[1]}/"
 # By the function, or the file, that an operation is called from; the innermost counts.
 PARTS = {"sample_views": "views", "extract_patches": "views", "encode_visible": "encoder"}
 PARTS |= {"encode_target": "target", "decoder.py": "decoder", "losses.py": "loss"}
@@ -115,7 +117,8 @@ class Recorder(TorchDispatchMode):
         while frame is not None and not part:
             path = frame.f_code.co_filename
             if not line and "/torch/" not in path and path != __file__:
-                line = f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno}"
+                short = path.removeprefix(ROOT) if "/site-packages/" not in path else path
+                line = f"{'/'.join(short.split('/')[-2:])}:{frame.f_lineno}"
             part = PARTS.get(frame.f_code.co_name) or PARTS.get(path.rpartition("/")[2], "")
             frame = frame.f_back
         found = part or "loss", line, self.region
