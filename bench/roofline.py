@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from engine_pretrain import Training, train_step
-from main_lmim import view_source
+from models.views import Views, sample_views
 from tests.fake_cuda import CUDA, Operation, Recorder, fake_cuda
 from util.build import build_model, read_geometry, training_parts
 from util.command import run_worker
@@ -36,11 +36,16 @@ LARGEST = 10
 def record_step(cfg, precision: str) -> tuple[Training, Recorder]:
     """The second step of a run: the first one makes the optimiser's state."""
     with fake_cuda() as recorder:
-        ranks, side = Ranks(0, 1, CUDA), read_geometry(cfg).side
+        ranks, geometry = Ranks(0, 1, CUDA), read_geometry(cfg)
         training = Training(**training_parts(cfg, build_model(cfg), ranks, precision))
         training.compile()
-        draw_views = view_source(cfg, ranks, read_geometry(cfg))
+        side, (grid, _, gap, visible) = geometry.side, geometry
+        sizes, generator = (cfg.batch_size, grid, visible, gap), torch.Generator(CUDA)
         images = repeat(torch.empty(cfg.batch_size, 3, side, side, dtype=torch.uint8))
+
+        def draw_views(step: int, micro_step: int, batch_size: int) -> Views:
+            return sample_views(*sizes, generator, masks=cfg.masks)
+
         train_step(training, images, draw_views, 0, 0.0)
         recorder.kept.clear()
         with recorder:
@@ -90,9 +95,9 @@ def add_up(operations: list[Operation], machines: dict, micro_steps: int) -> dic
 
 
 def show(head: list[str], rows: dict[str, list[float]]) -> None:
-    print(f"| {' | '.join(head)} |\n|{'---|' * (len(head) - 1)}---:|")
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * (len(head) - 1)}---:|")
     for name, cells in rows.items():
-        print(f"| {' | '.join([name, *(f'{cell:.3g}' for cell in cells)])} |")
+        print(f"| {' | '.join([name, *(f'{cell:.4g}' for cell in cells)])} |")
 
 
 def show_costs(cfg, training: Training, recorder: Recorder, sums: Counter) -> None:
@@ -114,7 +119,7 @@ def show_costs(cfg, training: Training, recorder: Recorder, sums: Counter) -> No
             rate, hours = 1e3 * cfg.batch_size * gpus / value, value * steps * cfg.accum_iter / 36e5
             share = 1e3 * sums["TFLOP"] / value / machine["peak"][training.precision]
             print(
-                f"{name} {how}: {hours:.1f} h, {rate:.0f} images/s for the loader, {share:.0%} of the peak"
+                f"{name} {how}: {hours:.1f} h, {rate:.0f} images/s to load, {share:.0%} of the peak"
             )
 
 
