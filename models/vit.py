@@ -160,7 +160,7 @@ class Encoder(nn.Module):
         -> [N, 1 + K, D] each"""
         tokens, found = self.embed_tokens(patches, self.pos_embed.patch_rows(ids)), []
         for index, block in enumerate(self.blocks[: max(layers) + 1]):
-            if tap == "mlp":  # in parts, which are not compiled
+            if tap == "mlp":
                 tokens = tokens + block.attn(block.norm1(tokens))
                 tapped = block.mlp(block.norm2(tokens))
                 tokens = tokens + tapped
