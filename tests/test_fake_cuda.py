@@ -1,6 +1,7 @@
 """The step on fake CUDA tensors: nothing waits, all is on the device, and counts are right."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import repeat
 
 import pytest
@@ -44,6 +45,22 @@ def small_config(**changes) -> DictConfig:
     for name, value in (SMALL | changes).items():
         OmegaConf.update(cfg, PLACES.get(name, name), value)
     return cfg
+
+
+def real_steps(cfg: DictConfig) -> tuple[Training, Callable[[int], None]]:
+    """On the CPU, in fp32. -> what takes so many steps"""
+    torch.manual_seed(0)
+    cpu, geometry = Ranks(0, 1, torch.device("cpu")), read_geometry(cfg)
+    training = Training(**training_parts(cfg, build_model(cfg), cpu, "fp32"))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2, 3, geometry.side, geometry.side), generator=generator)
+
+    def run(steps: int) -> None:
+        batches, views = repeat(images.to(torch.uint8)), view_source(cfg, cpu, geometry)
+        for step in range(steps):
+            train_step(training, batches, views, step, step / 10)
+
+    return training, run
 
 
 def fake_step(
@@ -178,6 +195,40 @@ def test_bytes_become_floats_late():
     assert all(map(torch.equal, found, expected))
 
 
+@SLOW
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accum_iter": 2},
+        {"decoder": "self", "mask_target": False},
+        {"target": "joint", "target_depth": 1},
+        {"target": "stopgrad"},
+        {"target": "projection", "avg_sim_coeff": 0.0},
+        {"target_layers": [0, 1]},
+        {"target_layers": [1], "target_tap": "mlp"},
+        {"recompute": True},
+    ],
+    ids=str,
+)
+def test_compiled_parts_are_traced_whole_and_change_no_bit(changes, monkeypatch):
+    """Without the code that a compiler writes, which rounds elsewhere."""
+    cfg, weights = small_config(depth=2, **changes), []
+    compile_it = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr("torch.compile", compile_it)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        training, run = real_steps(cfg)
+        if compiled:
+            training.compile()
+        run(2)
+        weights.append([p.detach() for p in training.model.parameters()])
+    assert all(map(torch.equal, *weights))
+    # The blocks of a network share one; a joint target has other shapes.
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == (10 if changes.get("target") == "joint" else 8)
+
+
 def test_the_share_of_the_peak(monkeypatch, tmp_path):
     """In an in-process run of the worker, on a GPU that is said to do 1 GFLOP/s."""
     monkeypatch.setattr("main_lmim.dense_peak", lambda device, precision: 1e9)
@@ -187,14 +238,11 @@ def test_the_share_of_the_peak(monkeypatch, tmp_path):
     cpu = Ranks(0, 1, torch.device("cpu"))
     with stoppable(cpu) as stop_flag:
         main_lmim.pretrain(cfg, cpu, stop_flag)
-    training = Training(**training_parts(cfg, build_model(cfg), cpu, "fp32"))
-    side = read_geometry(cfg).side
-    images = torch.zeros(4, 3, side, side, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
-        train_step(training, repeat(images), view_source(cfg, cpu, read_geometry(cfg)), 0, 0.0)
+        real_steps(cfg)[1](1)  # two images
     lines = [line for line in records(tmp_path / "demo") if "loss" in line]
     for line in lines:
-        share = line["images_per_second"] * counter.get_total_flops() / 4 / 1e9
+        share = line["images_per_second"] * counter.get_total_flops() / 2 / 1e9
         assert line["share_of_peak"] == pytest.approx(share, rel=1e-2)  # a product of all images
     console = (tmp_path / "demo" / "logs" / "console.txt").read_text()
     share = f"images/s  {lines[-1]['share_of_peak']:.0%} of peak  waiting"
@@ -234,13 +282,10 @@ def test_the_backward_pass_is_autograds(decoder):
 
 def test_work_is_what_a_real_step_does():
     """Another counter, of real operations on a CPU."""
-    cfg, cpu = small_config(), torch.device("cpu")
-    training = Training(**training_parts(cfg, build_model(cfg), Ranks(0, 1, cpu), "fp32"))
+    training, run = real_steps(small_config())
     write_out_attention(training.model)
-    geometry = read_geometry(cfg)
-    images = repeat(torch.zeros(2, 3, geometry.side, geometry.side, dtype=torch.uint8))
     with FlopCounterMode(display=False) as counter:
-        train_step(training, images, view_source(cfg, Ranks(0, 1, cpu), geometry), 0, 0.0)
+        run(1)
     work = sum(operation.flops for operation in fake_step()[1].operations)
     # The backward pass of attention makes its scores again.
     tokens = {"encoder": (5, 5, 48), "decoder": (13, 13, 64), "cross": (13, 5, 64)}
