@@ -138,11 +138,13 @@ class Pretraining(Task):
         training, side = self.training, self.geometry.side
         is_alone = not isinstance(training.network, DistributedDataParallel)
         blank = torch.zeros(images, 3, side, side, dtype=torch.uint8, device=training.device)
-        with nullcontext() if is_alone or not keep_local else training.network.no_sync():
-            with training.autocast():
-                latents = training.network(blank, self.draw_views(0, 0, images))
-            training.objective(latents, training.similarity_goal)[0].backward()
-        training.optimizer.zero_grad(set_to_none=is_alone)
+        try:
+            with nullcontext() if is_alone or not keep_local else training.network.no_sync():
+                with training.autocast():
+                    latents = training.network(blank, self.draw_views(0, 0, images))
+                training.objective(latents, training.similarity_goal)[0].backward()
+        finally:
+            training.optimizer.zero_grad(set_to_none=is_alone)
 
     def normalised(self, images: Tensor) -> Tensor:
         return normalise(images, self.cfg.dataset.mean, self.cfg.dataset.std)

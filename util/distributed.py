@@ -170,7 +170,7 @@ def broadcast_tensors(value, ranks: Ranks):
     def send(tensor: torch.Tensor) -> torch.Tensor:
         buffer = torch.empty_like(tensor, device=ranks.device)
         dist.broadcast(buffer.copy_(tensor) if ranks.is_main else buffer, 0)
-        return buffer.cpu()
+        return tensor if ranks.is_main else buffer.cpu()
 
     return tree_map_only(torch.Tensor, send, value if ranks.is_main else outline)
 

@@ -121,7 +121,9 @@ class Speed:
 
 def dense_peak(device: torch.device, precision: str) -> float | None:
     """FLOP/s of matrix products by the data sheet; None where bench/machines.yaml has none."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
     machines = yaml.safe_load(MACHINES.read_text()).values()
     peaks = (1e12 * machine["peak"][precision] for machine in machines if name in machine["names"])
     return next(peaks, None)
