@@ -47,13 +47,11 @@ class Training:
         self.meters = DeviceMeters(self.device, names)
 
     def compile(self) -> None:
-        """Compile each transformer block and the loss. The blocks share one compilation, and
-        DistributedDataParallel sends the gradients of a block while those of the next are computed.
-        All shapes of training are fixed."""
+        """The networks in parts, and the loss. All shapes of training are fixed."""
         # It would split graphs where gradients are sent; blocks are small enough already.
         torch._dynamo.config.optimize_ddp = False
-        for block in self.model.blocks():
-            block.compile(dynamic=False)
+        for owner, name in self.model.compiled_methods():
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
         self.objective = torch.compile(self.objective, dynamic=False)
 
     def autocast(self):
@@ -126,7 +124,8 @@ def train_step(
     epoch: float,
 ) -> None:
     """One step of the optimiser, numbered from the start of training, at a fractional epoch.
-    batches: normalised images [N, 3, side, side]; their views: draw_views(step, micro_step, N)."""
+    batches: images [N, 3, side, side], uint8 or normalised; their views: draw_views(step,
+    micro_step, N)."""
     begin_step(training, epoch)
     if training.sigreg is not None:
         training.sigreg.draw(step)

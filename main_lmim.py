@@ -7,12 +7,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
@@ -23,6 +25,7 @@ from eval.watch import COLLAPSED, CollapseWatch, judge
 from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
 from util.build import build_model, read_geometry, training_parts
+from util.checkpoint import first_words
 from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
@@ -30,8 +33,8 @@ from util.distributed import Ranks, gather_objects, join_processes, leave_proces
 from util.files import write_whole
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
-from util.loop import Line, Loop, Task, job_folder, sum_over_processes, train
-from util.metrics import describe_nodes, memory_in_use
+from util.loop import Line, Loop, Task, job_folder, print_error, sum_over_processes, train
+from util.metrics import dense_peak, describe_nodes, memory_in_use
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
 from util.streams import Stream, seed_of
@@ -104,17 +107,50 @@ class Pretraining(Task):
         self.training.target_is_ahead = "target_is_ahead" in contents
 
     def prepare(self) -> None:
+        if peak := dense_peak(self.ranks.device, self.training.precision):
+            with FlopCounterMode(display=False) as counter:
+                self.pass_blank_images(1)
+            self.images_at_peak = self.ranks.world_size * peak / counter.get_total_flops()
         if self.cfg.compile:
-            self.training.compile()
+            self.compile()
         if isinstance(self.training.network, DistributedDataParallel):
-            self.settle_gradient_buckets()
+            # It regroups gradients after the first backward pass, which changes the order of
+            # summation over more than two processes. Once this is settled, a new and a resumed run
+            # sum in the same order.
+            self.pass_blank_images(self.cfg.batch_size, keep_local=False)
         self.training.network.train()
+
+    def compile(self) -> None:
+        """Where that fails, in any process, all go on without."""
+        self.training.compile()
+        reason = ""
+        try:  # for the shapes of training, and only once
+            self.pass_blank_images(self.cfg.batch_size)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_words(error)}"
+        if reasons := list(filter(None, gather_objects(reason, self.ranks))):
+            torch.compiler.set_stance("force_eager")
+            if self.ranks.is_main:
+                print_error(f"compile=True: training goes on uncompiled ({reasons[0]})")
+
+    def pass_blank_images(self, images: int, keep_local: bool = True) -> None:
+        """Forward and backward, of which nothing stays."""
+        training, side = self.training, self.geometry.side
+        is_alone = not isinstance(training.network, DistributedDataParallel)
+        blank = torch.zeros(images, 3, side, side, dtype=torch.uint8, device=training.device)
+        try:
+            with nullcontext() if is_alone or not keep_local else training.network.no_sync():
+                with training.autocast():
+                    latents = training.network(blank, self.draw_views(0, 0, images))
+                training.objective(latents, training.similarity_goal)[0].backward()
+        finally:
+            training.optimizer.zero_grad(set_to_none=is_alone)
 
     def normalised(self, images: Tensor) -> Tensor:
         return normalise(images, self.cfg.dataset.mean, self.cfg.dataset.std)
 
     def step(self, step: int, batches: Iterator[TrainBatch]) -> None:
-        images = (self.normalised(batch.images) for batch in batches)
+        images = (batch.images for batch in batches)
         epoch = step / self.loader.steps_per_epoch
         try:
             train_step(self.training, images, self.draw_views, step, epoch)
@@ -196,18 +232,6 @@ class Pretraining(Task):
         with torch.compiler.set_stance("force_eager"):
             tokens = encoder.encode_images(self.normalised(images))[:, 1:]
         return picture(images, self.draw_views(0, 0, len(images)), self.geometry, tokens)
-
-    def settle_gradient_buckets(self) -> None:
-        """DistributedDataParallel regroups gradients after the first backward pass, which changes
-        the order of summation over more than two processes. One pass on blank images settles this
-        before the first step, so that a new and a resumed run sum in the same order."""
-        training, side = self.training, self.geometry.side
-        # A whole batch: compiled code is then compiled for the shapes of training, and only once.
-        images = torch.zeros(self.cfg.batch_size, 3, side, side, device=training.device)
-        with training.autocast():
-            latents = training.network(images, self.draw_views(0, 0, len(images)))
-        training.objective(latents, training.similarity_goal)[0].backward()
-        training.optimizer.zero_grad(set_to_none=False)
 
     def finish(self, loop: Loop) -> None:
         """What the run has come to and what it took: results/JOB.json, and where the rest is."""

@@ -26,7 +26,7 @@ from bench import step
 from data.base import ImageDataset
 from data.datasets import build_dataset
 from data.loader import TrainLoader
-from data.transforms import TrainTransform, normalise
+from data.transforms import TrainTransform
 from engine_pretrain import train_step
 from util.distributed import Ranks, join_processes, leave_processes
 from util.metrics import Speed
@@ -128,8 +128,7 @@ def train(data: Path, setting: step.Setting, workers: int, steps: int, ranks: Ra
     transform = recipe_transform(step.image_side(training, setting))
     loader = build_loader(dataset, transform, setting.batch, workers, ranks)
     speed, all_steps = Speed(), WARM_UP + steps
-    images = (batch.images for batch in speed.timed(loader.stream(0, all_steps)))
-    batches = (normalise(own, IMAGENET["mean"], IMAGENET["std"]) for own in images)
+    batches = (batch.images for batch in speed.timed(loader.stream(0, all_steps)))
     draw_views = step.view_source(setting, ranks)
     for number in range(all_steps):
         if number == WARM_UP:

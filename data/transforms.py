@@ -89,15 +89,12 @@ class EvalTransform:
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [..., 3, H, W] to float32 (pixel / 255 - mean) / std, on the device of the images."""
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
+    scale, shift = _kept_scale_and_shift(tuple(mean), tuple(std), images.device)
     return images * scale + shift
 
 
-@lru_cache(maxsize=16)
-def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The normalisation as pixel * scale + shift, each [3, 1, 1].
-
-    Kept for each device: building them means a copy to the device, for which the host waits."""
+def scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The normalisation as pixel * scale + shift, each [3, 1, 1]."""
     # An evaluation in inference mode may come first, and training could not use its tensors.
     with torch.inference_mode(False):
         mean_tensor = torch.tensor(mean, dtype=torch.float64).view(3, 1, 1)
@@ -105,3 +102,7 @@ def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[Ten
         scale = (1 / (255 * std_tensor)).to(device, torch.float32)
         shift = (-mean_tensor / std_tensor).to(device, torch.float32)
     return scale, shift
+
+
+# For each device: building them means a copy to the device, for which the host waits.
+_kept_scale_and_shift = lru_cache(maxsize=16)(scale_and_shift)

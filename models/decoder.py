@@ -113,6 +113,9 @@ class Decoder(nn.Module):
             tokens = tokens + visual_cue(positions, embedded[:, 1:], visible_ids, masked_ids)
         return tokens
 
+    def project(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(tokens))
+
 
 class CrossDecoder(Decoder):
     block = CrossBlock
@@ -122,14 +125,21 @@ class CrossDecoder(Decoder):
         self.cls_token = nn.Parameter(torch.empty_like(self.mask_token))
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, target_dim], its own class token first."""
+    def embed_tokens(
+        self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-> queries [N, 1 + M, d], context [N, 1 + V, d]"""
         embedded, context = self.embed_visible(latents, visible_ids)
         cls_token = self.cls_token + self.pos_embed.class_row()
         queries = self.mask_tokens(embedded, visible_ids, masked_ids)
         queries = torch.cat([cls_token.expand(queries.shape[0], -1, -1), queries], dim=1)
+        return queries, context
+
+    def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
+        """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, target_dim], its own class token first."""
+        queries, context = self.embed_tokens(latents, visible_ids, masked_ids)
         queries = run_blocks(self.blocks, queries, context, recompute=self.recompute)
-        return self.head(self.norm(queries))
+        return self.project(queries)
 
 
 class SelfDecoder(Decoder):
@@ -137,11 +147,14 @@ class SelfDecoder(Decoder):
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
         """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, target_dim], the encoder's token first."""
-        embedded, visible = self.embed_visible(latents, visible_ids)
-        tokens = torch.cat([visible, self.mask_tokens(embedded, visible_ids, masked_ids)], dim=1)
+        tokens = self.embed_tokens(latents, visible_ids, masked_ids)
         tokens = run_blocks(self.blocks, tokens, recompute=self.recompute)
-        outputs = torch.cat([tokens[:, :1], tokens[:, visible.shape[1] :]], dim=1)
-        return self.head(self.norm(outputs))
+        return self.project(torch.cat([tokens[:, :1], tokens[:, latents.shape[1] :]], dim=1))
+
+    def embed_tokens(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
+        """-> [N, 1 + V + M, d]"""
+        embedded, visible = self.embed_visible(latents, visible_ids)
+        return torch.cat([visible, self.mask_tokens(embedded, visible_ids, masked_ids)], dim=1)
 
 
 DECODERS = {"cross": CrossDecoder, "self": SelfDecoder}

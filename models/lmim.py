@@ -53,6 +53,9 @@ class LatentMIM(nn.Module):
         self.target_layers, self.target_tap = target_layers, target_tap
         self.target_norm, self.target_post_norm = target_norm, target_post_norm
         patch_dim, embed_dim = 3 * self.patch_size**2, encoder["embed_dim"]
+        # Of the values of a patch: pixel * scale + shift is normalised (util/build.py).
+        self.register_buffer("scale", torch.ones(patch_dim), persistent=False)
+        self.register_buffer("shift", torch.zeros(patch_dim), persistent=False)
         self.encoder = Encoder(**encoder)
         if target in OWN_WEIGHTS:
             self.target_encoder = make_target(self.encoder, target_depth)
@@ -74,33 +77,44 @@ class LatentMIM(nn.Module):
         """The rule by which the target follows, for the engine to call; None where it does not."""
         return MovingAverage(self.target_encoder, self.encoder) if self.target == "ema" else None
 
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks of all networks."""
-        networks = [self.encoder, self.decoder]
-        networks += [self.target_encoder] if self.target in OWN_WEIGHTS else []
-        return [block for network in networks for block in network.blocks]
+    def compiled_methods(self) -> list[tuple[nn.Module, str]]:
+        """Which methods of which modules compile=True compiles, each by itself: what is before the
+        blocks, each block, what is after them; the whole target where it has no gradients. The
+        blocks of a network share one compilation, and DistributedDataParallel sends the gradients
+        of one while those of the next are computed."""
+        methods: list[tuple[nn.Module, str]] = []
+        for network in (self.encoder, self.decoder):
+            methods += [(network, "embed_tokens"), (network, "project")]
+            methods += [(block, "forward") for block in network.blocks]
+        return methods + ([] if self.target == "joint" else [(self, "encode_target")])
 
     def patches(self, images: Tensor, views: Views) -> Tensor:
-        """images [N, 3, side, side] -> [N, L, patch_dim]"""
+        """images [N, 3, side, side], uint8 or normalised -> [N, L, patch_dim] of the same type"""
         offsets = (views.row_offsets, views.column_offsets)
         return extract_patches(images, self.patch_size, self.patch_gap, *offsets)
 
+    def take(self, patches: Tensor, ids: Tensor) -> Tensor:
+        """Those with these ids, and what is in uint8 normalised: as late as possible, because bytes
+        are a quarter of the traffic. -> float32 [N, K, patch_dim]"""
+        taken = take_tokens(patches, ids)
+        return taken * self.scale + self.shift if taken.dtype == torch.uint8 else taken
+
     def encode_visible(self, patches: Tensor, views: Views) -> Tensor:
         """-> [N, 1 + V, D]"""
-        return self.encoder(take_tokens(patches, views.visible_ids), views.visible_ids)
+        return self.encoder(self.take(patches, views.visible_ids), views.visible_ids)
 
     def encode_target(self, patches: Tensor, views: Views) -> Tensor:
         """-> [N, 1 + M, D]; without mask_target all patches, visible first: [N, 1 + V + M, D]. What
         is no output of an encoder has no class token."""
         ids = views.masked_ids
         if self.target in ("pixels", "projection"):
-            masked = take_tokens(patches, ids)
+            masked = self.take(patches, ids)
             return masked if self.target == "pixels" else self.target_projection(masked)
         if not self.mask_target:
             ids = torch.cat([views.visible_ids, views.masked_ids], dim=1)
         encoder = self.target_encoder if self.target in OWN_WEIGHTS else self.encoder
         with nullcontext() if self.target == "joint" else torch.no_grad():
-            patches = take_tokens(patches, ids)
+            patches = self.take(patches, ids)
             if self.target_layers is None:
                 return encoder(patches, ids, self.target_depth)
             layers = encoder.forward_layers(patches, ids, self.target_layers, self.target_tap)

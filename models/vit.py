@@ -2,9 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -12,7 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 from models.views import extract_patches, take_tokens
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+class LayerNorm(nn.LayerNorm):
+    """Of bf16 or fp16 under autocast on a GPU: in that type, with sums in float32, as on a CPU.
+    CUDA's autocast would return float32, which takes two to four times the memory traffic."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, **options):
+        super().__init__(dim, eps=eps, **options)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.dtype == torch.float32 or not torch.is_autocast_enabled("cuda"):
+            return super().forward(tokens)
+        weight, bias = self.weight.to(tokens.dtype), self.bias.to(tokens.dtype)
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps)
 
 
 def sine_cosine_positions(dim: int, grid_size: int) -> Tensor:
@@ -98,7 +111,7 @@ class ProjectionHead(nn.Sequential):
                 self.add_module(f"gelu{layer}", nn.GELU())
             linear = nn.Linear(widths[layer], widths[layer + 1], bias=False)
             self.add_module(f"linear{layer}", linear)
-            self.add_module(f"norm{layer}", nn.LayerNorm(widths[layer + 1], eps=1e-5))
+            self.add_module(f"norm{layer}", LayerNorm(widths[layer + 1], eps=1e-5))
 
 
 class Encoder(nn.Module):
@@ -147,7 +160,7 @@ class Encoder(nn.Module):
         -> [N, 1 + K, D] each"""
         tokens, found = self.embed_tokens(patches, self.pos_embed.patch_rows(ids)), []
         for index, block in enumerate(self.blocks[: max(layers) + 1]):
-            if tap == "mlp":  # in parts, which are not compiled
+            if tap == "mlp":
                 tokens = tokens + block.attn(block.norm1(tokens))
                 tapped = block.mlp(block.norm2(tokens))
                 tokens = tokens + tapped
@@ -166,6 +179,10 @@ class Encoder(nn.Module):
         tokens = self.embed_tokens(patches, self.pos_embed.grid_rows(grid))
         return run_blocks(self.blocks, tokens, recompute=self.recompute)
 
+    def project(self, tokens: Tensor) -> Tensor:
+        """The final norm and the head."""
+        return self.head(self.norm(tokens))
+
     def forward(self, patches: Tensor, ids: Tensor, depth: int | None = None) -> Tensor:
         """patches [N, K, patch_dim], ids [N, K] -> latents [N, 1 + K, D]"""
-        return self.head(self.norm(self.forward_features(patches, ids, depth)))
+        return self.project(self.forward_features(patches, ids, depth))

@@ -13,6 +13,7 @@ from util.distributed import (
     Ranks,
     all_reduce,
     broadcast_object,
+    broadcast_tensors,
     default_workers,
     gather_objects,
     read_slurm_step,
@@ -110,7 +111,14 @@ def exchange(ranks: Ranks, folder) -> None:
     own = (slice(0, 2), slice(2, 6), slice(6, 9))[ranks.rank]
     rows[own, 0] = torch.arange(own.start, own.stop) + 10 * ranks.rank
     share_rows(rows, 2, ranks)
+    state = {
+        "a": [torch.arange(6).reshape(2, 3).T, "text"],
+        4: {"b": torch.tensor(0.5)},
+        "none": None,
+    }
+    sent = broadcast_tensors(state if ranks.is_main else None, ranks)
     result = {
+        "sent": str(sent) == str(state),
         "rows": rows.flatten().tolist(),
         "objects": gather_objects({"rank": ranks.rank}, ranks),
         "broadcast": broadcast_object(f"from {ranks.rank}", ranks),
@@ -124,6 +132,7 @@ def test_exchange_between_three_processes(tmp_path):
     spawn(exchange, 3, tmp_path, tmp_path)
     for rank in range(3):
         assert torch.load(tmp_path / f"result{rank}") == {
+            "sent": True,
             "rows": [0, 1, 12, 13, 14, 15, 26, 27, 28],
             "objects": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
             "broadcast": "from 0",

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.golden.replay import LIMITS, compare
+from engine_pretrain import Training
+from tests.golden.replay import LIMITS, GoldenPair, compare, compare_training
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -56,6 +57,24 @@ def test_published_numbers_are_reproduced(name):
     # Frozen position tables only: those of the other pair are learned.
     expected = set(LIMITS) if name == "paper_recipe" else set(LIMITS) - {"position_tables"}
     assert set(errors) == expected
+    for quantity, error in errors.items():
+        assert error <= LIMITS[quantity], quantity
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
+def test_compiled_training_reproduces_the_published_numbers(name, monkeypatch):
+    build, compiled = GoldenPair.build_training, []
+
+    def build_compiled(pair: GoldenPair) -> Training:
+        training = build(pair)
+        training.compile()
+        compiled.append(training)
+        return training
+
+    monkeypatch.setattr(GoldenPair, "build_training", build_compiled)
+    errors = compare_training(GoldenPair(GOLDEN / f"{name}.npz"))
+    assert len(compiled) == 1
     for quantity, error in errors.items():
         assert error <= LIMITS[quantity], quantity
 

@@ -12,7 +12,16 @@ from models.losses import SIGReg
 from models.target import average_layers
 from models.views import MASKS, sample_views
 from tests.published import published_objective
-from tests.runs import LAUNCHER, records, succeed, succeed_together, torchrun
+from tests.runs import (
+    LAUNCHER,
+    TINY,
+    finish,
+    records,
+    start_process,
+    succeed,
+    succeed_together,
+    torchrun,
+)
 from tests.test_engine import GAP, GRID, VISIBLE, build_training, draw, run_steps
 
 # Operations whose result, or the size of it, the host must know before it can go on.
@@ -169,6 +178,20 @@ def test_compiled_and_eager_training_agree_in_fp32_on_two_processes(tmp_path):
     assert len(losses[1]) == 20 and len(accuracies[1]) == 2
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE["fp32"])
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.5)
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_compiling_fails(tmp_path):
+    """Without a compiler for C++, on two processes: one line says so, and nothing else changes."""
+    settings = ["epochs=1", "batch_size=64"]
+    planted = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [*torchrun(2), *TINY, *settings, "compile=True", f"output_dir={tmp_path / 'True'}"]
+    code, output = finish(start_process(command, **planted))
+    assert code == 0 and output.count("training goes on uncompiled (") == 1, output
+    assert "/nowhere/c++" in output
+    succeed_together(2, *settings, f"output_dir={tmp_path / 'False'}")
+    losses = [[r["loss"] for r in records(tmp_path / name / "demo")] for name in ("True", "False")]
+    assert losses[0] == losses[1] and len(losses[0]) == 10
 
 
 @pytest.mark.parametrize("decoder", ["cross", "self"])

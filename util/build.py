@@ -5,6 +5,7 @@ cfg: a composed config, or anything with its keys as attributes.
 
 import torch
 
+from data.transforms import scale_and_shift
 from models.lmim import LatentMIM
 from models.losses import Objective, SIGReg
 from models.views import Geometry
@@ -19,7 +20,7 @@ def read_geometry(cfg) -> Geometry:
 
 def build_model(cfg) -> LatentMIM:
     geometry = read_geometry(cfg)
-    return LatentMIM(
+    model = LatentMIM(
         grid_size=geometry.grid_size,
         patch_size=geometry.patch_size,
         patch_gap=geometry.patch_gap,
@@ -43,6 +44,11 @@ def build_model(cfg) -> LatentMIM:
         target_tap=cfg.target_tap,
         recompute=cfg.recompute,
     )
+    mean, std, device = cfg.dataset.mean, cfg.dataset.std, torch.get_default_device()
+    colours = scale_and_shift(tuple(mean), tuple(std), device)
+    for own, values in zip((model.scale, model.shift), colours, strict=True):
+        own.copy_(values.flatten().repeat(cfg.patch_size**2))  # channel fastest
+    return model
 
 
 def target_layers(cfg) -> list[int] | None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from data.loader import share_of
 
@@ -95,6 +96,7 @@ def join_processes() -> Ranks:
             store=dist.PrefixStore(f"start {start}", store),
             rank=rank,
             world_size=world_size,
+            device_id=device if backend == "nccl" else None,  # which NCCL would have to guess
         )
         # A rank that finds an error at once must not leave while others are still connecting: they
         # would report a crash.
@@ -157,6 +159,20 @@ def broadcast_object(value, ranks: Ranks):
     box = [value if ranks.is_main else None]
     dist.broadcast_object_list(box, device=ranks.device)
     return box[0]
+
+
+def broadcast_tensors(value, ranks: Ranks):
+    """What rank 0 has, nested dicts and lists: its tensors one by one, to the CPU of each."""
+    if ranks.world_size == 1:
+        return value
+    outline = broadcast_object(tree_map_only(torch.Tensor, lambda t: t.to("meta"), value), ranks)
+
+    def send(tensor: torch.Tensor) -> torch.Tensor:
+        buffer = torch.empty_like(tensor, device=ranks.device)
+        dist.broadcast(buffer.copy_(tensor) if ranks.is_main else buffer, 0)
+        return tensor if ranks.is_main else buffer.cpu()
+
+    return tree_map_only(torch.Tensor, send, value if ranks.is_main else outline)
 
 
 def on_main(function, ranks: Ranks):

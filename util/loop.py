@@ -22,7 +22,7 @@ from data.loader import StepOrder
 from util import checkpoint
 from util.checkpoint import first_words
 from util.config import TrainingStopped
-from util.distributed import Ranks, all_reduce, barrier, gather_objects, on_main
+from util.distributed import Ranks, all_reduce, barrier, broadcast_tensors, gather_objects, on_main
 from util.job import checkpoint_name, list_checkpoints, prepare_job_directory, record_start
 from util.lock import unlock
 from util.metrics import Speed, bar_text, describe_speed
@@ -41,6 +41,7 @@ class Task:
     dataset: ImageDataset  # what it is trained on
     made_from: dict  # what a checkpoint is compared with besides the config
     evaluates_at_end = True  # also where eval_freq is 0
+    images_at_peak: float | None = None  # per second, if GPUs did nothing but matrix products
     max_steps: int | None = None  # at which a run ends as if that were all
     gives_up = ""
     half_done = False  # while networks and optimiser are between two steps
@@ -135,6 +136,7 @@ def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopF
 def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     step, per_epoch = loop.first_step, loop.steps_per_epoch
     task.prepare()
+    loop.speed.images_at_peak = task.images_at_peak
     if step == 0:
         loop.watch(0)
         if "eval_at_start" in cfg and cfg.eval_at_start:
@@ -181,19 +183,19 @@ def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
 def newest_for_all(
     folder: Path, ranks: Ranks, report: Callable[[str], None], accept: Callable | None = None
 ) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint and what it holds. Rank 0 chooses it, and says what accept has
-    to say about it; all ranks read that one."""
-    chosen: dict[Path, dict] = {}  # gigabytes, which only their path leaves this process for
+    """The newest readable checkpoint and what it holds. Rank 0 chooses it, says what accept has to
+    say about it, and gives the others what it holds."""
+    chosen: list[tuple[Path, dict]] = []  # gigabytes, which are not for on_main to send
 
     def choose() -> Path | None:
         newest = checkpoint.newest_readable(folder, report)
         for text in accept(*newest) if newest and accept else []:
             report(text)
-        chosen.update([newest] if newest else [])
-        return next(iter(chosen), None)
+        chosen.extend([newest] if newest else [])
+        return newest and newest[0]
 
     path = on_main(choose, ranks)
-    return path and (path, chosen.get(path) or checkpoint.load_file(path))
+    return path and (path, broadcast_tensors(chosen[0][1] if chosen else None, ranks))
 
 
 class Loop:

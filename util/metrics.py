@@ -7,11 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from util.distributed import Ranks, gather_objects
+
+MACHINES = Path(__file__).parents[1] / "bench" / "machines.yaml"
 
 
 class DeviceMeters:
@@ -77,6 +81,7 @@ class Speed:
     """Images per second, share of the time spent waiting for data, and time left."""
 
     def __init__(self):
+        self.images_at_peak: float | None = None  # per second, of which the speed is a share
         self.start = self.last = time.perf_counter()
         self.waited = 0.0
 
@@ -94,11 +99,14 @@ class Speed:
         seconds, waited = now - self.last, self.waited
         if not keep:
             self.last, self.waited = now, 0.0
-        return {
+        values = {
             "images_per_second": steps * images_per_step / seconds,
             "data_wait": waited / seconds,
             "eta_seconds": left * seconds / steps,
         }
+        if self.images_at_peak is not None:
+            values["share_of_peak"] = values["images_per_second"] / self.images_at_peak
+        return values
 
     @contextmanager
     def pause(self):
@@ -106,6 +114,16 @@ class Speed:
         start = time.perf_counter()
         yield
         self.last += time.perf_counter() - start
+
+
+def dense_peak(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of matrix products by the data sheet; None where bench/machines.yaml has none."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    machines = yaml.safe_load(MACHINES.read_text()).values()
+    peaks = (1e12 * machine["peak"][precision] for machine in machines if name in machine["names"])
+    return next(peaks, None)
 
 
 def memory_in_use(device: torch.device) -> float:
@@ -134,8 +152,9 @@ def readable_time(seconds: float) -> str:
 
 
 def describe_speed(speed: dict[str, float]) -> str:
+    share = f"{speed['share_of_peak']:.0%} of peak  " if "share_of_peak" in speed else ""
     images, eta = speed["images_per_second"], readable_time(speed["eta_seconds"])
-    return f"{images:.0f} images/s  waiting {speed['data_wait']:.0%}  eta {eta}"
+    return f"{images:.0f} images/s  {share}waiting {speed['data_wait']:.0%}  eta {eta}"
 
 
 def bar_text(summary: str, speed: dict[str, float]) -> str:

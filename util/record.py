@@ -29,7 +29,7 @@ from util.files import read_records, write_whole
 GROUPS = {  # of TensorBoard; what is in none is about training
     "similarity": "sim_pred sim_vis sim_trg sim_goal",
     "schedule": "epoch lr momentum",
-    "speed": "images_per_second data_wait eta_seconds memory_gb seconds",
+    "speed": "images_per_second share_of_peak data_wait eta_seconds memory_gb seconds",
     "collapse": "verdict since reason rankme mean_cosine same_place other_places "
     "token_similarity position_probe position_chance",
     "eval": "nn_accuracy top1 top5",

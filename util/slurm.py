@@ -30,7 +30,7 @@ from util.lock import JobBusy
 from util.slurm_queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CODE = ("*.py", "Makefile", "requirements.txt", "configs", "data", "eval", "models", "util")
+CODE = "*.py Makefile requirements.txt bench configs data eval models util".split()
 CODE_FILES = {".py", ".yaml", ".yml", ".json", ".toml", ".txt", ".csv", ".npz", ".so", ".cu"}
 # Of what the surrounding job (salloc, Jupyter) has set, only this reaches Slurm.
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
