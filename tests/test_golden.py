@@ -5,10 +5,12 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from engine_pretrain import Training
 from tests.golden.replay import LIMITS, GoldenPair, compare, compare_training
@@ -64,6 +66,9 @@ def test_published_numbers_are_reproduced(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_compiled_training_reproduces_the_published_numbers(name, monkeypatch):
+    """Up to the C++ that would be written, which takes minutes to build."""
+    compile_it = partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True)
+    monkeypatch.setattr("torch.compile", compile_it)
     build, compiled = GoldenPair.build_training, []
 
     def build_compiled(pair: GoldenPair) -> Training:

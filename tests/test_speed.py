@@ -17,6 +17,7 @@ from tests.runs import (
     TINY,
     finish,
     records,
+    run,
     start_process,
     succeed,
     succeed_together,
@@ -153,6 +154,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # most of it the C++ compiler
 def test_compiled_and_eager_training_agree_in_bf16():
     eager, compiled = (build_training(precision="bf16") for _ in range(2))
     compiled.compile()
@@ -163,12 +165,16 @@ def test_compiled_and_eager_training_agree_in_bf16():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_and_eager_training_agree_in_fp32_on_two_processes(tmp_path):
     """20 steps, with evaluations, which are not compiled, in between."""
     settings = ["epochs=2", "eval_freq=1", "batch_size=64"]
     # Compiled by one process, for the caches of both: by two it takes twice the work.
-    succeed(LAUNCHER, *settings, "max_steps=1", "compile=True", f"output_dir={tmp_path / 'first'}")
-    succeed(torchrun(2), *settings, "compile=True", f"output_dir={tmp_path / 'True'}")
+    first = ["max_steps=1", "compile=True", f"output_dir={tmp_path / 'first'}"]
+    assert run(LAUNCHER, *settings, *first, timeout=600)[0] == 0
+    both = ["compile=True", f"output_dir={tmp_path / 'True'}"]
+    code, output = run(torchrun(2), *settings, *both, timeout=600)
+    assert code == 0 and "uncompiled" not in output, output
     succeed_together(2, *settings, "compile=False", f"output_dir={tmp_path / 'False'}")
     found, expected = records(tmp_path / "True/demo"), records(tmp_path / "False/demo")
     losses, accuracies = (
