@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from tests import runs
+from util.cpu import keep_freed_memory
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for what sets its threads itself (join_processes)
 torch.set_num_threads(1)
+keep_freed_memory()
 
 
 @pytest.fixture(autouse=True)

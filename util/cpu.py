@@ -1,5 +1,5 @@
-"""What makes training faster on CPUs (docs/results.md has the figures): in fp32, large matrix
-products by convolution; in bf16, attention written out and memory that is kept.
+"""What makes training faster on CPUs (docs/results.md has the figures): memory that is kept; in
+fp32, large matrix products by convolution; in bf16, attention written out.
 
 A linear layer is a convolution with one pixel, tokens in place of pixels. torch hands convolutions
 to oneDNN, and float32 matrix products to a library that is slower on some processors. The gradient
@@ -77,9 +77,9 @@ class PixelLinear(nn.Linear):
 
 def tune_for_cpu(model: nn.Module, precision: str, compiled: bool) -> None:
     """Parameters and their names stay as they are."""
+    keep_freed_memory()
     if precision == "bf16":
         write_out_attention(model)  # the fused one takes up to twice as long
-        keep_freed_memory()
     elif not compiled:  # the compiler chooses its own products
         multiply_by_convolution(model)
 
