@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.views import Geometry, Views, extract_patches, take_tokens
 
-GREY = 128
+GREY, MARGIN = 128, 1
 CLUSTERS = [3, 5]  # the colours of the last; the parts of one of the first share a hue
 
 
@@ -19,7 +19,8 @@ def picture(images: Tensor, views: Views, geometry: Geometry, tokens: Tensor) ->
     side = geometry.side
     resized = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True).byte()
     parts = [resized, *only_patches(resized, views, geometry), cluster_maps(tokens, side)]
-    rows = torch.cat([part.cpu() for part in parts], dim=3)  # [N, 3, side, 4 x side]
+    framed = [F.pad(part.cpu(), [MARGIN] * 4, value=255) for part in parts]
+    rows = torch.cat(framed, dim=3)  # [N, 3, side, 4 x side], with margins
     whole = rows.permute(0, 2, 3, 1).flatten(0, 1)
     file = io.BytesIO()
     Image.fromarray(whole.numpy()).save(file, "PNG")

@@ -39,8 +39,9 @@ def test_a_row_for_each_image():
         tokens[:, place, place // 4] = 10
     tokens[:, 0] = 50
     shown = np.asarray(Image.open(io.BytesIO(picture(some_images(12), views, GEOMETRY, tokens))))
-    assert shown.shape == (2 * 20, 4 * 20, 3)
-    maps = shown[:20, 60:]
+    assert shown.shape == (2 * 22, 4 * 22, 3)
+    maps = shown[1:21, 67:87]
+    assert (shown[:, 65:67] == 255).all() and (shown[21:23] == 255).all()
     assert len(np.unique(maps.reshape(-1, 3), axis=0)) == 5
     assert (maps[5:10] == maps[5, 0]).all() and (maps[:5, 5:] == maps[0, 5]).all()
     assert (maps[0, 0] != maps[0, 5]).any() and (maps[5, 0] != maps[10, 0]).any()
