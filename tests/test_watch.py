@@ -189,7 +189,7 @@ def test_a_run_that_is_watched(tmp_path):
     (text,) = shown.Tensors("collapse/verdict")[-1].tensor_proto.string_val
     assert text.decode() == last.verdict
     pictures = [(image.step, image.width, image.height) for image in shown.Images("eval/images")]
-    assert pictures == [(20, 4 * 28, 6 * 28), (24, 4 * 28, 6 * 28)]
+    assert pictures == [(20, 4 * 30, 6 * 30), (24, 4 * 30, 6 * 30)]
     (config,) = shown.Tensors("train/config")[0].tensor_proto.string_val
     assert b"    watch_images: 100\n" in config
     status = [*LAUNCHER, "--config-name=status", f"output_dir={tmp_path}"]
