@@ -96,7 +96,8 @@ class Run(NamedTuple):
 
 def main(cfg: DictConfig) -> None:
     Path(cfg.page).parent.mkdir(parents=True, exist_ok=True)
-    plans = {name: plan(cfg, name) for name in RECIPES if cfg[name] is not None}
+    given = {"digits": cfg.digits, "textures": cfg.textures}
+    plans = {name: plan(cfg, name, own) for name, own in given.items() if own is not None}
     named = {run.folder: run for runs in plans.values() for own in runs.values() for run in own}
     runs = [*named.values()]
     finish(cfg, [run.cfg for run in runs if not is_finished(run.cfg)])
@@ -118,9 +119,9 @@ def finish(cfg: DictConfig, configs: list[DictConfig]) -> None:
 # --- what runs ----------------------------------------------------------------------------------
 
 
-def plan(cfg: DictConfig, name: str) -> dict[str, list[Run]]:
+def plan(cfg: DictConfig, name: str, overrides: list[str]) -> dict[str, list[Run]]:
     """By experiment, the recipe first."""
-    common = [f"output_dir={cfg.output_dir}", f"job_name={name}", "resume=True", *cfg[name]]
+    common = [f"output_dir={cfg.output_dir}", f"job_name={name}", "resume=True", *overrides]
     found = {}
     for experiment in cfg.experiments:
         runs: dict[str, Run] = {}

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from eval.pictures import nested_clusters, nested_colours
 from models.views import Geometry, Views, extract_patches, take_tokens
 
 GREY, MARGIN = 128, 1
@@ -45,9 +46,6 @@ def only_patches(images: Tensor, views: Views, geometry: Geometry) -> list[Tenso
 
 def cluster_maps(tokens: Tensor, side: int) -> Tensor:
     """-> uint8 [N, 3, side, side]"""
-    from eval.pictures import nested_colours  # scikit-learn and matplotlib take a second
-    from eval.visualize import nested_clusters
-
     grid, maps = round(tokens.shape[1] ** 0.5), []
     for own in tokens.float().cpu().numpy():
         colours = torch.from_numpy(nested_colours(nested_clusters(own, CLUSTERS))[-1])

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from PIL import ImageColor
+from scipy.cluster.hierarchy import ward
 
 from util.files import write_whole
 
@@ -36,6 +36,20 @@ class Row(NamedTuple):
     panels: dict[str, Panel]  # by title; the first one has the shape of all
 
 
+def nested_clusters(tokens: np.ndarray, counts: list[int]) -> list[np.ndarray]:
+    """For each count the cluster of each token, int [L]: one tree, cut at several heights."""
+    merges = ward(tokens)[:, :2].astype(int)
+    levels, leaves = [], len(tokens)
+    for count in counts:
+        # Merge i makes the node leaves + i. The last count - 1 are undone; below, each node takes
+        # the name of the one that it is merged into.
+        names = np.arange(leaves + len(merges))
+        for merge in reversed(range(leaves - count)):
+            names[merges[merge]] = names[leaves + merge]
+        levels.append(np.unique(names[:leaves], return_inverse=True)[1])
+    return levels
+
+
 def nested_colours(levels: list[np.ndarray]) -> list[np.ndarray]:
     """Of clusters, coarse to fine, each level dividing the one before: the colours of all places,
     [L, 3] from 0 to 1. The largest part of a cluster keeps its colour, the others its hue."""
@@ -56,7 +70,9 @@ def nested_colours(levels: list[np.ndarray]) -> list[np.ndarray]:
         parents, coarser, colours = own, labels, []
         for hue, number in (own[part] for part in range(len(own))):
             share = MIXED[number]
-            colours.append(np.array(to_rgb(HUES[hue])) * (1 - abs(share)) + max(share, 0))
+            colours.append(
+                np.array(ImageColor.getrgb(HUES[hue])) / 255 * (1 - abs(share)) + max(share, 0)
+            )
         found.append(np.array(colours)[labels])
     return found
 
@@ -69,7 +85,7 @@ def draw(path: Path, rows: list[Row], caption: list[str]) -> None:
         write_whole(path.with_name(f"{path.name}.{ending}"), save)
 
 
-def compose(rows: list[Row], caption: list[str]) -> Figure:
+def compose(rows: list[Row], caption: list[str]):
     """All panels are as wide as each other, and as high as their image is in
     proportion, so that no pixel is stretched."""
     columns = max(len(row.panels) for row in rows)
@@ -81,6 +97,8 @@ def compose(rows: list[Row], caption: list[str]) -> Figure:
     heights = [PANEL * shape[0] / shape[1] for shape in shapes]
     line = SMALL * 1.4 / 72
     height = 2 * MARGIN + LINE + sum(heights) + len(rows) * (LINE + GAP) + len(lines) * line
+    from matplotlib.figure import Figure  # takes a second, which training does without
+
     figure = Figure(figsize=(width, height), dpi=DOTS)
 
     def write(left: float, top: float, text: str, size: float, weight: str = "normal") -> None:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from sklearn.cluster import AgglomerativeClustering
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
@@ -33,7 +32,7 @@ from data.picture import Picture, crop_and_resize, size_of
 from data.transforms import EvalTransform
 from eval.common import EvalRun, load_for_all, write_json
 from eval.families import BackboneError
-from eval.pictures import Panel, Row, draw, nested_colours
+from eval.pictures import Panel, Row, draw, nested_clusters, nested_colours
 from models.views import extract_patches
 from util.command import run_worker
 from util.config import ConfigError, compose_config, flatten, quote
@@ -233,20 +232,6 @@ def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
         note = f"{similar.min():.2f} to {similar.max():.2f}"
         panels["similarity to +"] = Panel(similar, mark=cfg.point, note=note)
     return panels
-
-
-def nested_clusters(tokens: np.ndarray, counts: list[int]) -> list[np.ndarray]:
-    """For each count the cluster of each token, int [L]: one tree, cut at several heights."""
-    merges = AgglomerativeClustering(compute_full_tree=True).fit(tokens).children_
-    levels, leaves = [], len(tokens)
-    for count in counts:
-        # Merge i makes the node leaves + i. The last count - 1 are undone; below, each node takes
-        # the name of the one that it is merged into.
-        names = np.arange(leaves + len(merges))
-        for merge in reversed(range(leaves - count)):
-            names[merges[merge]] = names[leaves + merge]
-        levels.append(np.unique(names[:leaves], return_inverse=True)[1])
-    return levels
 
 
 def fit_pca(tokens: np.ndarray) -> PCA:

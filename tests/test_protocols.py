@@ -43,12 +43,59 @@ DATA = [
 ]
 TARGETS = "ema frozen joint pixels projection stopgrad"
 LOSSES = "cosine infonce_patches l1 l2 norm_l2 smooth_l1"
+SEEDS = [0, 1, 2]
+HALF, QUARTER = "${patches:${grid_size},0.5}", "${patches:${grid_size},0.25}"
+EXPERIMENTS = {
+    "challenge_target": {"sweep": {"target": "ema joint stopgrad frozen".split(), "seed": SEEDS}},
+    "challenge_loss": {
+        "sweep": {"loss": "infonce_patches l2 norm_l2 smooth_l1 cosine".split(), "seed": SEEDS}
+    },
+    "challenge_correlation": {
+        "sweep": {
+            "variants": ["", "patch_gap=0", "avg_sim_coeff=0", f"num_vis={HALF}"],
+            "seed": SEEDS,
+        }
+    },
+    "challenge_decoder": {
+        "sweep": {
+            "variants": ["", "decoder=self", "avg_vis_mask_token=False", "proj.mlp_depth=0"],
+            "seed": SEEDS,
+        }
+    },
+    "lab_mae": {
+        "defaults": [
+            {"override /target": "pixels"},
+            {"override /loss": "norm_l2"},
+            {"override /decoder": "self"},
+        ],
+        **{"decoder_depth": 8, "avg_vis_mask_token": False, "num_vis": QUARTER, "patch_gap": 0},
+        **{"proj": {"mlp_depth": 0}, "avg_sim_coeff": 0, "sweep": {"seed": SEEDS}},
+    },
+    "lab_lite": {
+        "defaults": [{"override /target": "projection"}],
+        **{"pred_unit": None, "tau": 0.1, "decoder_depth": 4, "avg_sim_coeff": 0},
+        "sweep": {"seed": SEEDS},
+    },
+    "lab_data2vec": {
+        "defaults": [{"override /loss": "smooth_l1"}],
+        "target_layers": "top:${scaled:6,${encoder.depth},12}",
+        **{"target_norm": "layer", "target_post_norm": "layer", "loss_beta": 2},
+        **{"mask_target": False, "proj": {"mlp_depth": 0}, "target_mom": 0.9998},
+        **{"num_vis": "${patches:${grid_size},0.39}", "patch_gap": 0, "avg_sim_coeff": 0},
+        "sweep": {"seed": SEEDS},
+    },
+    "lab_lejepa": {
+        "defaults": [{"override /target": "joint"}, {"override /loss": "l2"}],
+        **{"sigreg": 0.05, "avg_sim_coeff": 0, "sweep": {"seed": SEEDS}},
+    },
+}
 GROUPS = {
     "encoder": {row[0]: dict(zip(SIZES, row, strict=True)) for row in ENCODERS},
     "dataset": {row[0]: dict(zip(DATA_KEYS, row, strict=True)) for row in DATA},
     "loss": {name: {"name": name} for name in LOSSES.split()},
     "decoder": {name: {"name": name} for name in ("cross", "self")},
     "target": {name: {"name": name} for name in TARGETS.split()},
+    "experiment": EXPERIMENTS,
 }
 
 RECIPE = (
@@ -116,6 +163,7 @@ TABLE = {
     "visualize": EVALUATION + "dataset=images images=null controls=[] stride=null upsample=null "
     "clusters=[3,4,5] max_iter=1000 point=[0.5,0.5]",
 }
+OTHERS = ("status", "report", "challenges", "laboratory")  # which train nothing by themselves
 # There the size of a batch changes results.
 TRAINED = "lmim imagenet100 images demo textures photographs linear_probe finetune".split()
 CHANGES_NO_RESULT = CHANGE_NO_RESULT | {"save_masks"}
@@ -166,7 +214,7 @@ def test_groups(group):
 
 
 def test_the_table_is_complete_and_defaults_in_code_agree_with_it():
-    assert {path.stem for path in CONFIG_DIR.glob("*.yaml")} == {*TABLE, "status", "report"}
+    assert {path.stem for path in CONFIG_DIR.glob("*.yaml")} == {*TABLE, *OTHERS}
     for name, build in datasets.DATASETS.items():
         options = inspect.signature(build).parameters.values()
         defaults = {p.name: p.default for p in options if p.kind is p.KEYWORD_ONLY}

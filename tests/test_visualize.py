@@ -17,8 +17,8 @@ from data.base import DataError
 from data.picture import to_tensor
 from eval import visualize
 from eval.families import BackboneError
-from eval.pictures import Panel, Row, compose, nested_colours
-from eval.visualize import Method, View, as_rgb, average_windows, fit_pca, nested_clusters, see
+from eval.pictures import Panel, Row, compose, nested_clusters, nested_colours
+from eval.visualize import Method, View, as_rgb, average_windows, fit_pca, see
 from tests.backbones import digits_checkpoint
 from tests.evaluations import assert_bad_input, config, launch
 from util.config import ConfigError, compose_config, parse_command_line

@@ -143,10 +143,12 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (SECTION, "dataset.options env.slurm_extra env.nccl"),
     (MODULE, "worker"),
     (("True, False or changed", lambda v: v == "changed" or isinstance(v, bool)), "resume"),
-    (TEXT, "output_dir"),
+    (TEXT, "output_dir title command page"),
     (or_null(TEXT), "data_path images dataset.options.index_folder env.gres env.python"),
     (or_null(TEXT), "pretrained pretrained_weights cache_dir"),
     (TEXTS, "settings env.setup env.srun_args"),
+    (or_null(TEXTS), "digits textures"),
+    (several_of(*group_choices("experiment", [CONFIG_DIR])), "experiments"),
     (FOLDERS, "jobs apart"),
     (FOLDER_NAME, "job_name encoder.name video_split"),  # the encoder's is part of job_name
     (or_null(LABEL), "env.partition env.constraint env.nodelist env.exclude"),
