@@ -44,37 +44,25 @@ MOSAICS = 3  # in the pictures
 WORKERS = ("eval.nn", "eval.few_shot", "eval.segmentation", "eval.collapse", "eval.visualize")
 
 
-class Recipe(NamedTuple):
-    config: str
-    columns: dict[str, str]  # by title: evaluation/metric; the first one is judged by
-
-
 FEATURES = {
     "RankMe": "collapse/rankme",
     "cosine of images": "collapse/mean_cosine",
     "cosine of tokens": "collapse/token_similarity",
     "position probe": "collapse/position_probe",
 }
+# Of each recipe its config, and by title evaluation/metric; the first one is judged by.
 RECIPES = {
-    "digits": Recipe(
-        "demo",
-        {
-            "nearest neighbour": "nn/top1",
-            "k-NN": "knn/k10_top1",
-            "10 images per class": "few_shot/top1/10-shot",
-            **FEATURES,
-        },
-    ),
-    "textures": Recipe(
-        "textures",
-        {
-            "linear probe of patches": "patches_linear/pixel_accuracy",
-            "k-NN of patches": "patches_knn/accuracy_20",
-            "ARI of clusters": "clusters/ari_truth",
-            **FEATURES,
-        },
-    ),
-}
+    "digits": ("demo", {
+        "nearest neighbour": "nn/top1",
+        "k-NN": "knn/k10_top1",
+        "10 images per class": "few_shot/top1/10-shot",
+    } | FEATURES),
+    "textures": ("textures", {
+        "linear probe of patches": "patches_linear/pixel_accuracy",
+        "k-NN of patches": "patches_knn/accuracy_20",
+        "ARI of clusters": "clusters/ari_truth",
+    } | FEATURES),
+}  # fmt: skip
 # What the paper says of an experiment is that its own recipe is better; of these it says nothing.
 UNCLAIMED = {"target-stopgrad", "target-frozen"}
 
@@ -126,7 +114,7 @@ def plan(cfg: DictConfig, name: str, overrides: list[str]) -> dict[str, list[Run
     for experiment in cfg.experiments:
         runs: dict[str, Run] = {}
         for chosen in ([], [f"experiment={experiment}"]):
-            command = Namespace(config_name=RECIPES[name].config, config_dir=CONFIG_DIR)
+            command = Namespace(config_name=RECIPES[name][0], config_dir=CONFIG_DIR)
             command.overrides, command.multirun = [*chosen, *common], True
             for own in compose_all(command):
                 label = own.job_name.removeprefix(f"{name}-seed{own.seed}").removeprefix("-")
@@ -157,7 +145,7 @@ def gflop_per_image(cfg: DictConfig) -> float:
 
 
 def evaluation(run: Run) -> DictConfig:
-    names = dict.fromkeys(path.split("/")[0] for path in RECIPES[run.recipe].columns.values())
+    names = dict.fromkeys(path.split("/")[0] for path in RECIPES[run.recipe][1].values())
     folder = run.results.parents[1]
     keys = {"pretrained": run.folder, "output_dir": folder.parent, "job_name": folder.name}
     keys |= {"dataset": run.cfg.dataset.name, "evals": f"[{','.join(names)}]"}
@@ -220,7 +208,7 @@ def describe_rows(name: str, experiment: str, runs: list[Run]) -> Iterator[str]:
     for run in runs:
         rows.setdefault(run.label, []).append(run)
     measured = {label: numbers_of(own, "trained") for label, own in rows.items()}
-    titles, judged = [*RECIPES[name].columns], next(iter(RECIPES[name].columns))
+    titles, judged = [*RECIPES[name][1]], next(iter(RECIPES[name][1]))
     lines = [[name, *titles, "loss", "chance", "verdict", "GFLOP"]]
     random = numbers_of(rows[""], "random init")
     lines.append(["random weights", *(spread(random[title], 0) for title in titles), *"––––"])
@@ -248,7 +236,7 @@ def numbers_of(runs: list[Run], weights: str) -> dict[str, np.ndarray]:
     """By title, one number per run."""
     evaluated = [json.loads(run.results.read_bytes())["evaluations"] for run in runs]
     numbers = {}
-    for title, path in RECIPES[runs[0].recipe].columns.items():
+    for title, path in RECIPES[runs[0].recipe][1].items():
         name, metric = path.split("/", 1)
         numbers[title] = [found[name][weights]["results"][metric] for found in evaluated]
     for run in runs:
