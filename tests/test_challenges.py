@@ -115,6 +115,6 @@ def test_runs_side_by_side(tmp_path):
     ours, expected = tmp_path / "demo-seed1-blr0.001", tmp_path / "alone/demo"
     assert_same_state(final_state(ours), final_state(expected))
     assert "\ndemo-seed1-blr0.001: vit_nano" in (ours / "logs/output.txt").read_text()
-    code, output = finish(start_process([*command, "seed=0,1,2", "blr=1e-3"]))
+    code, output = finish(start_process([*command, "seed=0,1", "blr=1e-3,2e-3"]))
     assert code == 0 and output.count("already finished") == 2
-    assert list_checkpoints(tmp_path / "demo-seed2-blr0.001/checkpoints")
+    assert list_checkpoints(tmp_path / "demo-seed1-blr0.002/checkpoints")
