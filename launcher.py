@@ -6,6 +6,7 @@ python launcher.py -m seed=1,2,3 ...    (a sweep: one run per value)
 """
 
 import os
+import sys
 
 from omegaconf import DictConfig
 
@@ -22,6 +23,8 @@ def launch(configs: list[DictConfig]) -> int:
         from util.slurm import submit
 
         return submit(configs)
+    if sys.stderr.isatty():  # torch takes seconds
+        print(f"{cfg.get('job_name', cfg.worker)}: loading {cfg.worker} ...", file=sys.stderr)
     from util.job import is_finished
     from util.local import run_here, run_side_by_side
 

@@ -57,8 +57,6 @@ def run_command_line(
 def run_configured_worker(config: dict) -> int:
     """The worker that a resolved config names, in this process. -> exit code"""
     cfg = OmegaConf.create(config)
-    if sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{cfg.get('job_name', cfg.worker)}: loading {cfg.worker} ...", file=sys.stderr)
     # Imported modules stay until the end: keep the garbage collector from scanning them.
     gc.disable()
     worker = importlib.import_module(cfg.worker)
