@@ -8,9 +8,9 @@ python launcher.py -m seed=1,2,3 ...    (a sweep: one run per value)
 import os
 import sys
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from util.command import leave, run_command_line
+from util.command import leave, run_command_line, run_configured_worker
 from util.config import ConfigError
 
 
@@ -23,6 +23,8 @@ def launch(configs: list[DictConfig]) -> int:
         from util.slurm import submit
 
         return submit(configs)
+    if cfg.worker.startswith("util."):  # status, report: one process, without torch
+        return run_configured_worker(OmegaConf.to_container(cfg))
     if sys.stderr.isatty():  # torch takes seconds
         print(f"{cfg.get('job_name', cfg.worker)}: loading {cfg.worker} ...", file=sys.stderr)
     from util.job import is_finished
