@@ -19,19 +19,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
-from torch.utils.flop_counter import FlopCounterMode
 
-from engine_pretrain import Training
+from bench.step import flops_per_image
 from eval.evaluate import table
-from models.views import sample_views
 from util import report
-from util.build import build_model, read_geometry, training_parts
 from util.command import run_worker
 from util.config import CONFIG_DIR, compose_config, headline, job_directory
-from util.cpu import write_out_attention
-from util.distributed import Ranks
 from util.files import read_records, write_whole
 from util.job import git, is_finished
 from util.loaders import open_split
@@ -120,7 +114,7 @@ def plan(cfg: DictConfig, name: str, overrides: list[str]) -> dict[str, list[Run
                 label = own.job_name.removeprefix(f"{name}-seed{own.seed}").removeprefix("-")
                 runs[own.job_name] = Run(name, label.removeprefix("experiment-"), own)
         if cfg.equal_gflop:
-            cost = {run.label: gflop_per_image(run.cfg) for run in runs.values()}
+            cost = {run.label: flops_per_image(run.cfg) for run in runs.values()}
             for run in runs.values():
                 run.cfg.epochs = round(run.cfg.epochs * cost[""] / cost[run.label])
         for run in runs.values():
@@ -128,20 +122,6 @@ def plan(cfg: DictConfig, name: str, overrides: list[str]) -> dict[str, list[Run
         found[experiment] = [*runs.values()]
         print(f"{experiment} on {name}: {len(runs)} runs", flush=True)
     return found
-
-
-def gflop_per_image(cfg: DictConfig) -> float:
-    """Of a training step: the matrix products, forward and backward, by counting them."""
-    model = build_model(cfg)
-    write_out_attention(model)  # torch does not count its fused form on a CPU
-    training = Training(**training_parts(cfg, model, Ranks(0, 1, torch.device("cpu")), "fp32"))
-    geometry, images = read_geometry(cfg), 2
-    sizes = (images, geometry.grid_size, geometry.num_vis, geometry.patch_gap)
-    views = sample_views(*sizes, torch.Generator(), masks=cfg.masks)
-    pixels = torch.rand(images, 3, geometry.side, geometry.side)
-    with FlopCounterMode(display=False) as counter:
-        training.objective(training.network(pixels, views), 0.5)[0].backward()
-    return counter.get_total_flops() / images / 1e9
 
 
 def evaluation(run: Run) -> DictConfig:
@@ -221,7 +201,7 @@ def describe_rows(name: str, experiment: str, runs: list[Run]) -> Iterator[str]:
                 *(spread(numbers[title], 0) for title in [*titles, "loss"]),
                 f"{numbers['chance'][0]:.4g}" if "chance" in numbers else "–",
                 ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items()),
-                f"{gflop_per_image(rows[label][0].cfg):.3g}",
+                f"{flops_per_image(rows[label][0].cfg) / 1e9:.3g}",
             ]
         )
         if label:

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.views import Views, sample_views
-from util.build import build_model, training_parts
+from util.build import build_model, read_geometry, training_parts
 from util.cpu import PixelProduct, tune_for_cpu, write_out_attention
 from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
 from util.metrics import memory_in_use
@@ -70,12 +70,16 @@ class Setting:
         return max(1, round(RECIPE["num_vis"] * (self.grid / GRID) ** 2))
 
 
-def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Training:
-    """The published recipe, but for the setting."""
+def recipe_of(setting: Setting) -> SimpleNamespace:
+    """The published one, but for the setting."""
     encoder = read_config(f"encoder/{setting.encoder}") | {"grid_size": setting.grid}
     own = {"batch_size": setting.batch, "accum_iter": 1, "recompute": setting.recompute}
-    keys = RECIPE | encoder | own | {"encoder": encoder}
-    cfg = json.loads(json.dumps(keys), object_hook=lambda section: SimpleNamespace(**section))
+    keys = RECIPE | encoder | own | {"encoder": encoder, "num_vis": setting.visible}
+    return json.loads(json.dumps(keys), object_hook=lambda section: SimpleNamespace(**section))
+
+
+def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Training:
+    cfg = recipe_of(setting)
     torch.manual_seed(0)
     model = build_model(cfg).to(ranks.device)
     if tuned and ranks.device.type == "cpu":
@@ -161,14 +165,22 @@ def matrix_products(precision: str, device: torch.device) -> dict[str, tuple[int
 
 
 def count_flops(setting: Setting) -> float:
-    """Of one image: all matrix products of a step, forward and backward, by counting them."""
-    alone = Ranks(0, 1, torch.device("cpu"))
-    # Recomputing is not progress: the share of the peak counts the work that is needed.
-    small = replace(setting, batch=2, precision="fp32", compile=False, recompute=False)
-    step = plain_formulation(small, alone)
+    """Of one image. Recomputing is not progress: the share of the peak counts what is needed."""
+    return flops_per_image(recipe_of(replace(setting, recompute=False)))
+
+
+def flops_per_image(cfg) -> float:
+    """All matrix products of a training step, forward and backward, by counting them."""
+    model = build_model(cfg)
+    write_out_attention(model)  # torch does not count its fused form on a CPU
+    training = Training(**training_parts(cfg, model, Ranks(0, 1, torch.device("cpu")), "fp32"))
+    geometry, images = read_geometry(cfg), 2
+    sizes = (images, geometry.grid_size, geometry.num_vis, geometry.patch_gap)
+    views = sample_views(*sizes, torch.Generator(), masks=cfg.masks)
+    pixels = torch.rand(images, 3, geometry.side, geometry.side)
     with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() / small.batch
+        training.objective(training.network(pixels, views), 0.5)[0].backward()
+    return counter.get_total_flops() / images
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:
