@@ -21,6 +21,7 @@ help:
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
+	@echo "installing 6 GB into .venv; while pip unpacks it is silent, for a minute or more"
 	$(BIN)/pip install --requirement requirements.txt
 	touch $@
 
