@@ -19,6 +19,7 @@ from eval.common import run_joined
 from eval.finetune import (
     Classifier,
     build_mixup,
+    decaying_groups,
     evaluate,
     freeze_what_is_not_used,
     main,
@@ -43,7 +44,6 @@ from tests.runs import (
 )
 from tests.test_distributed import spawn
 from util.config import ConfigError
-from util.optim import layer_decay_groups
 from util.streams import Stream, seeded
 
 
@@ -57,12 +57,11 @@ def checkpoint(tmp_path_factory):
 
 def groups_by_name(model: Classifier, layer_decay: float = 0.5) -> dict[str, tuple[float, float]]:
     """name -> (share of the learning rate, weight decay)"""
-    backbone = model.backbone
-    groups = layer_decay_groups(model, backbone.layer_of, backbone.depth + 1, 0.05, layer_decay)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        name: (group["lr_scale"], group["weight_decay"])
-        for group in groups
-        for name in group["names"]
+        names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
+        for group in decaying_groups(model, 0.05, layer_decay)
+        for parameter in group["params"]
     }
 
 
