@@ -167,17 +167,7 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
         if newest is None:
             raise BackboneError(f"pretrained={folder}: this folder holds no checkpoint")
         cfg.pretrained, contents = str(newest[0]), newest[1]
-    return load_backbone(
-        cfg.pretrained,
-        contents=contents,
-        which=cfg.which,
-        layer=cfg.layer,
-        final_norm=cfg.final_norm,
-        image_side=cfg.image_side,
-        pretrained_weights=cfg.pretrained_weights,
-        random_init=cfg.random_init,
-        seed=cfg.seed,
-    )
+    return load_backbone(cfg, contents)
 
 
 class LabelledImages(ImageDataset):

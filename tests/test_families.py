@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.backbone import load_backbone
 from eval.families import FAMILIES, BackboneError
-from tests.backbones import digits_checkpoint, images, prefixed
+from tests.backbones import digits_checkpoint, images, load_backbone, prefixed
 from tests.test_checkpoint import places_of_numbers
 from util.checkpoint import CheckpointError
 
@@ -156,7 +155,7 @@ def test_a_pickle_with_code_is_refused_by_name(tmp_path, capsys):
     with pytest.raises(
         BackboneError, match=r"refused.*it wants builtins.print; expected a file of"
     ):
-        load_backbone(str(tmp_path / "harm.pth"))
+        load_backbone(tmp_path / "harm.pth")
     with open(tmp_path / "plain.pth", "wb") as file:
         pickle.dump(Harmful(), file)
     with pytest.raises(CheckpointError, match="cannot be read"):
