@@ -171,5 +171,5 @@ def test_a_flipped_bit_is_named(tmp_path):
         damaged = bytearray(path.read_bytes())
         damaged[places_of_numbers(path)[3][5]] ^= 16
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=rf"{path} is damaged: tensor \S+ has changed"):
+        with pytest.raises(CheckpointError, match=rf"{path} is damaged: \S+ has changed"):
             load_backbone(f"{prefix}{path}")
