@@ -4,11 +4,13 @@ from dataclasses import fields
 from functools import cache
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from models.lmim import LatentMIM
 from models.losses import Objective
 from util.build import build_model
 from util.config import compose_config
+from util.schedules import Schedule
 
 PLACES = {
     "embed_dim": "encoder.embed_dim",
@@ -39,3 +41,11 @@ def published_objective(**changes) -> Objective:
     names = (field.name for field in fields(Objective) if field.name != "loss")
     values = {"loss": cfg.loss.name} | {name: cfg[name] for name in names}
     return Objective(**values | changes)
+
+
+def published_schedule(**changes) -> Schedule:
+    return Schedule(OmegaConf.merge(recipe(), changes), 1e-3)
+
+
+def prediction_loss(name: str, predictions: Tensor, targets: Tensor, tau: float) -> Tensor:
+    return published_objective(loss=name, tau=tau).prediction_loss(predictions, targets)

@@ -14,9 +14,8 @@ from engine_pretrain import (
     train_step,
 )
 from models.views import Views, sample_views
-from tests.published import published_model, published_objective
+from tests.published import published_model, published_objective, published_schedule
 from util.optim import build_adamw
-from util.schedules import Schedule
 
 CPU = torch.device("cpu")
 GRID, PATCH, GAP, VISIBLE = 4, 3, 1, 5
@@ -47,7 +46,7 @@ def build_training(
         optimizer=build_adamw(model, weight_decay=0.05),
         scaler=torch.amp.GradScaler("cpu", enabled=options.get("precision") == "fp16"),
         objective=published_objective(avg_sim_coeff=avg_sim_coeff),
-        schedule=Schedule(1e-3, 0.25, 1, 4, 0.9, 0.75, 0.25),
+        schedule=published_schedule(warmup_epochs=1, epochs=4, target_mom=0.9),
         device=CPU,
         **{"accum_iter": 1, "precision": "fp32", "clip_grad": None, "sigreg": None} | options,
     )

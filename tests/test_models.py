@@ -15,10 +15,9 @@ from models.target import TARGETS
 from models.views import Views, sample_views
 from models.vit import PositionTable, ProjectionHead
 from tests import reference
-from tests.published import published_model, published_objective
+from tests.published import published_model, published_objective, published_schedule
 from util.checkpoint import CheckpointError, load_weights
 from util.optim import build_adamw
-from util.schedules import Schedule
 
 ROOT = Path(__file__).parent.parent
 LAYOUT = json.loads((ROOT / "tests/golden/released_vit_base_layout.json").read_text())
@@ -357,7 +356,7 @@ def test_released_checkpoint_loads(vit_base, prefix):
 def test_one_training_step_of_vit_base():
     torch.manual_seed(0)
     model = published_model()
-    schedule = Schedule(1e-3, 0.25, 0, 10, target_mom=0.99, sim_init=0.5, sim_end=0.5)
+    schedule = published_schedule(warmup_epochs=0, epochs=10, sim_init=0.5, sim_end=0.5)
     optimizer, scaler = build_adamw(model, 0.05), torch.amp.GradScaler("cpu", enabled=False)
     device = torch.device("cpu")
     objective = published_objective()

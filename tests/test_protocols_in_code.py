@@ -21,7 +21,8 @@ from eval.few_shot import Ridge, ridge_accuracies
 from eval.linear_probe import ProbeHead
 from eval.metrics import boundary_accuracy, score_object
 from eval.nn import knn
-from models.losses import Objective, prediction_loss
+from models.losses import Objective
+from tests.published import prediction_loss
 from tests.test_protocols import GROUPS, composed
 from util.build import build_model, training_parts
 from util.distributed import Ranks

@@ -76,15 +76,7 @@ def build_sigreg(cfg, ranks: Ranks) -> SIGReg | None:
 
 def training_parts(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> dict:
     """The arguments of engine_pretrain.Training."""
-    schedule = Schedule(
-        peak_lr=peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size),
-        min_lr_frac=cfg.min_lr_frac,
-        warmup_epochs=cfg.warmup_epochs,
-        epochs=cfg.epochs,
-        target_mom=cfg.target_mom,
-        sim_init=cfg.sim_init,
-        sim_end=cfg.sim_end,
-    )
+    peak = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
     return {
         "network": synchronised(model, ranks),
         "model": model,
@@ -99,7 +91,7 @@ def training_parts(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> dict:
             same_target=cfg.same_target,
             loss_beta=cfg.loss_beta,
         ),
-        "schedule": schedule,
+        "schedule": Schedule(cfg, peak),
         "device": ranks.device,
         "accum_iter": cfg.accum_iter,
         "precision": precision,

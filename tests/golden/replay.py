@@ -7,6 +7,7 @@ weights after them.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ MODEL_KEYS = (
     "decoder decoder_embed_dim decoder_depth decoder_num_heads avg_vis_mask_token "
     "target target_depth mask_target"
 ).split()
-SCHEDULE_KEYS = "min_lr_frac warmup_epochs epochs target_mom sim_init sim_end".split()
 
 # Largest relative error allowed, by what is compared.
 LIMITS = dict.fromkeys(
@@ -72,9 +72,7 @@ class GoldenPair:
             optimizer=build_adamw(model, self.config["weight_decay"]),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
             objective=self.build_objective(),
-            schedule=Schedule(
-                peak_lr=self.config["lr"], **{key: self.config[key] for key in SCHEDULE_KEYS}
-            ),
+            schedule=Schedule(SimpleNamespace(**self.config), self.config["lr"]),
             device=CPU,
             accum_iter=self.config["accum_iter"],
             precision="fp32",
