@@ -3,7 +3,6 @@
 torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
 from util.distributed import Ranks, gather_objects, join_processes, leave_processes, on_main
-from util.files import write_whole
+from util.files import write_json
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, print_error, sum_over_processes, train
@@ -255,7 +254,7 @@ class Pretraining(Task):
             **(judged._asdict() if judged else {}),
         }
         path = loop.job / "results" / f"{self.cfg.job_name}.json"
-        write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
+        write_json(path, result)
         if before is not None and after is not None:
             took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
             loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")

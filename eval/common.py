@@ -1,6 +1,5 @@
 """What all evaluations share: processes, data, the backbone, and what they leave behind."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -21,7 +20,7 @@ from eval.families import BackboneError
 from util.checkpoint import CheckpointError
 from util.config import job_directory
 from util.distributed import Ranks, all_reduce, join_processes, leave_processes, on_main
-from util.files import write_whole
+from util.files import write_json
 from util.job import describe_environment, prepare_job_directory, record_start
 from util.loaders import eval_loader, open_split
 from util.lock import unlock
@@ -128,10 +127,6 @@ class EvalRun:
         write_json(self.job / "results" / f"{self.name}.json", self.report)
         with closing(TensorBoardFile(self.job / "tensorboard")) as file:
             file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
-
-
-def write_json(path: Path, contents: dict) -> None:
-    write_whole(path, json.dumps(contents, indent=2).encode() + b"\n")
 
 
 def run_evaluation(cfg: DictConfig, name: str, evaluate: Callable[[EvalRun], None]) -> None:

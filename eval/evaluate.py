@@ -13,9 +13,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from eval.common import EvalRun, run_evaluation, run_joined, write_json
+from eval.common import EvalRun, run_evaluation, run_joined
 from util.command import run_worker
 from util.config import ConfigError, compose_config
+from util.files import write_json
 from util.job import is_restart
 from util.validate import check_config
 
