@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
-from engine_pretrain import Training, train_step
+from engine_pretrain import train_step
 from eval.glimpses import picture
 from eval.nn import leave_one_out_accuracy
 from eval.watch import COLLAPSED, CollapseWatch, judge
 from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
-from util.build import build_model, read_geometry, training_parts
+from util.build import Training, build_model, read_geometry
 from util.checkpoint import first_words
 from util.command import run_worker
 from util.config import TrainingStopped
@@ -73,11 +73,10 @@ class Pretraining(Task):
         precision = choose_precision(cfg.precision, ranks.device)
         if ranks.device.type == "cpu":
             tune_for_cpu(self.model, precision, compiled=cfg.compile)
-        parts = training_parts(cfg, self.model, ranks, precision)
-        self.training = Training(**parts)
+        self.training = Training(cfg, self.model, ranks, precision)
         masked = self.geometry.grid_size**2 - self.geometry.num_vis
         sizes = (self.loader.batch_size, masked, self.model.decoder.head.out_features)
-        self.chance: float | None = parts["objective"].chance(*sizes)
+        self.chance: float | None = self.training.objective.chance(*sizes)
         self.optimizer, self.scaler = self.training.optimizer, self.training.scaler
         self.draw_views = view_source(cfg, ranks, self.geometry)
 

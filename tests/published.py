@@ -3,14 +3,15 @@
 from dataclasses import fields
 from functools import cache
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from models.lmim import LatentMIM
 from models.losses import Objective
-from util.build import build_model
+from util.build import Training, build_model
 from util.config import compose_config
-from util.schedules import Schedule
+from util.distributed import Ranks
 
 PLACES = {
     "embed_dim": "encoder.embed_dim",
@@ -43,8 +44,13 @@ def published_objective(**changes) -> Objective:
     return Objective(**values | changes)
 
 
-def published_schedule(**changes) -> Schedule:
-    return Schedule(OmegaConf.merge(recipe(), changes), 1e-3)
+def published_training(
+    model: LatentMIM, precision: str = "fp32", accum_iter: int = 1, **changes
+) -> Training:
+    """With a learning rate of 1e-3, on the CPU. changes: keys of the config."""
+    own = {"blr": 1e-3, "batch_size": 256 // accum_iter, "accum_iter": accum_iter, **changes}
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    return Training(OmegaConf.merge(recipe(), own), model, ranks, precision)
 
 
 def prediction_loss(name: str, predictions: Tensor, targets: Tensor, tau: float) -> Tensor:

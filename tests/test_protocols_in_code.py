@@ -12,7 +12,6 @@ from timm.layers import DropPath, Mlp
 from torch import nn, tensor
 
 from data import datasets, davis, imagenet, masks, transforms
-from engine_pretrain import Training
 from eval import collapse, evaluate, families, finetune, linear_probe, segmentation
 from eval.backbone import OwnBackbone, Tokens
 from eval.common import EvalRun, count_hits
@@ -24,7 +23,7 @@ from eval.nn import knn
 from models.losses import Objective
 from tests.published import prediction_loss
 from tests.test_protocols import GROUPS, composed
-from util.build import build_model, training_parts
+from util.build import Training, build_model
 from util.distributed import Ranks
 from util.lars import LARS
 from util.optim import build_adamw
@@ -44,7 +43,7 @@ def small_recipe(decoder: str = "cross"):
 
 
 def test_optimiser_schedules_and_objective():
-    training = Training(**training_parts(*small_recipe(), ALONE, "fp32"))
+    training = Training(*small_recipe(), ALONE, "fp32")
     assert type(training.optimizer) is torch.optim.AdamW
     for group, decay in zip(training.optimizer.param_groups, (0.05, 0), strict=True):
         found = [group[key] for key in ("betas", "eps", "amsgrad", "weight_decay")]
