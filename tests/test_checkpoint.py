@@ -203,9 +203,9 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
 
 def test_weights_of_another_architecture_are_refused_with_the_first_differences():
     small, large = torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)
-    with pytest.raises(CheckpointError, match=r"bias is \[3\] there and \[4\] here"):
+    with pytest.raises(CheckpointError, match=r"file holds .*size mismatch for weight: .*\[3, 2\]"):
         load_weights(large, small.state_dict(), "file")
-    with pytest.raises(CheckpointError, match="bias is missing; extra is unexpected"):
+    with pytest.raises(CheckpointError, match='Missing key.*"bias". Unexpected key.*"extra"'):
         load_weights(small, {"weight": small.weight, "extra": small.bias}, "file")
 
 

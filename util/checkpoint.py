@@ -89,18 +89,12 @@ def without_module_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: torch.nn.Module, state_dict: dict[str, Tensor], source) -> None:
-    """Raises CheckpointError listing the first keys that differ in name or shape."""
-    state_dict, expected = without_module_prefix(state_dict), model.state_dict()
-    differences = [f"{key} is missing" for key in expected if key not in state_dict]
-    differences += [f"{key} is unexpected" for key in state_dict if key not in expected]
-    for key in (key for key in expected if key in state_dict):
-        there, here = (list(own[key].shape) for own in (state_dict, expected))
-        differences += [f"{key} is {there} there and {here} here"] if there != here else []
-    if differences:
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        first = "; ".join(differences[:5])
-        raise CheckpointError(f"{source} holds another architecture: {first}{more}")
-    model.load_state_dict(state_dict)
+    """Raises CheckpointError with the first keys that differ in name or shape."""
+    try:
+        model.load_state_dict(without_module_prefix(state_dict))
+    except RuntimeError as error:
+        reason = first_words(error)
+        raise CheckpointError(f"{source} holds another architecture: {reason}") from error
 
 
 class CheckpointWriter:
