@@ -5,58 +5,15 @@ Nothing in a step waits for the device: losses and similarities stay on it until
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.lmim import LatentMIM, Latents
-from models.losses import METRICS, SIGReg
 from models.views import Views
-from util.metrics import DeviceMeters
-from util.schedules import Schedule
+from util.build import Training
 
 SCALER_SEARCHES = 20  # halvings of fp16's loss scale, from 65,536 to less than 1
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-
-
-@dataclass
-class Training:
-    """Everything that one step touches."""
-
-    network: nn.Module  # the model, or DistributedDataParallel around it
-    model: LatentMIM
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # does something for precision=fp16 only
-    objective: Callable[[Latents, Tensor], tuple[Tensor, Tensor]]  # models.losses.Objective
-    schedule: Schedule
-    device: torch.device
-    accum_iter: int
-    precision: str
-    clip_grad: float | None
-    sigreg: SIGReg | None
-
-    def __post_init__(self) -> None:
-        self.moving_average = self.model.moving_average()
-        self.target_is_ahead = False  # from when it moves to the end of the step
-        self.half_done = False  # while networks and optimiser are between two steps
-        # On the device: compiled code takes it as it comes.
-        self.similarity_goal = torch.zeros((), device=self.device)
-        names = METRICS if self.sigreg is None else (*METRICS, "sigreg")
-        self.meters = DeviceMeters(self.device, names)
-
-    def compile(self) -> None:
-        """The networks in parts, and the loss. All shapes of training are fixed."""
-        # It would split graphs where gradients are sent; blocks are small enough already.
-        torch._dynamo.config.optimize_ddp = False
-        for owner, name in self.model.compiled_methods():
-            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
-        self.objective = torch.compile(self.objective, dynamic=False)
-
-    def autocast(self):
-        dtype = AUTOCAST[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
 
 def begin_step(training: Training, epoch: float) -> None:

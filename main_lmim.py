@@ -3,7 +3,6 @@
 torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
-from engine_pretrain import Training, train_step
+from engine_pretrain import train_step
 from eval.glimpses import picture
 from eval.nn import leave_one_out_accuracy
 from eval.watch import COLLAPSED, CollapseWatch, judge
 from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
-from util.build import build_model, read_geometry, training_parts
+from util.build import Training, build_model, read_geometry
 from util.checkpoint import first_words
 from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
 from util.distributed import Ranks, gather_objects, join_processes, leave_processes, on_main
-from util.files import write_whole
+from util.files import write_json
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, print_error, sum_over_processes, train
@@ -74,11 +73,10 @@ class Pretraining(Task):
         precision = choose_precision(cfg.precision, ranks.device)
         if ranks.device.type == "cpu":
             tune_for_cpu(self.model, precision, compiled=cfg.compile)
-        parts = training_parts(cfg, self.model, ranks, precision)
-        self.training = Training(**parts)
+        self.training = Training(cfg, self.model, ranks, precision)
         masked = self.geometry.grid_size**2 - self.geometry.num_vis
         sizes = (self.loader.batch_size, masked, self.model.decoder.head.out_features)
-        self.chance: float | None = parts["objective"].chance(*sizes)
+        self.chance: float | None = self.training.objective.chance(*sizes)
         self.optimizer, self.scaler = self.training.optimizer, self.training.scaler
         self.draw_views = view_source(cfg, ranks, self.geometry)
 
@@ -255,7 +253,7 @@ class Pretraining(Task):
             **(judged._asdict() if judged else {}),
         }
         path = loop.job / "results" / f"{self.cfg.job_name}.json"
-        write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
+        write_json(path, result)
         if before is not None and after is not None:
             took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
             loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")

@@ -20,10 +20,10 @@ from itertools import repeat
 import torch
 import yaml
 
-from engine_pretrain import Training, train_step
+from engine_pretrain import train_step
 from models.views import Views, sample_views
 from tests.fake_cuda import CUDA, Operation, Recorder, fake_cuda
-from util.build import build_model, read_geometry, training_parts
+from util.build import Training, build_model, read_geometry
 from util.command import run_worker
 from util.distributed import Ranks
 from util.metrics import MACHINES
@@ -37,7 +37,7 @@ def record_step(cfg, precision: str) -> tuple[Training, Recorder]:
     """The second step of a run: the first one makes the optimiser's state."""
     with fake_cuda() as recorder:
         ranks, geometry = Ranks(0, 1, CUDA), read_geometry(cfg)
-        training = Training(**training_parts(cfg, build_model(cfg), ranks, precision))
+        training = Training(cfg, build_model(cfg), ranks, precision)
         training.compile()
         side, (grid, _, gap, visible) = geometry.side, geometry
         sizes, generator = (cfg.batch_size, grid, visible, gap), torch.Generator(CUDA)

@@ -28,9 +28,9 @@ import yaml
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine_pretrain import Training, begin_step, end_step, micro_step
+from engine_pretrain import begin_step, end_step, micro_step
 from models.views import Views, sample_views
-from util.build import build_model, read_geometry, training_parts
+from util.build import Training, build_model, read_geometry
 from util.cpu import PixelProduct, tune_for_cpu, write_out_attention
 from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
 from util.metrics import memory_in_use
@@ -84,7 +84,7 @@ def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Traini
     model = build_model(cfg).to(ranks.device)
     if tuned and ranks.device.type == "cpu":
         tune_for_cpu(model, setting.precision, setting.compile)
-    training = Training(**training_parts(cfg, model, ranks, setting.precision))
+    training = Training(cfg, model, ranks, setting.precision)
     if setting.compile:
         training.compile()
     return training
@@ -173,7 +173,7 @@ def flops_per_image(cfg) -> float:
     """All matrix products of a training step, forward and backward, by counting them."""
     model = build_model(cfg)
     write_out_attention(model)  # torch does not count its fused form on a CPU
-    training = Training(**training_parts(cfg, model, Ranks(0, 1, torch.device("cpu")), "fp32"))
+    training = Training(cfg, model, Ranks(0, 1, torch.device("cpu")), "fp32")
     geometry, images = read_geometry(cfg), 2
     sizes = (images, geometry.grid_size, geometry.num_vis, geometry.patch_gap)
     views = sample_views(*sizes, torch.Generator(), masks=cfg.masks)

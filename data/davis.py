@@ -41,10 +41,10 @@ class Video:
             raise DataError(f"{self.annotations[0]} marks no object: there is nothing to follow")
         return np.stack(annotations)
 
-    def palette(self) -> list[int]:
-        """Red, green, blue of each number, as in the first annotation."""
+    def palette(self) -> list[int] | None:
+        """Red, green, blue of each number, as in the first annotation; a grey one has none."""
         with opened(self.annotations[0]) as image:
-            return image.getpalette() or voc_palette()
+            return image.getpalette()
 
 
 def read_videos(data_path: str | None, split: str) -> list[Video]:
@@ -66,11 +66,3 @@ def read_video(root: Path, name: str) -> Video:
         raise DataError(f"{annotations[0]} does not exist: it says what to follow in the video")
     require_files("annotations", annotations)
     return Video(name, frames, annotations)
-
-
-def voc_palette() -> list[int]:
-    """Colours that PASCAL VOC and DAVIS give to numbers: bits 0, 3, 6 of a number are the highest
-    bits of red, bits 1, 4, 7 those of green, bits 2, 5 those of blue."""
-    numbers, channels = np.arange(256)[:, None], np.arange(3)
-    bits = [numbers >> (3 * place + channels) & 1 for place in range(3)]  # each [256, 3]
-    return (bits[0] << 7 | bits[1] << 6 | bits[2] << 5).flatten().tolist()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from omegaconf import DictConfig
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -175,52 +176,39 @@ class TimmBackbone(Backbone):
         return Tokens(None, features.flatten(1, 2), tuple(features.shape[1:3]))
 
 
-def load_backbone(
-    pretrained: str | None,
-    *,
-    contents: dict | None = None,
-    which: str = "encoder",
-    layer: int = -1,
-    final_norm: bool = True,
-    image_side: int | None = None,
-    pretrained_weights: str | None = None,
-    random_init: bool = False,
-    seed: int = 0,
-) -> Backbone:
-    """pretrained: a checkpoint of this project, the published one, timm:NAME, or FAMILY:FILE; the
-    other keys are those of configs/backbone/. contents: of this project's checkpoint, where the
-    caller has read it."""
-    family, colon, rest = (pretrained or "").partition(":")
+def load_backbone(cfg: DictConfig, contents: dict | None = None) -> Backbone:
+    """By the keys of configs/backbone/. pretrained: a checkpoint of this project, the published
+    one, timm:NAME, or FAMILY:FILE. contents: of this project's, where the caller has read it."""
+    family, colon, rest = (cfg.pretrained or "").partition(":")
     is_other = colon and family in ("timm", *FAMILIES)
-    if pretrained is None or (colon and not is_other and not Path(pretrained).exists()):
+    if cfg.pretrained is None or (colon and not is_other and not Path(cfg.pretrained).exists()):
         files = ", ".join(f"{family}:FILE" for family in FAMILIES)
         valid = f"a checkpoint or job folder, timm:NAME, {files}"
-        raise BackboneError(f"pretrained={pretrained or 'null'}: expected {valid}")
-    if pretrained_weights is not None and family != "timm":
+        raise BackboneError(f"pretrained={cfg.pretrained or 'null'}: expected {valid}")
+    if cfg.pretrained_weights is not None and family != "timm":
         valid = "expected with pretrained=timm:NAME only"
-        raise BackboneError(f"pretrained_weights={pretrained_weights}: {valid}")
-    cut = {"layer": layer, "final_norm": final_norm}
+        raise BackboneError(f"pretrained_weights={cfg.pretrained_weights}: {valid}")
     # Fresh weights follow from the seed, and the numbers of others do not change.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(cfg.seed)
         if is_other and family == "timm":
-            file = None if pretrained_weights is None else Path(pretrained_weights)
-            model = families.build_timm(rest, file, random_init)
-            backbone = in_timm(model, family, rest, image_side, **cut)
+            file = None if cfg.pretrained_weights is None else Path(cfg.pretrained_weights)
+            model = families.build_timm(rest, file, cfg.random_init)
+            backbone = in_timm(cfg, model, family, rest)
         elif is_other:
             file = Path(rest)
-            model, name = families.build_from_file(family, file, which, random_init)
-            backbone = in_timm(model, family, name, image_side, **cut)
+            model, name = families.build_from_file(family, file, cfg.which, cfg.random_init)
+            backbone = in_timm(cfg, model, family, name)
         else:
-            file = Path(pretrained)
-            contents = families.read_file(file) if contents is None else contents
-            backbone = load_own(file, contents, which, random_init, **cut)
-            backbone.resize(image_side)
-    backbone.fingerprint = families.fingerprint(backbone, None if random_init else file)
+            file = Path(cfg.pretrained)
+            backbone = load_own(cfg, file, contents or families.read_file(file))
+            backbone.resize(cfg.image_side)
+    backbone.fingerprint = families.fingerprint(backbone, None if cfg.random_init else file)
     return backbone.eval()
 
 
-def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: Any) -> OwnBackbone:
+def load_own(cfg: DictConfig, path: Path, contents: dict) -> OwnBackbone:
+    which = cfg.which
     prefix = {"encoder": "encoder.", "target": "target_encoder."}[which]
     stored = without_module_prefix(families.unwrap(contents, ("state_dict",), path))
     weights = {
@@ -236,11 +224,11 @@ def load_own(path: Path, contents: dict, which: str, random_init: bool, **cut: A
         hint = f"for files of other methods write FAMILY:FILE, FAMILY one of {', '.join(FAMILIES)}"
         raise BackboneError(f"{path} has no keys {prefix}*: it is no Latent MIM checkpoint; {hint}")
     encoder = encoder_for(weights, config, path)
-    if not random_init:
+    if not cfg.random_init:
         load_weights(encoder, weights, path)
     size = config.get("encoder", {}).get("name") or f"vit_{SIZES.get(encoder.embed_dim, 'other')}"
     name = f"{size}-{which}" if which != "encoder" else size
-    backbone = OwnBackbone(encoder, name=name, **cut)
+    backbone = OwnBackbone(encoder, name=name, layer=cfg.layer, final_norm=cfg.final_norm)
     if dataset := config.get("dataset"):  # the published file does not say
         backbone.mean, backbone.std = tuple(dataset["mean"]), tuple(dataset["std"])
     return backbone
@@ -267,17 +255,18 @@ def encoder_for(weights: StateDict, config: dict, path: Path) -> Encoder:
     )
 
 
-def in_timm(model: Any, family: str, name: str, image_side: int | None, **cut) -> TimmBackbone:
+def in_timm(cfg: DictConfig, model: Any, family: str, name: str) -> TimmBackbone:
     """timm has models of many kinds: one image shows whether this one gives tokens on a grid."""
+    cut = {"layer": cfg.layer, "final_norm": cfg.final_norm}
     try:
         backbone = TimmBackbone(model, family=family, name=name, **cut).eval()
-        side = backbone.resize(image_side)
+        side = backbone.resize(cfg.image_side)
         with torch.inference_mode():
             backbone(torch.zeros(1, 3, side, side))
     except BackboneError:
         raise
     except Exception as error:  # of any kind, from inside the model
-        place = f"pretrained={family}:{name}, image_side={image_side}"
+        place = f"pretrained={family}:{name}, image_side={cfg.image_side}"
         valid = f"expected ViTs and feature maps ({first_words(error)})"
         raise BackboneError(f"{place}: {valid}") from error
     return backbone

@@ -1,6 +1,5 @@
 """What all evaluations share: processes, data, the backbone, and what they leave behind."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -21,7 +20,7 @@ from eval.families import BackboneError
 from util.checkpoint import CheckpointError
 from util.config import job_directory
 from util.distributed import Ranks, all_reduce, join_processes, leave_processes, on_main
-from util.files import write_whole
+from util.files import write_json
 from util.job import describe_environment, prepare_job_directory, record_start
 from util.loaders import eval_loader, open_split
 from util.lock import unlock
@@ -130,10 +129,6 @@ class EvalRun:
             file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
 
 
-def write_json(path: Path, contents: dict) -> None:
-    write_whole(path, json.dumps(contents, indent=2).encode() + b"\n")
-
-
 def run_evaluation(cfg: DictConfig, name: str, evaluate: Callable[[EvalRun], None]) -> None:
     """What a worker's main(cfg) does."""
     ranks = join_processes()
@@ -167,17 +162,7 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
         if newest is None:
             raise BackboneError(f"pretrained={folder}: this folder holds no checkpoint")
         cfg.pretrained, contents = str(newest[0]), newest[1]
-    return load_backbone(
-        cfg.pretrained,
-        contents=contents,
-        which=cfg.which,
-        layer=cfg.layer,
-        final_norm=cfg.final_norm,
-        image_side=cfg.image_side,
-        pretrained_weights=cfg.pretrained_weights,
-        random_init=cfg.random_init,
-        seed=cfg.seed,
-    )
+    return load_backbone(cfg, contents)
 
 
 class LabelledImages(ImageDataset):

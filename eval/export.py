@@ -11,7 +11,6 @@ table has a row for the class token, as ours does (zeros where positions are fro
 python launcher.py --config-name=export pretrained=checkpoints/lmim-vit_base
 """
 
-import json
 from pathlib import Path
 
 import timm
@@ -25,7 +24,7 @@ from eval.common import EvalRun, run_evaluation
 from eval.families import SIZES, BackboneError
 from models.vit import Encoder
 from util.command import run_worker
-from util.files import write_whole
+from util.files import write_json, write_whole
 
 # Next to the file of weights: what timm.create_model needs to build the rest.
 TIMM_CLASSES = 1000
@@ -65,7 +64,7 @@ def export(run: EvalRun) -> None:
     head = {key: torch.zeros(shape) for key, shape in shapes.items()}
     write_whole(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
     write_whole(with_head, save(weights | head, metadata={"format": "pt"}))
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     sizes = {"pixels": backbone.image_side, "width": backbone.embed_dim}
     readme = README.format(name=backbone.name, timm_name=config["architecture"], **sizes)
     (folder / "README.md").write_text(readme)

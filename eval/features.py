@@ -21,11 +21,11 @@ from data.base import ImageDataset
 from data.files import given_images
 from data.loader import EvalLoader
 from eval.backbone import Tokens
-from eval.common import EvalRun, LabelledImages, run_evaluation, write_json
+from eval.common import EvalRun, LabelledImages, run_evaluation
 from eval.families import BackboneError
 from util.command import run_worker
 from util.distributed import Ranks, barrier, broadcast_object, on_main, share_rows
-from util.files import remove_unfinished, write_whole
+from util.files import remove_unfinished, write_json, write_whole
 from util.job import describe_environment
 from util.loaders import open_split
 from util.lock import lock

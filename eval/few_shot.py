@@ -1,9 +1,8 @@
 """Few-shot classification: ridge regression on k labelled images per class, in closed form.
 
-Features have length 1 and are centred on the k shots; targets are one-hot, centred as well, so that
-the intercept is not regularised. One eigendecomposition serves all strengths of the regulariser and
-the leave-one-out predictions among the shots, which choose the strength without a look at the
-evaluation images.
+Features have length 1, targets are one-hot, and the intercept is not regularised. The error of
+leave-one-out predictions among the shots chooses the strength of the regulariser, without a look at
+the evaluation images.
 """
 
 from collections import ChainMap
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor
 
 from data.base import DataError
@@ -91,65 +91,30 @@ def choose_shots(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
     return torch.from_numpy(order[by_class[first[:, None] + np.arange(shots)]].flatten())
 
 
-class Ridge:
-    """Solutions for any strength: W = V (S + strength)^-1 V^T X^T Y, where X^T X = V S V^T.
-
-    strength is given relative to the mean eigenvalue per image, tr(X^T X) / images, so that it
-    means the same for any backbone and number of shots. All in float64."""
-
-    def __init__(self, features: Tensor, targets: Tensor):
-        """features [N, D], targets [N, classes]"""
-        self.centre, self.offset = features.double().mean(dim=0), targets.double().mean(dim=0)
-        self.features = features.double() - self.centre
-        self.targets = targets.double() - self.offset
-        self.unit = self.features.square().sum() / len(features)
-        # The smaller of the two products: both have the same nonzero eigenvalues.
-        is_wide = len(features) < features.shape[1]
-        rows = self.features if is_wide else self.features.T
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        kept = values > values[-1] * 1e-12
-        self.values, vectors = values[kept], vectors[:, kept]
-        others = rows.T @ vectors / self.values.sqrt()
-        self.left, self.right = (vectors, others) if is_wide else (others, vectors)
-        self.projected = self.left.T @ self.targets  # [rank, classes]
-
-    def weights(self, strength: float) -> Tensor:
-        """[D, classes]"""
-        factors = self.values.sqrt() / (self.values + strength * self.unit)
-        return self.right @ (factors[:, None] * self.projected)
-
-    def predict(self, features: Tensor, strength: float) -> Tensor:
-        return (features.double() - self.centre) @ self.weights(strength) + self.offset
-
-    def leave_one_out(self, strength: float) -> Tensor:
-        """What each image of the fit would be predicted by a fit without it. [N, classes]"""
-        shrink = self.values / (self.values + strength * self.unit)
-        fitted = self.left @ (shrink[:, None] * self.projected)
-        own_share = 1 / len(self.left) + self.left.square() @ shrink
-        residual = (self.targets - fitted) / (1 - own_share).clamp_min(1e-9)[:, None]
-        return self.targets - residual + self.offset
-
-
 def ridge_accuracies(
     support: Features, evaluation: Features, classes: int, regularisers: list[float]
 ) -> dict[str, object]:
     """Percent of the evaluation images, for each regulariser and for the one that is chosen."""
-    targets = F.one_hot(support.labels, classes)
-    ridge = Ridge(support.features, targets)
-    hits = torch.zeros(len(regularisers))
+    features = support.features.double().numpy()
+    targets = F.one_hot(support.labels, classes).double().numpy()
+    # Relative to the mean eigenvalue per image, so that a strength means the same for any backbone
+    # and number of shots. Features that are all alike have none.
+    unit = max(np.square(features - features.mean(axis=0)).sum() / len(features), 1e-12)
+    fits = [Ridge(strength * unit).fit(features, targets) for strength in regularisers]
+    hits = torch.zeros(len(fits))
     parts = zip(evaluation.features.split(QUERIES), evaluation.labels.split(QUERIES), strict=True)
-    for features, labels in parts:
-        for position, strength in enumerate(regularisers):
-            hits[position] += (ridge.predict(features, strength).argmax(dim=1) == labels).sum()
+    for queries, labels in parts:
+        for position, ridge in enumerate(fits):
+            predicted = ridge.predict(queries.double().numpy())
+            hits[position] += (predicted.argmax(axis=1) == labels.numpy()).sum()
     percent = (100 * hits.double() / len(evaluation.labels)).tolist()
-    # Chosen by the error of the leave-one-out predictions. Where each class has one image, its
-    # class is gone when it is left out, and the middle one of the list is taken.
-    if len(targets) == targets.sum(dim=0).count_nonzero():
+    # Where each class has one image, its class is gone when it is left out, and the middle one of
+    # the list is taken.
+    if len(targets) == support.labels.unique().numel():
         chosen = regularisers.index(sorted(regularisers)[len(regularisers) // 2])
     else:
-        left_out = [ridge.leave_one_out(strength) for strength in regularisers]
-        errors = [(predicted - targets).square().mean() for predicted in left_out]
-        chosen = int(torch.stack(errors).argmin())
+        strengths = [ridge.alpha for ridge in fits]
+        chosen = strengths.index(RidgeCV(strengths).fit(features, targets).alpha_)
     return {"top1": percent[chosen], "chosen": regularisers[chosen], "all": percent}
 
 

@@ -1,12 +1,13 @@
 """Fine-tuning: the whole backbone and a linear layer on its pooled tokens, by MAE's recipe."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from timm.data import Mixup
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,10 +22,10 @@ from util.distributed import synchronised
 from util.loaders import train_loader
 from util.loop import Line, sum_over_processes
 from util.metrics import FaultCounter
-from util.optim import layer_decay_groups
 from util.schedules import peak_learning_rate, warmup_cosine
 from util.streams import Stream, seed_of, seeded
 
+NO_DECAY = ("pos_embed", "token")
 HEAD_STD = 2e-5  # the head starts with almost equal logits
 
 
@@ -45,6 +46,10 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W], normalised -> logits [B, classes]"""
         return self.head(self.norm(pool(self.backbone(images), self.pooling)))
+
+    def group_matcher(self, coarse: bool) -> Callable[[str], int]:
+        """For timm: from the name of a parameter to its layer."""
+        return self.backbone.layer_of
 
 
 def main(cfg: DictConfig) -> None:
@@ -74,8 +79,7 @@ class Finetuning(Classification):
         backbone.set_drop_path(cfg.drop_path)
         freeze_what_is_not_used(self.model)
         self.network = synchronised(self.model, ranks)
-        layers, decay = backbone.depth + 1, cfg.weight_decay
-        groups = layer_decay_groups(self.model, backbone.layer_of, layers, decay, cfg.layer_decay)
+        groups = decaying_groups(self.model, cfg.weight_decay, cfg.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.precision == "fp16")
         self.mixup = build_mixup(cfg, self.classes)
@@ -165,6 +169,15 @@ class Finetuning(Classification):
         self.measure()
         top1, top5 = self.accuracies[0].tolist()
         return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"
+
+
+def decaying_groups(model: Classifier, weight_decay: float, layer_decay: float) -> list[dict]:
+    """The last layer learns at the full rate (lr_scale 1), each one below it at layer_decay times
+    the rate of the one above. Vectors, positions and class and register tokens do not decay."""
+    names = [name for name, _ in model.named_parameters()]
+    fixed = [name for name in names if any(word in name for word in NO_DECAY)]
+    how = {"no_weight_decay_list": fixed, "layer_decay": layer_decay}
+    return param_groups_layer_decay(model, weight_decay, **how)
 
 
 def build_transform(run: EvalRun) -> FinetuneTransform:

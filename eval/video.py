@@ -61,7 +61,8 @@ def evaluate_video(run: EvalRun, video: Video) -> dict[int, dict]:
         folder.mkdir(parents=True, exist_ok=True)
         for annotation, objects in zip(video.annotations, predicted, strict=True):
             image = Image.fromarray(objects)
-            image.putpalette(video.palette())
+            if palette := video.palette():
+                image.putpalette(palette)
             image.save(folder / annotation.name)
     return score_sequence(truth, np.stack(predicted), VOID)
 

@@ -30,13 +30,14 @@ from data.files import given_images
 from data.photographs import installed
 from data.picture import Picture, crop_and_resize, size_of
 from data.transforms import EvalTransform
-from eval.common import EvalRun, load_for_all, write_json
+from eval.common import EvalRun, load_for_all
 from eval.families import BackboneError
 from eval.pictures import Panel, Row, draw, nested_clusters, nested_colours
 from models.views import extract_patches
 from util.command import run_worker
 from util.config import ConfigError, compose_config, flatten, quote
 from util.distributed import Ranks, join_processes, leave_processes
+from util.files import write_json
 
 MOST_PATCHES = 16384  # of one image: clustering keeps a distance for each pair, 1 GB
 PERPLEXITY = 30

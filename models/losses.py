@@ -86,22 +86,6 @@ REGRESSIONS = {
 LOSSES = ("infonce_patches", "smooth_l1", *REGRESSIONS)
 
 
-def prediction_loss(
-    name: str,
-    predictions: Tensor,
-    targets: Tensor,
-    tau: float,
-    loss_beta: float = 1.0,
-    **candidates,
-) -> Tensor:
-    """candidates: the other arguments of infonce_patches."""
-    if name == "infonce_patches":
-        return infonce_patches(predictions, targets, tau, **candidates)
-    if name == "smooth_l1":
-        return F.smooth_l1_loss(predictions, targets, beta=loss_beta)
-    return REGRESSIONS[name](predictions, targets)
-
-
 def average_similarity(tokens: Tensor) -> Tensor:
     """Cosine averaged over the batch and all pairs of tokens of an image (each with itself too):
     the squared norm of the mean unit vector, which takes no L x L matrix."""
@@ -127,19 +111,18 @@ class Objective:
             return 2 * self.tau * math.log(masked * (images if self.negatives == "batch" else 1))
         return {"norm_l2": 1 - 1 / target_dim, "cosine": 1.0}.get(self.loss)
 
+    def prediction_loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        if self.loss == "infonce_patches":
+            candidates = (self.pred_unit, self.negatives, self.same_target)
+            return infonce_patches(predictions, targets, self.tau, *candidates)
+        if self.loss == "smooth_l1":
+            return F.smooth_l1_loss(predictions, targets, beta=self.loss_beta)
+        return REGRESSIONS[self.loss](predictions, targets)
+
     def __call__(self, latents: Latents, similarity_goal: float | Tensor) -> tuple[Tensor, Tensor]:
         """-> the loss to differentiate, and METRICS as one tensor, detached and on the device."""
         latents = Latents(*(tokens.float() for tokens in latents))
-        loss = prediction_loss(
-            self.loss,
-            latents.predictions,
-            latents.targets,
-            self.tau,
-            loss_beta=self.loss_beta,
-            pred_unit=self.pred_unit,
-            negatives=self.negatives,
-            same_target=self.same_target,
-        )
+        loss = self.prediction_loss(latents.predictions, latents.targets)
         predicted, target, visible = (average_similarity(tokens) for tokens in latents)
         # The constraint keeps the latents of an image from becoming all equal or all different.
         if self.avg_sim_coeff > 0:

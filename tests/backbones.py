@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from eval import backbone
+from eval.backbone import Backbone
 from util.build import build_model
 from util.checkpoint import FORMAT
 from util.command import call, say_error
-from util.config import ConfigError, compose_config
+from util.config import CONFIG_DIR, ConfigError, compose_config
 from util.validate import check_config
 
 TINY = [
@@ -42,6 +44,13 @@ def digits_checkpoint(folder: Path, *overrides: str, seed: int = 0) -> Path:
     }
     torch.save(contents, path)
     return path
+
+
+def load_backbone(pretrained: Path | str | None, **options) -> Backbone:
+    """With the keys of configs/backbone/ as they are shipped, but for these."""
+    cfg = OmegaConf.load(CONFIG_DIR / "backbone" / "default.yaml")
+    own = {"pretrained": None if pretrained is None else str(pretrained), **options}
+    return backbone.load_backbone(OmegaConf.merge(cfg, own))
 
 
 def images(side: int, columns: int | None = None) -> torch.Tensor:

@@ -3,12 +3,15 @@
 from dataclasses import fields
 from functools import cache
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from models.lmim import LatentMIM
 from models.losses import Objective
-from util.build import build_model
+from util.build import Training, build_model
 from util.config import compose_config
+from util.distributed import Ranks
 
 PLACES = {
     "embed_dim": "encoder.embed_dim",
@@ -39,3 +42,16 @@ def published_objective(**changes) -> Objective:
     names = (field.name for field in fields(Objective) if field.name != "loss")
     values = {"loss": cfg.loss.name} | {name: cfg[name] for name in names}
     return Objective(**values | changes)
+
+
+def published_training(
+    model: LatentMIM, precision: str = "fp32", accum_iter: int = 1, **changes
+) -> Training:
+    """With a learning rate of 1e-3, on the CPU. changes: keys of the config."""
+    own = {"blr": 1e-3, "batch_size": 256 // accum_iter, "accum_iter": accum_iter, **changes}
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    return Training(OmegaConf.merge(recipe(), own), model, ranks, precision)
+
+
+def prediction_loss(name: str, predictions: Tensor, targets: Tensor, tau: float) -> Tensor:
+    return published_objective(loss=name, tau=tau).prediction_loss(predictions, targets)

@@ -146,12 +146,6 @@ def test_the_names_of_a_sweep_can_be_typed(composed):
     assert names[-1] == "demo-seed1-tau2-data_path-c_d" and len(set(names)) == 8
 
 
-def test_a_folder_with_an_old_name_is_still_used(composed, tmp_path):
-    (tmp_path / "demo-seed=1").mkdir()
-    names = [config["job_name"] for config in composed("-cn=demo", "-m", "seed=0,1")]
-    assert names == ["demo-seed0", "demo-seed=1"]
-
-
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

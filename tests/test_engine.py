@@ -14,9 +14,7 @@ from engine_pretrain import (
     train_step,
 )
 from models.views import Views, sample_views
-from tests.published import published_model, published_objective
-from util.optim import build_adamw
-from util.schedules import Schedule
+from tests.published import published_model, published_training
 
 CPU = torch.device("cpu")
 GRID, PATCH, GAP, VISIBLE = 4, 3, 1, 5
@@ -41,16 +39,8 @@ def build_training(
         decoder_depth=1,
         decoder_num_heads=2,
     )
-    return Training(
-        network=model,
-        model=model,
-        optimizer=build_adamw(model, weight_decay=0.05),
-        scaler=torch.amp.GradScaler("cpu", enabled=options.get("precision") == "fp16"),
-        objective=published_objective(avg_sim_coeff=avg_sim_coeff),
-        schedule=Schedule(1e-3, 0.25, 1, 4, 0.9, 0.75, 0.25),
-        device=CPU,
-        **{"accum_iter": 1, "precision": "fp32", "clip_grad": None, "sigreg": None} | options,
-    )
+    own = {"warmup_epochs": 1, "epochs": 4, "target_mom": 0.9, "avg_sim_coeff": avg_sim_coeff}
+    return published_training(model, **own, **options)
 
 
 def draw(seed: int, batch_size: int) -> tuple[torch.Tensor, Views]:

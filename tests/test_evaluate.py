@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eval.evaluate import compose, markdown
+from eval.evaluate import compose
 from tests.backbones import digits_checkpoint, run_command
 from util.config import compose_config
 
@@ -32,13 +32,6 @@ def test_one_table_of_several_evaluations(tmp_path, capfd):
     assert alone["results"] == found["nn"]["trained"]["results"]
     # Features were computed once per backbone, norm and split: nn and collapse share theirs.
     assert len(list((tmp_path / "feature-cache").iterdir())) == 2 * 3
-
-
-def test_published_numbers_stand_beside_imagenet():
-    variants = {"trained": {"results": {"top1": 50.0}, "protocol": "p"}}
-    table = markdown({"nn": variants, "knn": variants}, with_references=True)
-    assert "| published, ViT-B/16 | nn (leave-one-out) | knn (training bank) |" in table
-    assert "| Latent MIM, 800 epochs | 50.1 | - |" in table and "| DINO | - | 76.1 |" in table
 
 
 def test_a_wrong_setting_ends_it_before_anything_runs(tmp_path, capfd):

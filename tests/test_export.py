@@ -7,8 +7,7 @@ import pytest
 import timm
 import torch
 
-from eval.backbone import load_backbone
-from tests.backbones import digits_checkpoint, run_command
+from tests.backbones import digits_checkpoint, load_backbone, run_command
 from tests.published import published_model
 from tests.runs import environment
 
@@ -27,7 +26,7 @@ def test_the_published_size_loads_into_timm_by_name_alone(tmp_path):
     theirs = timm.create_model("vit_base_patch16_224", checkpoint_path=str(file)).eval()
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        ours = load_backbone(str(path))(images)
+        ours = load_backbone(path)(images)
         expected = theirs.forward_features(images)
     assert (expected[:, 1:] - ours.patches).abs().max() < 1e-5
     assert (expected[:, 0] - ours.cls).abs().max() < 1e-5
@@ -52,7 +51,7 @@ def test_the_readme_of_the_folder_runs(tmp_path):
     command = [sys.executable, "-c", snippet]
     subprocess.run(command, cwd=folder, env=environment(), check=True, timeout=120)
     with torch.no_grad():
-        ours = load_backbone(str(path))(torch.ones(1, 3, 24, 24)).patches.mean(1)
+        ours = load_backbone(path)(torch.ones(1, 3, 24, 24)).patches.mean(1)
     assert (torch.load(folder / "out.pth") - ours).abs().max() < 1e-5
 
 

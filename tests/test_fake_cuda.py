@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import main_lmim
 from bench.roofline import add_up, left_when_fused, seconds
 from data.transforms import normalise
-from engine_pretrain import Training, train_step
+from engine_pretrain import train_step
 from main_lmim import view_source
 from models.vit import LayerNorm
 from tests.fake_cuda import CUDA, Recorder, fake_cuda
@@ -25,7 +25,7 @@ from tests.published import PLACES, recipe
 from tests.runs import TINY, records
 from tests.test_engine import build_training, draw
 from tests.test_models import random_inputs, small_model
-from util.build import build_model, read_geometry, training_parts
+from util.build import Training, build_model, read_geometry
 from util.config import compose_config
 from util.cpu import write_out_attention
 from util.distributed import Ranks
@@ -51,7 +51,7 @@ def real_steps(cfg: DictConfig) -> tuple[Training, Callable[[int], None]]:
     """On the CPU, in fp32. -> what takes so many steps"""
     torch.manual_seed(0)
     cpu, geometry = Ranks(0, 1, torch.device("cpu")), read_geometry(cfg)
-    training = Training(**training_parts(cfg, build_model(cfg), cpu, "fp32"))
+    training = Training(cfg, build_model(cfg), cpu, "fp32")
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, 3, geometry.side, geometry.side), generator=generator)
 
@@ -70,7 +70,7 @@ def fake_step(
     cfg = small_config(**changes)
     with fake_cuda() as recorder:
         ranks, geometry = Ranks(0, 1, CUDA), read_geometry(cfg)
-        training = Training(**training_parts(cfg, build_model(cfg), ranks, precision))
+        training = Training(cfg, build_model(cfg), ranks, precision)
         training.compile()
         draw_views = view_source(cfg, ranks, geometry)
         images = repeat(torch.empty(2, 3, geometry.side, geometry.side, dtype=torch.uint8))

@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.backbone import load_backbone
 from eval.families import FAMILIES, BackboneError
-from tests.backbones import digits_checkpoint, images, prefixed
+from tests.backbones import digits_checkpoint, images, load_backbone, prefixed
 from tests.test_checkpoint import places_of_numbers
 from util.checkpoint import CheckpointError
 
@@ -139,7 +138,7 @@ def test_a_file_with_a_key_too_few_or_too_many_is_refused(tmp_path):
     weights = official("mae")
     del weights["norm.bias"]
     torch.save({"model": weights | {"blocks.0.ls1.gamma_": EXTRA}}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="norm.bias is missing; blocks.0.ls1.gamma_ is unexp"):
+    with pytest.raises(CheckpointError, match='Missing.*"norm.bias". Unexpected.*gamma_"'):
         load_backbone(f"mae:{tmp_path / 'a.pth'}")
 
 
@@ -156,7 +155,7 @@ def test_a_pickle_with_code_is_refused_by_name(tmp_path, capsys):
     with pytest.raises(
         BackboneError, match=r"refused.*it wants builtins.print; expected a file of"
     ):
-        load_backbone(str(tmp_path / "harm.pth"))
+        load_backbone(tmp_path / "harm.pth")
     with open(tmp_path / "plain.pth", "wb") as file:
         pickle.dump(Harmful(), file)
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -172,5 +171,5 @@ def test_a_flipped_bit_is_named(tmp_path):
         damaged = bytearray(path.read_bytes())
         damaged[places_of_numbers(path)[3][5]] ^= 16
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=rf"{path} is damaged: tensor \S+ has changed"):
+        with pytest.raises(CheckpointError, match=rf"{path} is damaged: \S+ has changed"):
             load_backbone(f"{prefix}{path}")

@@ -1,14 +1,12 @@
-"""Few-shot: the closed form against scikit-learn, leave-one-out against real refits, the draws."""
+"""Few-shot: against normal equations and refits without each image; the draws."""
 
 import pytest
 import torch
-from sklearn.linear_model import Ridge as SklearnRidge
 
 from data.base import DataError
 from eval.common import run_joined
 from eval.features import Features
 from eval.few_shot import (
-    Ridge,
     check_shots,
     choose_shots,
     evaluate,
@@ -20,42 +18,46 @@ from tests.backbones import digits_checkpoint
 from tests.evaluations import assert_bad_input, config, results, unlabelled_folder
 from tests.test_distributed import spawn
 
-STRENGTHS = (1e-4, 0.1, 3.0)
+STRENGTHS = [1e-4, 0.1, 1.0, 30.0]
 
 
-def problem(images: int, dim: int, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(images)
-    features = torch.randn(images, dim, generator=generator) + 0.5
-    labels = torch.randint(classes, (images,), generator=generator)
-    return features, torch.nn.functional.one_hot(labels, classes)
+def problem(images: int, dim: int) -> Features:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(images) % 4
+    noise = torch.randn(images, dim, generator=generator)
+    return Features(noise + 0.5 + 2 * torch.eye(4, dim)[labels], labels)
 
 
-@pytest.mark.parametrize(("images", "dim"), [(12, 30), (60, 20)])
-@pytest.mark.parametrize("strength", STRENGTHS)
-def test_equals_scikit_learn(images, dim, strength):
-    features, targets = problem(images, dim)
-    ours = Ridge(features, targets)
-    theirs = SklearnRidge(alpha=strength * float(ours.unit)).fit(
-        features.double().numpy(), targets.numpy()
-    )
-    queries = torch.randn(9, dim)
-    expected = torch.from_numpy(theirs.predict(queries.double().numpy()))
-    torch.testing.assert_close(ours.predict(queries, strength), expected, atol=1e-8, rtol=0)
+def fit(features: torch.Tensor, targets: torch.Tensor, strength: float):
+    """The normal equations of a ridge regression with an intercept. -> what predicts"""
+    centre, offset = features.mean(dim=0), targets.mean(dim=0)
+    centred = features - centre
+    products = centred.T @ centred + strength * torch.eye(features.shape[1])
+    weights = torch.linalg.solve(products, centred.T @ (targets - offset))
+    return lambda queries: (queries - centre) @ weights + offset
 
 
-@pytest.mark.parametrize(("images", "dim"), [(12, 30), (60, 20)])
-@pytest.mark.parametrize("strength", STRENGTHS)
-def test_leave_one_out_equals_fits_without_each_image(images, dim, strength):
-    features, targets = problem(images, dim)
-    ours = Ridge(features, targets)
-    predicted = ours.leave_one_out(strength)
-    for image in range(images):
-        others = torch.arange(images) != image
-        refit = Ridge(features[others], targets[others])
-        # The same absolute strength: the unit of the refit is another one.
-        same = strength * float(ours.unit / refit.unit)
-        expected = refit.predict(features[image : image + 1], same)[0]
-        torch.testing.assert_close(predicted[image], expected, atol=1e-8, rtol=0)
+@pytest.mark.parametrize(("images", "dim", "best"), [(12, 30, 0.1), (60, 20, 1.0)])
+def test_equals_the_normal_equations_and_fits_without_each_image(images, dim, best):
+    support, evaluation = problem(images, dim), problem(200, dim)
+    features = support.features.double()
+    targets = torch.nn.functional.one_hot(support.labels).double()
+    unit = (features - features.mean(dim=0)).square().sum() / images
+    expected, errors = [], []
+    for strength in STRENGTHS:
+        predicted = fit(features, targets, strength * unit)(evaluation.features.double())
+        hits = predicted.argmax(dim=1) == evaluation.labels
+        expected.append(100 * hits.double().mean().item())
+        error = 0
+        for image in range(images):
+            others = torch.arange(images) != image
+            refit = fit(features[others], targets[others], strength * unit)
+            error += (refit(features[image]) - targets[image]).square().sum().item()
+        errors.append(error)
+    found = ridge_accuracies(support, evaluation, 4, STRENGTHS)
+    assert found["all"] == pytest.approx(expected)
+    assert found["chosen"] == STRENGTHS[errors.index(min(errors))] == best
+    assert found["top1"] == found["all"][STRENGTHS.index(best)]
 
 
 def test_shots_are_of_each_class_nested_and_a_function_of_the_seed():

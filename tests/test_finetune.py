@@ -14,16 +14,16 @@ from torch import nn
 from data.augmentation import FinetuneTransform, posterize
 from data.base import DataError
 from data.datasets import build_digits
-from eval.backbone import load_backbone
 from eval.common import run_joined
 from eval.finetune import (
     Classifier,
     build_mixup,
+    decaying_groups,
     evaluate,
     freeze_what_is_not_used,
     main,
 )
-from tests.backbones import digits_checkpoint
+from tests.backbones import digits_checkpoint, load_backbone
 from tests.evaluations import (
     arguments,
     assert_bad_input,
@@ -43,7 +43,6 @@ from tests.runs import (
 )
 from tests.test_distributed import spawn
 from util.config import ConfigError
-from util.optim import layer_decay_groups
 from util.streams import Stream, seeded
 
 
@@ -57,18 +56,17 @@ def checkpoint(tmp_path_factory):
 
 def groups_by_name(model: Classifier, layer_decay: float = 0.5) -> dict[str, tuple[float, float]]:
     """name -> (share of the learning rate, weight decay)"""
-    backbone = model.backbone
-    groups = layer_decay_groups(model, backbone.layer_of, backbone.depth + 1, 0.05, layer_decay)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        name: (group["lr_scale"], group["weight_decay"])
-        for group in groups
-        for name in group["names"]
+        names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
+        for group in decaying_groups(model, 0.05, layer_decay)
+        for parameter in group["params"]
     }
 
 
 def test_layer_decay_by_name_in_this_projects_encoder(checkpoint):
     """Three blocks: 0.5^4 for the embeddings, 1 for the head."""
-    model = Classifier(load_backbone(str(checkpoint), final_norm=False), "mean", 10, 0)
+    model = Classifier(load_backbone(checkpoint, final_norm=False), "mean", 10, 0)
     found = groups_by_name(model)
     assert len(found) == len(list(model.parameters()))
     expected = {
@@ -111,7 +109,7 @@ def test_layer_decay_equals_timms():
 
 
 def test_the_head_starts_almost_at_zero_and_from_the_seed(checkpoint):
-    backbone = load_backbone(str(checkpoint), final_norm=False)
+    backbone = load_backbone(checkpoint, final_norm=False)
     one, same, other = (Classifier(backbone, "mean", 1000, seed) for seed in (1, 1, 2))
     assert one.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
     assert not one.head.bias.any()
@@ -120,7 +118,7 @@ def test_the_head_starts_almost_at_zero_and_from_the_seed(checkpoint):
 
 
 def test_the_classifier_pools_norms_and_projects(checkpoint):
-    model = Classifier(load_backbone(str(checkpoint), final_norm=False), "mean", 10, 0).eval()
+    model = Classifier(load_backbone(checkpoint, final_norm=False), "mean", 10, 0).eval()
     images = torch.randn(2, 3, 24, 24)
     mean = model.backbone(images).patches.mean(dim=1)
     normed = F.layer_norm(mean, mean.shape[-1:], eps=1e-6)
@@ -128,7 +126,7 @@ def test_the_classifier_pools_norms_and_projects(checkpoint):
 
 
 def test_what_the_loss_does_not_reach_is_frozen(checkpoint):
-    model = Classifier(load_backbone(str(checkpoint), final_norm=False), "mean", 10, 0)
+    model = Classifier(load_backbone(checkpoint, final_norm=False), "mean", 10, 0)
     model.unused = nn.Linear(2, 2)
     freeze_what_is_not_used(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.base import DataError
-from eval.backbone import Tokens, load_backbone
+from eval.backbone import Tokens
 from eval.common import (
     LabelledImages,
     check_same_backbone,
@@ -31,7 +31,7 @@ from eval.linear_probe import (
     set_learning_rates,
     train_step,
 )
-from tests.backbones import digits_checkpoint
+from tests.backbones import digits_checkpoint, load_backbone
 from tests.evaluations import (
     arguments,
     assert_bad_input,
@@ -188,9 +188,9 @@ def test_images_without_label_are_left_out():
 )
 def test_another_backbone_is_not_resumed(checkpoint, change):
     """Another part of the same file is another backbone, too."""
-    before = load_backbone(str(checkpoint)).describe()
-    check_same_backbone({"backbone": before}, load_backbone(str(checkpoint)))
-    now = load_backbone(str(checkpoint), random_init="seed" in change, **change)
+    before = load_backbone(checkpoint).describe()
+    check_same_backbone({"backbone": before}, load_backbone(checkpoint))
+    now = load_backbone(checkpoint, random_init="seed" in change, **change)
     with pytest.raises(CheckpointError, match="belongs to another backbone"):
         check_same_backbone({"backbone": before}, now)
 

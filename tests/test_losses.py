@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from models.lmim import Latents
-from models.losses import LOSSES, METRICS, average_similarity, prediction_loss
+from models.losses import LOSSES, METRICS, average_similarity
 from tests import reference
-from tests.published import published_objective
+from tests.published import prediction_loss, published_objective
 
 SHAPES = [(1, 3, 4), (2, 5, 8), (3, 7, 6)]
 # The losses cast to float32, which is what their results can be held to.

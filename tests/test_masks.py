@@ -8,15 +8,16 @@ import torch
 from PIL import Image
 
 from data.datasets import DataError, build_dataset
-from data.davis import voc_palette
 from data.masks import IGNORE, MaskTransform, WithMasks
+
+PALETTE = [0, 0, 0, 128, 0, 0, *range(254), *range(254), *range(254)]
 
 
 def save(path: Path, array: np.ndarray, palette: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(array.astype(np.uint8))
     if array.ndim == 2 and palette:
-        image.putpalette(voc_palette())
+        image.putpalette(PALETTE)
     image.save(path)
 
 

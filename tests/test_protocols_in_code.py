@@ -12,18 +12,18 @@ from timm.layers import DropPath, Mlp
 from torch import nn, tensor
 
 from data import datasets, davis, imagenet, masks, transforms
-from engine_pretrain import Training
 from eval import collapse, evaluate, families, finetune, linear_probe, segmentation
 from eval.backbone import OwnBackbone, Tokens
 from eval.common import EvalRun, count_hits
 from eval.features import Features
-from eval.few_shot import Ridge, ridge_accuracies
+from eval.few_shot import ridge_accuracies
 from eval.linear_probe import ProbeHead
 from eval.metrics import boundary_accuracy, score_object
 from eval.nn import knn
-from models.losses import Objective, prediction_loss
+from models.losses import Objective
+from tests.published import prediction_loss
 from tests.test_protocols import GROUPS, composed
-from util.build import build_model, training_parts
+from util.build import Training, build_model
 from util.distributed import Ranks
 from util.lars import LARS
 from util.optim import build_adamw
@@ -43,7 +43,7 @@ def small_recipe(decoder: str = "cross"):
 
 
 def test_optimiser_schedules_and_objective():
-    training = Training(**training_parts(*small_recipe(), ALONE, "fp32"))
+    training = Training(*small_recipe(), ALONE, "fp32")
     assert type(training.optimizer) is torch.optim.AdamW
     for group, decay in zip(training.optimizer.param_groups, (0.05, 0), strict=True):
         found = [group[key] for key in ("betas", "eps", "amsgrad", "weight_decay")]
@@ -223,10 +223,7 @@ def test_scores():
     # Singular values of 3/4 and 1/4.
     assert collapse.rank_me(tensor([[3.0, 0], [0, 1]])) == approx(4 / 3**0.75)
     assert collapse.RIDGE == 1e-4
-    # Squares that sum to 2, a variance of 1: a strength of 2 halves what no regulariser gives.
     images = Features(tensor([[-1.0], [1]]), tensor([0, 1]))
-    ridge = Ridge(images.features, torch.eye(2))
-    assert ridge.weights(2.0)[0].tolist() == approx([-0.25, 0.25])
     strengths = list(composed("few_shot").regularisers)
     assert ridge_accuracies(images, images, 2, strengths)["chosen"] == 1e-2
     # Boundaries match within 0.008 diagonals: 799.92 pixels, rounded up.
@@ -247,8 +244,7 @@ def test_other_methods():
     assert (nearest.protocol, nearest.final_norm, nearest.precision) == ("knn", True, "fp32")
     probe = evaluate.compose(composed("evaluate"), "linear_probe", False)
     assert (probe.precision, probe.batch_size) == ("auto", 512)
-    table = evaluate.reference_table(["nn", "knn", "linear_probe", "finetune"])
-    assert "".join(table.split()).endswith(
+    assert "".join(evaluate.PUBLISHED.split()).endswith(
         "|LatentMIM,800epochs|50.1|-|72.0|83.0||MAE,1600epochs|-|-|68.0|83.6|"
         "|I-JEPA,600epochs|-|-|72.9|-||DINO|-|76.1|78.2|82.8||iBOT|-|77.3|79.8|84.1|"
     )

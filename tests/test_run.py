@@ -155,7 +155,7 @@ def test_a_terminal_shows_the_lines_and_a_bar_below(tmp_path, monkeypatch, capsy
 
 def test_readable_time():
     assert readable_time(59) == "0:00:59"
-    assert readable_time(2 * 86400 + 3661) == "2d 1:01:01"
+    assert readable_time(2 * 86400 + 3661) == "2 days, 1:01:01"
 
 
 def write_photos(folder, count: int, bad: int) -> None:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from data.datasets import build_digits
-from eval.backbone import Tokens, load_backbone
-from tests.backbones import digits_checkpoint, run_command
+from eval.backbone import Tokens
+from tests.backbones import digits_checkpoint, load_backbone, run_command
 from tests.evaluations import arguments
 from tests.runs import run_together
 
@@ -33,7 +33,7 @@ def saved(folder) -> tuple[np.ndarray, list[str], np.ndarray, dict]:
 def tokens_by_hand(checkpoint, pictures: list[Image.Image], mean: float, std: float) -> Tokens:
     small = [np.array(picture.resize((24, 24), Image.Resampling.BICUBIC)) for picture in pictures]
     images = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
-    return load_backbone(str(checkpoint))((images / 255 - mean) / std)
+    return load_backbone(checkpoint)((images / 255 - mean) / std)
 
 
 def test_pooled_features_equal_a_loop_by_hand(checkpoint, tmp_path):

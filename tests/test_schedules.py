@@ -1,5 +1,7 @@
 """Schedules: numbers worked out by hand from the formulas."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from util.schedules import Schedule, peak_learning_rate
@@ -7,7 +9,6 @@ from util.schedules import Schedule, peak_learning_rate
 
 def schedule(**changes) -> Schedule:
     values = {
-        "peak_lr": 1e-3,
         "min_lr_frac": 0.25,
         "warmup_epochs": 10,
         "epochs": 100,
@@ -15,7 +16,7 @@ def schedule(**changes) -> Schedule:
         "sim_init": 0.8,
         "sim_end": 0.2,
     }
-    return Schedule(**(values | changes))
+    return Schedule(SimpleNamespace(**values | changes), 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data.base import DataError
-from data.davis import VOID, voc_palette
+from data.davis import VOID
 from eval import video
 from eval.backbone import Backbone, Tokens
 from eval.common import EvalRun
@@ -28,6 +28,7 @@ from eval.video import frame_size, pixel_objects, propagate_labels
 from models.views import extract_patches
 from tests.backbones import digits_checkpoint
 from tests.runs import run_together
+from tests.test_masks import PALETTE
 from util.config import compose_config
 from util.distributed import Ranks
 
@@ -214,7 +215,7 @@ def write_video(root: Path, name: str, velocities: list[tuple[int, int]], frames
         picture = Image.fromarray(image)
         picture.save(folder / f"{frame:05d}.jpg", quality=95, subsampling=0)
         annotation = Image.fromarray(objects)
-        annotation.putpalette(voc_palette())
+        annotation.putpalette(PALETTE)
         annotation.save(annotated / f"{frame:05d}.png")
 
 

@@ -3,15 +3,21 @@
 cfg: a composed config, or anything with its keys as attributes.
 """
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 
 from data.transforms import scale_and_shift
 from models.lmim import LatentMIM
-from models.losses import Objective, SIGReg
+from models.losses import METRICS, Objective, SIGReg
 from models.views import Geometry
 from util.distributed import Ranks, all_reduce, synchronised
+from util.metrics import DeviceMeters
 from util.optim import build_adamw
 from util.schedules import Schedule, peak_learning_rate
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 def read_geometry(cfg) -> Geometry:
@@ -74,23 +80,18 @@ def build_sigreg(cfg, ranks: Ranks) -> SIGReg | None:
     )
 
 
-def training_parts(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> dict:
-    """The arguments of engine_pretrain.Training."""
-    schedule = Schedule(
-        peak_lr=peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size),
-        min_lr_frac=cfg.min_lr_frac,
-        warmup_epochs=cfg.warmup_epochs,
-        epochs=cfg.epochs,
-        target_mom=cfg.target_mom,
-        sim_init=cfg.sim_init,
-        sim_end=cfg.sim_end,
-    )
-    return {
-        "network": synchronised(model, ranks),
-        "model": model,
-        "optimizer": build_adamw(model, cfg.weight_decay),
-        "scaler": torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16"),
-        "objective": Objective(
+class Training:
+    """Everything that one step touches."""
+
+    def __init__(self, cfg, model: LatentMIM, ranks: Ranks, precision: str):
+        self.model, self.network = model, synchronised(model, ranks)
+        self.device, self.precision = ranks.device, precision
+        self.accum_iter: int = cfg.accum_iter
+        self.clip_grad: float | None = cfg.clip_grad
+        self.optimizer = build_adamw(model, cfg.weight_decay)
+        is_fp16 = precision == "fp16"
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=is_fp16)
+        self.objective: Any = Objective(
             loss=cfg.loss.name,
             tau=cfg.tau,
             avg_sim_coeff=cfg.avg_sim_coeff,
@@ -98,11 +99,26 @@ def training_parts(cfg, model: LatentMIM, ranks: Ranks, precision: str) -> dict:
             negatives=cfg.negatives,
             same_target=cfg.same_target,
             loss_beta=cfg.loss_beta,
-        ),
-        "schedule": schedule,
-        "device": ranks.device,
-        "accum_iter": cfg.accum_iter,
-        "precision": precision,
-        "clip_grad": cfg.clip_grad,
-        "sigreg": build_sigreg(cfg, ranks),
-    }
+        )
+        peak = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
+        self.schedule = Schedule(cfg, peak)
+        self.sigreg = build_sigreg(cfg, ranks)
+        self.moving_average = model.moving_average()
+        self.target_is_ahead = False  # from when it moves to the end of the step
+        self.half_done = False  # while networks and optimiser are between two steps
+        # On the device: compiled code takes it as it comes.
+        self.similarity_goal = torch.zeros((), device=self.device)
+        names = METRICS if self.sigreg is None else (*METRICS, "sigreg")
+        self.meters = DeviceMeters(self.device, names)
+
+    def compile(self) -> None:
+        """The networks in parts, and the loss. All shapes of training are fixed."""
+        # It would split graphs where gradients are sent; blocks are small enough already.
+        torch._dynamo.config.optimize_ddp = False
+        for owner, name in self.model.compiled_methods():
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
+        self.objective = torch.compile(self.objective, dynamic=False)
+
+    def autocast(self):
+        dtype = AUTOCAST[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()

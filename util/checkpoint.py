@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from data.base import ImageDataset
 from data.loader import StepOrder
@@ -42,11 +42,10 @@ def load_file(path: Path) -> dict:
         record = damaged_record(path)
         if record is None:
             return torch.load(path, map_location="cpu", weights_only=True)
-        changed = tensor_in(path, record)
     except Exception as error:  # an incomplete file fails in many ways, all of which mean the same
         reason = f"{type(error).__name__}: {first_words(error)}"
         raise CheckpointError(f"{path} cannot be read ({reason})") from error
-    raise CheckpointError(f"{path} is damaged: {changed} has changed")
+    raise CheckpointError(f"{path} is damaged: {record} has changed")
 
 
 def first_words(error: Exception) -> str:
@@ -61,26 +60,6 @@ def damaged_record(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         has_values = any(record.CRC for record in archive.infolist())
         return archive.testzip() if has_values else None
-
-
-def tensor_in(path: Path, record: str) -> str:
-    """The name of the tensor whose numbers are in a record: ARCHIVE/data/NUMBER, where torch has
-    numbered the tensors in the order in which they are saved."""
-    number = record.partition("/data/")[2]
-    if not number.isdecimal():
-        return record
-    names: dict[int, str] = {}  # by storage, which several tensors may share
-    for name, tensor in named_tensors(torch.load(path, map_location="meta", weights_only=True)):
-        names.setdefault(tensor.untyped_storage()._cdata, name)
-    return f"tensor {list(names.values())[int(number)]}"
-
-
-def named_tensors(value, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, dict | list | tuple):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from named_tensors(item, f"{name}.{key}" if name else str(key))
 
 
 def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
@@ -110,18 +89,12 @@ def without_module_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: torch.nn.Module, state_dict: dict[str, Tensor], source) -> None:
-    """Raises CheckpointError listing the first keys that differ in name or shape."""
-    state_dict, expected = without_module_prefix(state_dict), model.state_dict()
-    differences = [f"{key} is missing" for key in expected if key not in state_dict]
-    differences += [f"{key} is unexpected" for key in state_dict if key not in expected]
-    for key in (key for key in expected if key in state_dict):
-        there, here = (list(own[key].shape) for own in (state_dict, expected))
-        differences += [f"{key} is {there} there and {here} here"] if there != here else []
-    if differences:
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        first = "; ".join(differences[:5])
-        raise CheckpointError(f"{source} holds another architecture: {first}{more}")
-    model.load_state_dict(state_dict)
+    """Raises CheckpointError with the first keys that differ in name or shape."""
+    try:
+        model.load_state_dict(without_module_prefix(state_dict))
+    except RuntimeError as error:
+        reason = first_words(error)
+        raise CheckpointError(f"{source} holds another architecture: {reason}") from error
 
 
 class CheckpointWriter:
@@ -139,7 +112,8 @@ class CheckpointWriter:
     def save(self, contents: dict, step: int, epoch: int | None = None) -> None:
         self.wait()
         path = self.folder / checkpoint_name(step, epoch)
-        self.writing = self.background.submit(self.write, copy_to_cpu(contents), path)
+        copied = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), contents)
+        self.writing = self.background.submit(self.write, copied, path)
 
     def wait(self) -> None:
         """Until the file is written. Errors other than write errors are raised here."""
@@ -161,17 +135,6 @@ class CheckpointWriter:
         rolling = [p for p in list_checkpoints(self.folder) if p.name.startswith("step-")]
         for path in rolling[KEEP_ROLLING:]:
             path.unlink(missing_ok=True)
-
-
-def copy_to_cpu(value):
-    """A deep copy that training cannot change any more."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(copy_to_cpu(item) for item in value)
-    return value
 
 
 # ---- May a run go on from one, with this config and these images? -------------------------------

@@ -4,6 +4,7 @@ that `--help`, `--cfg job` and submission answer at once."""
 import argparse
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -100,7 +101,8 @@ def describe_files(folders: list[Path]) -> list[str]:
     lines = []
     for name in yaml_names(folders):
         path = next(path for folder in folders if (path := folder / f"{name}.yaml").exists())
-        lines.append(shorten(f"  {name:15} {headline(path)}", 79, "..."))
+        about = textwrap.shorten(headline(path), 61, placeholder="...")
+        lines.append(f"  {name:15} {about}".rstrip())
     return lines
 
 
@@ -108,10 +110,6 @@ def headline(path: Path) -> str:
     """The comment that a config begins with, its first line."""
     texts = [text for text in path.read_text().splitlines() if not text.startswith("# @")]
     return texts[0].removeprefix("# ") if texts and texts[0].startswith("#") else ""
-
-
-def shorten(text: str, width: int, end: str) -> str:
-    return text.rstrip() if len(text) <= width else text[: width - len(end)].rstrip() + end
 
 
 def yaml_names(folders: list[Path]) -> list[str]:

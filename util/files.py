@@ -31,6 +31,10 @@ def write_whole(path: Path, contents: bytes | Callable[[BinaryIO], object]) -> N
     sync_directory(path.parent)
 
 
+def write_json(path: Path, contents: object) -> None:
+    write_whole(path, json.dumps(contents, indent=2).encode() + b"\n")
+
+
 def read_records(path: Path) -> list[dict]:
     """Of a log with one JSON object per line; without lines that are cut off or damaged."""
     records = []

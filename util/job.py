@@ -4,7 +4,6 @@ Imports no torch: the launcher asks the same questions before it submits.
 """
 
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, job_directory
-from util.files import remove_unfinished, write_whole
+from util.files import remove_unfinished, write_json, write_whole
 from util.lock import lock, unlock
 from util.validate import check_writable
 
@@ -46,11 +45,15 @@ def is_finished(cfg: DictConfig) -> bool:
     """Says so if it is. An evaluation that trains nothing never is."""
     if "resume" not in cfg or cfg.overwrite:
         return False
-    for path in list_checkpoints(job_directory(cfg) / "checkpoints"):
-        if path.name.startswith(f"epoch-{cfg.epochs:04d}-"):
-            print(f"{cfg.job_name}: already finished ({path})")
-            return True
-    return False
+    last = last_checkpoint(job_directory(cfg), cfg.epochs)
+    if last is not None:
+        print(f"{cfg.job_name}: already finished ({last})")
+    return last is not None
+
+
+def last_checkpoint(job: Path, epochs: int) -> Path | None:
+    """That of the last epoch, if it is written."""
+    return next((job / "checkpoints").glob(f"epoch-{epochs:04d}-step-*.pth"), None)
 
 
 def refuse_to_start_over(cfg: DictConfig) -> None:
@@ -92,8 +95,7 @@ def record_start(cfg: DictConfig, job: Path) -> None:
         number = 1 + len(list((job / "logs").glob("config-*.yaml")))
         write_whole(job / "logs" / f"config-{number}.yaml", newest.read_bytes())
     write_whole(newest, config)
-    environment = json.dumps(describe_environment(), indent=2)
-    write_whole(job / "environment.json", environment.encode() + b"\n")
+    write_json(job / "environment.json", describe_environment())
 
 
 def describe_environment() -> dict:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from util.config import UserError
-from util.files import write_whole
+from util.files import write_json
 from util.slurm_queue import has_ended
 
 ATTEMPTS = 5
@@ -80,7 +80,7 @@ def lock(job: Path) -> None:
         kernel_lock.take()
         reason = why_busy(folder, me, kernel_lock)
         if reason is None:
-            write_whole(file, json.dumps(asdict(me)).encode())
+            write_json(file, asdict(me))
             reason = why_busy(folder, me, kernel_lock)
             if reason is None:
                 HELD[job] = file, kernel_lock

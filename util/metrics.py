@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -145,10 +146,7 @@ def describe_nodes(ranks: Ranks) -> str:
 
 
 def readable_time(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hours}:{minutes:02}:{seconds:02}"
+    return str(timedelta(seconds=int(seconds)))  # 2 days, 1:01:01
 
 
 def describe_speed(speed: dict[str, float]) -> str:

@@ -2,30 +2,28 @@
 
 from dataclasses import dataclass
 from math import cos, pi
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Schedule:
+    cfg: Any  # a composed config, or anything with its keys as attributes
     peak_lr: float
-    min_lr_frac: float
-    warmup_epochs: float
-    epochs: float
-    target_mom: float
-    sim_init: float
-    sim_end: float
 
     def learning_rate(self, epoch: float) -> float:
         """Linear from the floor to the peak over warmup_epochs, then half a cosine back."""
-        floor = self.peak_lr * self.min_lr_frac
-        height = warmup_then_cosine(epoch, self.warmup_epochs, self.epochs)
+        floor = self.peak_lr * self.cfg.min_lr_frac
+        height = warmup_then_cosine(epoch, self.cfg.warmup_epochs, self.cfg.epochs)
         return floor + (self.peak_lr - floor) * height
 
     def target_momentum(self, epoch: float) -> float:
         """From target_mom to 1: the target comes to rest at the end."""
-        return 1 - (1 - self.target_mom) * half_cosine(epoch / self.epochs)
+        rise = half_cosine(epoch / self.cfg.epochs)
+        return 1 - (1 - self.cfg.target_mom) * rise
 
     def similarity_goal(self, epoch: float) -> float:
-        return self.sim_end + (self.sim_init - self.sim_end) * half_cosine(epoch / self.epochs)
+        first, last = self.cfg.sim_init, self.cfg.sim_end
+        return last + (first - last) * half_cosine(epoch / self.cfg.epochs)
 
 
 def half_cosine(progress: float) -> float:

@@ -8,7 +8,6 @@ import codecs
 import contextlib
 import io
 import itertools
-import json
 import os
 import re
 import shlex
@@ -24,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
 from util.config import ConfigError, TrainingStopped, job_directory, processes_per_node
-from util.files import write_whole
+from util.files import write_json
 from util.job import is_finished, is_restart, refuse_to_start_over
 from util.lock import JobBusy
 from util.slurm_queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
@@ -70,7 +69,7 @@ def submit_group(configs: list[DictConfig]) -> list[dict[str, str]]:
         log = folder / f"{job.job_id}_0_log.out"  # of the first process
         notes.append({"job_id": job.job_id, "log": str(log)})
         file = job_directory(cfg) / "logs" / "slurm.json"
-        write_whole(file, json.dumps(notes[-1]).encode())
+        write_json(file, notes[-1])
         describe(cfg, job.job_id, log)
     say_if_stuck(jobs[0].job_id)
     return notes

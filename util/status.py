@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError
 from util.files import read_records
-from util.job import list_checkpoints
+from util.job import last_checkpoint, list_checkpoints
 from util.lock import JobBusy, lives, owners_in, this_process
 from util.slurm_queue import job_state, read_note, why_waiting
 
@@ -81,8 +81,7 @@ def is_finished(job: Path) -> bool:
         return False
     if "epochs" not in cfg:
         return bool(evaluations(job))
-    checkpoints = list_checkpoints(job / "checkpoints")
-    return any(path.name.startswith(f"epoch-{cfg.epochs:04d}-") for path in checkpoints)
+    return last_checkpoint(job, cfg.epochs) is not None
 
 
 def evaluations(job: Path) -> list[str]:

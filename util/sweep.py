@@ -16,7 +16,6 @@ from util.config import (
     SWEEP,
     ConfigError,
     compose_config,
-    job_directory,
     parse_override,
     read_first,
 )
@@ -42,12 +41,9 @@ def compose_all(command: Namespace) -> list[DictConfig]:
         overrides = [text for choice in [*typed, *own] for text in choice.overrides]
         cfg = compose_config(command.config_name, overrides, command.config_dir)
         if "job_name" in cfg:
-            suffix = "".join(choice.name for choice in typed)
-            old = OmegaConf.merge(cfg, {"job_name": cfg.job_name + suffix})  # as it was once
-            if own or not job_directory(old).exists():
-                recipe = recipe or compose_config(command.config_name, [], command.config_dir)
-                suffix = without_signs(suffix + "".join(changes(cfg, recipe, own)))
-            cfg.job_name += suffix
+            recipe = recipe or compose_config(command.config_name, [], command.config_dir)
+            parts = [*(choice.name for choice in typed), *changes(cfg, recipe, own)]
+            cfg.job_name += without_signs("".join(parts))
         name = cfg.get("job_name", str(len(configs)))
         if configs.setdefault(name, cfg) != cfg:
             raise ConfigError("--multirun: expected values whose folders get different names")
@@ -94,12 +90,10 @@ def own_axes(command: Namespace, overrides: list[str]) -> list[list[Choice]]:
     for key, values in sweep.items():
         texts = map(str, values) if key == VARIANTS else (f"{key}={value}" for value in values)
         choices = [Choice(text.split()) for text in texts]
-        axes.append([c for c in choices if not typed.keys() & {key_of(text) for text in c[0]}])
+        axes.append(
+            [c for c in choices if not typed.keys() & {text.partition("=")[0] for text in c[0]}]
+        )
     return [axis for axis in axes if axis]
-
-
-def key_of(text: str) -> str:
-    return text.partition("=")[0]
 
 
 def changes(cfg: DictConfig, recipe: DictConfig, choices: list[Choice]) -> Iterator[str]:

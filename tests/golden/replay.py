@@ -7,6 +7,7 @@ weights after them.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from engine_pretrain import Training, begin_step, end_step, micro_step
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import Views, extract_patches
-from tests.published import published_model, published_objective
-from util.optim import build_adamw, decays
+from tests.published import published_model, published_objective, published_training
+from util.optim import decays
 from util.schedules import Schedule
 
 CPU = torch.device("cpu")
@@ -25,7 +26,6 @@ MODEL_KEYS = (
     "decoder decoder_embed_dim decoder_depth decoder_num_heads avg_vis_mask_token "
     "target target_depth mask_target"
 ).split()
-SCHEDULE_KEYS = "min_lr_frac warmup_epochs epochs target_mom sim_init sim_end".split()
 
 # Largest relative error allowed, by what is compared.
 LIMITS = dict.fromkeys(
@@ -65,22 +65,11 @@ class GoldenPair:
         return published_objective(**given)
 
     def build_training(self) -> Training:
-        model = self.build_model()
-        return Training(
-            network=model,
-            model=model,
-            optimizer=build_adamw(model, self.config["weight_decay"]),
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
-            objective=self.build_objective(),
-            schedule=Schedule(
-                peak_lr=self.config["lr"], **{key: self.config[key] for key in SCHEDULE_KEYS}
-            ),
-            device=CPU,
-            accum_iter=self.config["accum_iter"],
-            precision="fp32",
-            clip_grad=None,
-            sigreg=None,
-        )
+        own = {key: self.config[key] for key in ("weight_decay", "accum_iter")}
+        training = published_training(self.build_model(), **own)
+        training.objective = self.build_objective()
+        training.schedule = Schedule(SimpleNamespace(**self.config), self.config["lr"])
+        return training
 
 
 def relative_error(ours, golden) -> float:
