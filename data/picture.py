@@ -1,31 +1,50 @@
 """A picture between its file and its crop: a Pillow image, or uint8 [3, H, W] where torch decodes.
 
-decoder=fast: torch decodes JPEG files and resizes their crops, about twice as fast as Pillow
-(bench/loader.py says how much). Its pixels differ from Pillow's by a few of 255 levels. What is no
-plain JPEG (PNG, CMYK, ...) goes through Pillow all the same. decoder=pil: all of it.
+decoder=fast: torchcodec decodes JPEG files (torchvision, where that is not installed: the same
+bits) and torch resizes their crops, about twice as fast as Pillow (bench/loader.py says how much).
+Pixels differ from Pillow's by a few of 255 levels. What is no plain JPEG (PNG, CMYK, ...) goes
+through Pillow all the same. decoder=pil: all of it.
 """
 
 import io
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 Picture = Image.Image | Tensor
 Box = tuple[int, int, int, int]  # left, top, right, bottom: right and bottom are outside
 JPEG = b"\xff\xd8\xff"
 
 
+def find_decoder() -> Callable[[Tensor], Tensor] | None:
+    """Of JPEG files, grey or RGB as they are stored. None: Pillow has to do it."""
+    unusable = (ImportError, OSError, RuntimeError)  # not there, too old, not for this torch
+    with suppress(*unusable):
+        from torchcodec.decoders import decode_jpeg
+
+        return partial(decode_jpeg, mode="UNCHANGED")
+    with suppress(*unusable):
+        from torchvision.io import decode_jpeg
+
+        return decode_jpeg
+    return None
+
+
+decode_jpeg = find_decoder()
+
+
 def decode(contents: bytearray, decoder: str) -> Picture:
     """The contents of an image file. Raises one of UNREADABLE (data/base.py)."""
-    if decoder == "fast" and contents[:3] == JPEG:
+    if decoder == "fast" and decode_jpeg is not None and contents[:3] == JPEG:
         stored = torch.frombuffer(contents, dtype=torch.uint8)
         with suppress(RuntimeError):  # Pillow knows more kinds, and names what is damaged
-            picture = decode_jpeg(stored, ImageReadMode.UNCHANGED)
+            picture = decode_jpeg(stored)
             if len(picture) in (1, 3):  # grey or RGB
                 return picture.expand(3, -1, -1)
     with Image.open(io.BytesIO(contents)) as image:

@@ -1,6 +1,7 @@
 """The fast decoder against Pillow: the same pictures, crops and errors."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 
 from bench.loader import natural_noise
+from data import picture
 from data.base import UNREADABLE
-from data.picture import decode, size_of, to_image
+from data.picture import decode, find_decoder, size_of, to_image
 from data.transforms import EvalTransform, TrainTransform
 
 
@@ -93,3 +95,42 @@ def test_what_pillow_cannot_read_is_unreadable_here_too(damage):
     for name in ("fast", "pil"):
         with pytest.raises(UNREADABLE):
             decode(contents, name)
+
+
+CODECS = ("torchcodec.decoders", "torchvision.io")
+
+
+def hide(monkeypatch, *modules: str) -> None:
+    """As if they were not installed."""
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(picture, "decode_jpeg", find_decoder())
+
+
+def outcome(contents: bytearray) -> torch.Tensor | type:
+    try:
+        found = decode(contents, "fast")
+        return found if isinstance(found, torch.Tensor) else torch.from_numpy(np.array(found))
+    except UNREADABLE as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS, *DAMAGES])
+def test_torchcodec_and_torchvision_decode_the_same_bits(kind, monkeypatch):
+    make = (KINDS | OTHERS).get(kind, lambda: DAMAGES[kind](KINDS["colour"]()))
+    contents = make()
+    assert "torchcodec" in find_decoder().func.__module__
+    ours = outcome(contents)
+    hide(monkeypatch, CODECS[0])
+    assert "torchvision" in picture.decode_jpeg.__module__
+    expected = outcome(contents)
+    assert ours is expected or torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
+def test_pillow_decodes_where_neither_is_installed(kind, monkeypatch):
+    contents = (KINDS | OTHERS)[kind]()
+    hide(monkeypatch, *CODECS)
+    assert picture.decode_jpeg is None
+    fast, slow = decode(contents, "fast"), decode(contents, "pil")
+    assert isinstance(fast, Image.Image) and fast.tobytes() == slow.tobytes()

@@ -18,14 +18,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data.base import ImageDataset
-from data.loader import StepOrder
+from data.loader import StepOrder, TrainLoader
 from util import checkpoint
 from util.checkpoint import first_words
 from util.config import TrainingStopped
 from util.distributed import Ranks, all_reduce, barrier, broadcast_tensors, gather_objects, on_main
 from util.job import checkpoint_name, list_checkpoints, prepare_job_directory, record_start
 from util.lock import unlock
-from util.metrics import Speed, bar_text, describe_speed
+from util.metrics import Speed, bar_text, describe_speed, describe_supply
 from util.preemption import Interrupted, StopFlag
 from util.record import RunLog
 
@@ -141,7 +141,8 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
         loop.watch(0)
         if "eval_at_start" in cfg and cfg.eval_at_start:
             loop.record(0, task.evaluate)
-    batches = loop.speed.timed(task.batches(step, loop.total_steps))
+    batches = loop.first_steps.timed(task.batches(step, loop.total_steps))
+    batches = loop.speed.timed(batches)
     while step < loop.total_steps:
         with loop.rescue(step):
             task.step(step, batches)
@@ -215,7 +216,7 @@ class Loop:
         self.last_logged = self.last_saved_step = first_step
         self.last_saved = time.monotonic()
         self.start = time.perf_counter()
-        self.speed = Speed()
+        self.speed, self.first_steps = Speed(), Speed()
         self.last_speed: dict[str, float] = {}  # of the last log line
         self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
         self.folder = job / "checkpoints"
@@ -231,7 +232,17 @@ class Loop:
             speed, summary = self.read_speed(done, keep=True), self.task.glimpse()
             self.log.say(self.describe(done, summary, speed))
             self.log.progress(done, bar_text(summary, speed))
+        self.say_supply(done - self.first_step)
         self.log.progress(done)
+
+    def say_supply(self, steps: int) -> None:
+        """Do loaders give what steps take? Without the first step, in which both start."""
+        first, last = FIRST_STEPS[0], FIRST_STEPS[-1]
+        if steps in (first, last):
+            speed = self.first_steps.read(last - first, self.images_per_step, 0)
+            loader = self.task.loader
+            if steps == last and isinstance(loader, TrainLoader) and loader.workers[0]:
+                self.log.say(describe_supply(speed, self.ranks.world_size, loader.workers[0]))
 
     def write_log(self, done: int) -> None:
         steps = done - self.last_logged
@@ -272,7 +283,7 @@ class Loop:
             raise TrainingStopped(f"{self.task.gives_up}; step {done} is saved")
 
     def record(self, done: int, look: Callable[[], Line | None]) -> None:
-        with self.speed.pause():
+        with self.speed.pause(), self.first_steps.pause():
             found = look()
         if found is not None:
             numbers, summary = found

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from util.distributed import Ranks, gather_objects
 
+MOST_WAITING = 0.05  # of the time; more is a warning
 MACHINES = Path(__file__).parents[1] / "bench" / "machines.yaml"
 
 
@@ -153,6 +154,16 @@ def describe_speed(speed: dict[str, float]) -> str:
     share = f"{speed['share_of_peak']:.0%} of peak  " if "share_of_peak" in speed else ""
     images, eta = speed["images_per_second"], readable_time(speed["eta_seconds"])
     return f"{images:.0f} images/s  {share}waiting {speed['data_wait']:.0%}  eta {eta}"
+
+
+def describe_supply(speed: dict[str, float], processes: int, workers: int) -> str:
+    images, waiting = speed["images_per_second"], speed["data_wait"]
+    loaders = f"{processes} x {workers} loader processes"
+    if waiting <= MOST_WAITING:
+        return f"{loaders} give the {images:.0f} images/s that steps take"
+    could = f"{images:.0f} images/s where steps could take {images / (1 - waiting):.0f}"
+    remedy = "more of them are num_workers, on Slurm env.workers (cores of a process)"
+    return f"warning: {loaders} give {could}; {remedy}"
 
 
 def bar_text(summary: str, speed: dict[str, float]) -> str:

@@ -1,0 +1,73 @@
+"""What the first steps say about the images: how many they need, and whether loaders give them."""
+
+import re
+import time
+
+import pytest
+import torch
+
+import main_lmim
+from data.base import ArrayDataset
+from data.loader import TrainLoader
+from tests.runs import TINY
+from util.config import compose_config
+from util.distributed import Ranks
+from util.metrics import describe_supply
+from util.preemption import stoppable
+
+
+def slowly(function, seconds: float):
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+def console_of_a_run(folder, *changes: str) -> list[str]:
+    settings = ["max_steps=12", "batch_size=8", "precision=fp32", f"output_dir={folder}", *changes]
+    tiny = [text for text in TINY if "=" in text and not text.startswith("--")]
+    cfg, cpu = compose_config("demo", [*tiny, *settings]), Ranks(0, 1, torch.device("cpu"))
+    with stoppable(cpu) as stop_flag:
+        main_lmim.pretrain(cfg, cpu, stop_flag)
+    lines = (folder / "demo" / "logs" / "console.txt").read_text().splitlines()
+    return [line[21:] for line in lines]
+
+
+def test_a_slow_data_set_is_a_warning_that_names_the_key(monkeypatch, tmp_path):
+    """20 ms for each of the 8 images of a step, whose computation takes less."""
+    monkeypatch.setattr(ArrayDataset, "load", slowly(ArrayDataset.load, 0.02))
+    said = console_of_a_run(tmp_path, "num_workers=1", "print_freq=4")
+    (place,) = (i for i, line in enumerate(said) if line.startswith("warning: "))
+    assert "step 10/12" in said[place - 1], "after ten steps"
+    given, could = re.match(
+        r"warning: 1 x 1 loader processes give (\d+) images/s where steps could take (\d+); "
+        r"more of them are num_workers, on Slurm env.workers \(cores of a process\)$",
+        said[place],
+    ).groups()
+    assert 0 < int(given) <= 50 < int(could), "at most 8 images in 160 ms"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fast_data_set_is_none(workers, monkeypatch, tmp_path):
+    """Although its first batch is slow: a worker has to start."""
+    monkeypatch.setattr(main_lmim, "train_step", slowly(main_lmim.train_step, 0.3))
+    stream = TrainLoader.stream
+
+    def late(loader, first: int, last: int):
+        time.sleep(1)
+        yield from stream(loader, first, last)
+
+    monkeypatch.setattr(TrainLoader, "stream", late)
+    said = console_of_a_run(tmp_path, f"num_workers={workers}", "max_steps=11")
+    assert not any("warning" in line for line in said)
+    found = re.findall(r"1 x 1 loader processes give the (\d+) images/s that", "\n".join(said))
+    assert len(found) == workers and all(0 < int(rate) <= 27 for rate in found), "8 in 0.3 s"
+
+
+def test_what_steps_could_take_is_without_the_waiting():
+    speed = {"images_per_second": 600.0, "data_wait": 0.25}
+    text = describe_supply(speed, 8, 9)
+    assert text.startswith("warning: 8 x 9 loader processes give 600 images/s where steps could ")
+    assert "could take 800;" in text
+    assert "warning" not in describe_supply(speed | {"data_wait": 0.05}, 8, 9)
