@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine_pretrain import Training, begin_step, end_step, micro_step
+from engine_pretrain import AUTOCAST, Training, begin_step, end_step, micro_step
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import Views, extract_patches
@@ -34,13 +34,14 @@ LIMITS = dict.fromkeys(
 
 
 class GoldenPair:
-    def __init__(self, path: Path):
-        self.name = path.stem
+    def __init__(self, path: Path, device: torch.device = CPU, precision: str = "fp32"):
+        self.name, self.device, self.precision = path.stem, device, precision
         description = json.loads(path.with_suffix(".json").read_text())
         self.config = description["config"]
         self.decay, self.no_decay = set(description["decay"]), set(description["no_decay"])
         with np.load(path.with_suffix(".npz")) as archive:
             self.arrays = {key: torch.from_numpy(archive[key]) for key in archive.files}
+        self.arrays = {key: array.to(device) for key, array in self.arrays.items()}
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
         prefix += "/"
@@ -58,7 +59,11 @@ class GoldenPair:
     def build_model(self) -> LatentMIM:
         model = self.new_model()
         model.load_state_dict(self.group("state"))
-        return model
+        return model.to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def build_objective(self) -> Objective:
         given = {key: self.config[key] for key in ("loss", "tau", "avg_sim_coeff")}
@@ -70,14 +75,14 @@ class GoldenPair:
             network=model,
             model=model,
             optimizer=build_adamw(model, self.config["weight_decay"]),
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=False),
             objective=self.build_objective(),
             schedule=Schedule(
                 peak_lr=self.config["lr"], **{key: self.config[key] for key in SCHEDULE_KEYS}
             ),
-            device=CPU,
+            device=self.device,
             accum_iter=self.config["accum_iter"],
-            precision="fp32",
+            precision=self.precision,
             clip_grad=None,
             sigreg=None,
         )
@@ -87,7 +92,7 @@ def relative_error(ours, golden) -> float:
     """L2 norm of the difference over the norm; lists are taken as one vector."""
 
     def as_vector(tensors):
-        return torch.cat([torch.as_tensor(t).detach().double().flatten() for t in tensors])
+        return torch.cat([torch.as_tensor(t).detach().cpu().double().flatten() for t in tensors])
 
     ours, golden = as_vector(ours), as_vector(golden)
     return float((ours - golden).norm() / golden.norm())
@@ -95,11 +100,12 @@ def relative_error(ours, golden) -> float:
 
 def compare_forward(pair: GoldenPair) -> dict[str, float]:
     model, golden, views = pair.build_model(), pair.group("forward"), pair.views("forward")
-    patches = model.patches(golden["images"], views)
-    visible = model.encode_visible(patches, views)
-    targets = model.encode_target(patches, views)
-    predictions = model.decoder(visible, views.visible_ids, views.masked_ids)
-    latents = model(golden["images"], views)
+    with pair.autocast():
+        patches = model.patches(golden["images"], views)
+        visible = model.encode_visible(patches, views)
+        targets = model.encode_target(patches, views)
+        predictions = model.decoder(visible, views.visible_ids, views.masked_ids)
+        latents = model(golden["images"], views)
     loss, metrics = pair.build_objective()(latents, float(golden["sim_target"]))
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -134,9 +140,10 @@ def compare_position_tables(pair: GoldenPair) -> dict[str, float]:
 def compare_features(pair: GoldenPair) -> dict[str, float]:
     encoder, golden = pair.build_model().encoder, pair.group("features")
     patches = extract_patches(golden["images"], encoder.patch_size)
-    ids = torch.arange(patches.shape[1]).expand(len(patches), -1)
-    before_norm = encoder.forward_features(patches, ids)
-    full_output = encoder(patches, ids)
+    ids = torch.arange(patches.shape[1], device=pair.device).expand(len(patches), -1)
+    with pair.autocast():
+        before_norm = encoder.forward_features(patches, ids)
+        full_output = encoder(patches, ids)
     return {
         "features": max(
             relative_error([before_norm], [golden["tokens_before_norm"]]),
@@ -179,9 +186,11 @@ def decay_sets_agree(pair: GoldenPair) -> bool:
     return decay == pair.decay and set(trained) - decay == pair.no_decay
 
 
-def compare(path: Path) -> tuple[dict[str, float], bool]:
+def compare(
+    path: Path, device: torch.device = CPU, precision: str = "fp32"
+) -> tuple[dict[str, float], bool]:
     """-> relative error by name, and whether the decay sets agree."""
-    pair = GoldenPair(path)
+    pair = GoldenPair(path, device, precision)
     errors = compare_forward(pair) | compare_position_tables(pair)
     errors |= compare_features(pair) | compare_training(pair)
     return errors, decay_sets_agree(pair)
