@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,9 +95,10 @@ def image_side(training: Training, setting: Setting) -> int:
 
 
 def draw_images(training: Training, setting: Setting) -> Tensor:
-    """Noise: what an image shows does not change how long it takes."""
+    """Noise: what an image shows does not change how long it takes. As bytes, as loaders give."""
     side = image_side(training, setting)
-    return torch.randn(setting.batch, 3, side, side, device=training.device)
+    sizes, about = (setting.batch, 3, side, side), {"dtype": torch.uint8, "device": training.device}
+    return torch.randint(256, sizes, **about)
 
 
 def view_source(setting: Setting, ranks: Ranks) -> Callable[[], Views]:
@@ -164,9 +165,10 @@ def matrix_products(precision: str, device: torch.device) -> dict[str, tuple[int
     return products
 
 
-def count_flops(setting: Setting) -> float:
+@cache
+def count_flops(encoder: str, grid: int) -> float:
     """Of one image. Recomputing is not progress: the share of the peak counts what is needed."""
-    return flops_per_image(recipe_of(replace(setting, recompute=False)))
+    return flops_per_image(recipe_of(Setting(encoder, 1, grid, "fp32", False, recompute=False)))
 
 
 def flops_per_image(cfg) -> float:
@@ -209,7 +211,7 @@ def measure_in_turns(
 
 def measure(setting: Setting, plain: str | None, rounds: int, ranks: Ranks) -> dict:
     """plain: precision of the plain formulation to compare with; None: do not."""
-    flops = count_flops(setting)
+    flops = count_flops(setting.encoder, setting.grid)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     actions = {"step": our_step(setting, ranks)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bench.challenges import compare
-from bench.step import Setting, count_flops, flops_per_image
+from bench.step import count_flops, flops_per_image
 from tests.runs import (
     LAUNCHER,
     TINY,
@@ -49,7 +49,7 @@ def test_what_numbers_show(values, is_claimed, expected):
 
 def test_operations_are_counted_as_by_the_bench():
     ours = flops_per_image(compose_config("lmim", ["encoder=vit_tiny"]))
-    counted = count_flops(Setting("vit_tiny", 2, 14, "fp32", False, False))
+    counted = count_flops("vit_tiny", 14)
     assert ours == pytest.approx(counted, rel=1e-6)
     without_target = flops_per_image(
         compose_config("lmim", ["encoder=vit_tiny", "target=pixels", "avg_sim_coeff=0"])
