@@ -125,8 +125,8 @@ def default_workers() -> int:
 
 
 def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """DistributedDataParallel around the model; the model itself in a single process."""
-    if ranks.world_size == 1:
+    """DistributedDataParallel around the model; the model itself where a process is alone."""
+    if not dist.is_initialized():
         return model
     options: dict = {BUFFER_OPTION: False, "gradient_as_bucket_view": True}  # buffers are constant
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
