@@ -209,7 +209,8 @@ def waits(bench: Bench) -> Iterator[dict]:
                 torch.ones(1, device=bench.ranks.device).item()
         except RuntimeError as error:
             return {"found": first_words(error)}
-        return {"found": "needs CUDA"} if bench.ranks.device.type == "cpu" else {"failed": "no"}
+        is_cpu = bench.ranks.device.type == "cpu"
+        return {"found": "needs CUDA"} if is_cpu else {"failed": "was not found"}
 
     def measure(how: str) -> dict:
         settings = [f"output_dir={bench.folder}", f"job_name={how}", f"compile={how == 'compiled'}"]
@@ -220,7 +221,7 @@ def waits(bench: Bench) -> Iterator[dict]:
             train(WithoutWaits(cfg, bench.ranks), cfg, bench.ranks, job, stop_flag)
         return {"steps": STEPS}
 
-    yield attempt("planted", plant)
+    yield attempt("planted wait", plant)
     for how in bench.size(("eager", "compiled"), ("eager",)):
         yield attempt(how, measure, how)
 
