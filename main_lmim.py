@@ -63,10 +63,11 @@ class Pretraining(Task):
         self.cfg, self.ranks, self.max_steps = cfg, ranks, cfg.max_steps
         self.geometry = read_geometry(cfg)
         crops = TrainTransform(self.geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
-        self.dataset = open_split(cfg, "train")
+        self.dataset = open_split(cfg, "train", ranks)
         self.loader = train_loader(cfg, ranks, self.dataset, crops)
         centre = EvalTransform(self.geometry.side_without_gaps, cfg.dataset.crop_ratio)
-        self.evaluation = eval_loader(cfg, ranks, open_split(cfg, "eval"), centre, tolerant=True)
+        checked = open_split(cfg, "eval", ranks)
+        self.evaluation = eval_loader(cfg, ranks, checked, centre, tolerant=True)
         self.collapse_watch = CollapseWatch(cfg, ranks, self.evaluation)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg).to(ranks.device)

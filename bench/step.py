@@ -95,9 +95,10 @@ def image_side(training: Training, setting: Setting) -> int:
 
 
 def draw_images(training: Training, setting: Setting) -> Tensor:
-    """Noise: what an image shows does not change how long it takes."""
+    """Noise: what an image shows does not change how long it takes. As bytes, as loaders give."""
     side = image_side(training, setting)
-    return torch.randn(setting.batch, 3, side, side, device=training.device)
+    sizes, about = (setting.batch, 3, side, side), {"dtype": torch.uint8, "device": training.device}
+    return torch.randint(256, sizes, **about)
 
 
 def view_source(setting: Setting, ranks: Ranks) -> Callable[[], Views]:

@@ -81,6 +81,8 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "masks": build_masks,
     "voc": build_voc,
 }
+# One process lists their files for all. Tars have an index, which the first one to need it makes.
+LISTED = ("imagefolder", "folder", "imagenet", "imagenet100")
 
 
 def build_dataset(

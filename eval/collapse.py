@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate(run: EvalRun) -> None:
     cfg = run.cfg
-    dataset = open_split(cfg, cfg.split)
+    dataset = open_split(cfg, cfg.split, run.ranks)
     if len(dataset) < 4:
         raise DataError(f"split={cfg.split}: expected 4 images or more, it has {len(dataset)}")
     pooled = extract(run, dataset, cfg.split, cfg.pooling, normalised=False).features

@@ -188,7 +188,7 @@ def labelled_images(run: EvalRun, *splits: str) -> dict[str, LabelledImages]:
     """By split. All of them before any work on one, to complain before it and not after it."""
     labelled, name = {}, run.cfg.dataset.name
     for split in splits:
-        dataset = open_split(run.cfg, split)
+        dataset = open_split(run.cfg, split, run.ranks)
         if dataset.labels is None:
             raise DataError(f"dataset={name} has no labels, and {run.name} needs them")
         labelled[split] = LabelledImages(dataset)

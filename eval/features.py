@@ -164,7 +164,8 @@ def main(cfg: DictConfig) -> None:
 def save(run: EvalRun) -> None:
     """meta.json comes last: where it is, the other files are whole and belong to it."""
     cfg, results, side = run.cfg, run.job / "results", run.backbone.image_side
-    dataset = open_split(cfg, cfg.split) if cfg.images is None else given_images(cfg.images)
+    given = cfg.images is not None
+    dataset = given_images(cfg.images) if given else open_split(cfg, cfg.split, run.ranks)
 
     def chosen(tokens: Tokens) -> Tensor:
         return tokens.patches if cfg.tokens else pool(tokens, cfg.pooling)

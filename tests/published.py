@@ -3,7 +3,6 @@
 from dataclasses import fields
 from functools import cache
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -47,9 +46,9 @@ def published_objective(**changes) -> Objective:
 def published_training(
     model: LatentMIM, precision: str = "fp32", accum_iter: int = 1, **changes
 ) -> Training:
-    """With a learning rate of 1e-3, on the CPU. changes: keys of the config."""
+    """With a learning rate of 1e-3, on the model's device. changes: keys of the config."""
     own = {"blr": 1e-3, "batch_size": 256 // accum_iter, "accum_iter": accum_iter, **changes}
-    ranks = Ranks(0, 1, torch.device("cpu"))
+    ranks = Ranks(0, 1, next(model.parameters()).device)
     return Training(OmegaConf.merge(recipe(), own), model, ranks, precision)
 
 

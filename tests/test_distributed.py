@@ -1,5 +1,7 @@
 """Several processes: one all-reduce per step, and how they exchange numbers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,8 +9,13 @@ import torch.multiprocessing as multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+import data.imagenet
+from bench.loader import write_photos
+from data.base import DataError
+from data.files import list_folder
 from engine_pretrain import train_step
 from tests.test_engine import build_training, draw
+from util.config import compose_config
 from util.distributed import (
     Ranks,
     all_reduce,
@@ -19,6 +26,7 @@ from util.distributed import (
     read_slurm_step,
     share_rows,
 )
+from util.loaders import open_split
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -103,6 +111,36 @@ def test_gradients_travel_only_at_the_last_micro_step(tmp_path):
     assert second > 0
     assert third == second
     assert fourth > third
+
+
+def open_both(ranks: Ranks, folder, name: str) -> None:
+    """A marker for each folder that this process lists; then one that is not there."""
+
+    def listing(path):
+        (folder / f"listed by {ranks.rank}: {Path(path).name}").touch()
+        return list_folder(path)
+
+    data.files.list_folder = data.imagenet.list_folder = listing
+    found = []
+    for data_path in (folder / "photos", folder / "nowhere"):
+        cfg = compose_config("demo", [f"dataset={name}", f"data_path={data_path}"])
+        try:
+            dataset = open_split(cfg, "train", ranks)
+            labels = None if dataset.labels is None else dataset.labels.tolist()
+            found += [*map(dataset.describe, range(len(dataset))), labels]
+        except DataError as error:
+            found.append(str(error))
+    torch.save(found, folder / f"found{ranks.rank}")
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "folder"])
+def test_one_process_lists_the_files_for_all(tmp_path, name):
+    write_photos(tmp_path / "photos", 3)
+    spawn(open_both, 2, tmp_path, tmp_path, name)
+    first, second = (torch.load(tmp_path / f"found{rank}") for rank in range(2))
+    assert first == second and len(first) == 5 and "nowhere does not exist" in first[-1]
+    listed = {path.name for path in tmp_path.glob("listed*")}
+    assert "listed by 0: class2" in listed and all("by 0:" in name for name in listed)
 
 
 def exchange(ranks: Ranks, folder) -> None:

@@ -6,18 +6,23 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from data.base import DataError, ImageDataset
-from data.datasets import build_dataset
+from data.datasets import LISTED, build_dataset
 from data.loader import Augmentation, EvalLoader, TrainLoader
-from util.distributed import Ranks, default_workers
+from util.distributed import Ranks, default_workers, on_main
 
 
-def open_split(cfg: DictConfig, split: str) -> ImageDataset:
-    """train or eval; an empty one is an error."""
-    options = OmegaConf.to_container(cfg.dataset.options)
-    dataset = build_dataset(cfg.dataset.name, split, cfg.data_path, options)
-    if len(dataset) == 0:
-        raise DataError(f"dataset={cfg.dataset.name}: its {split} split holds no image")
-    return dataset
+def open_split(cfg: DictConfig, split: str, ranks: Ranks | None = None) -> ImageDataset:
+    """train or eval; an empty one is an error. ranks: who open it together; files are listed by one
+    of them."""
+
+    def open_it() -> ImageDataset:
+        options = OmegaConf.to_container(cfg.dataset.options)
+        dataset = build_dataset(cfg.dataset.name, split, cfg.data_path, options)
+        if len(dataset) == 0:
+            raise DataError(f"dataset={cfg.dataset.name}: its {split} split holds no image")
+        return dataset
+
+    return on_main(open_it, ranks) if ranks and cfg.dataset.name in LISTED else open_it()
 
 
 def train_loader(

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from engine_pretrain import Training, begin_step, end_step, micro_step
+from engine_pretrain import begin_step, end_step, micro_step
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.views import Views, extract_patches
 from tests.published import published_model, published_objective, published_training
+from util.build import AUTOCAST, Training
 from util.optim import decays
 from util.schedules import Schedule
 
@@ -34,13 +35,14 @@ LIMITS = dict.fromkeys(
 
 
 class GoldenPair:
-    def __init__(self, path: Path):
-        self.name = path.stem
+    def __init__(self, path: Path, device: torch.device = CPU, precision: str = "fp32"):
+        self.name, self.device, self.precision = path.stem, device, precision
         description = json.loads(path.with_suffix(".json").read_text())
         self.config = description["config"]
         self.decay, self.no_decay = set(description["decay"]), set(description["no_decay"])
         with np.load(path.with_suffix(".npz")) as archive:
             self.arrays = {key: torch.from_numpy(archive[key]) for key in archive.files}
+        self.arrays = {key: array.to(device) for key, array in self.arrays.items()}
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
         prefix += "/"
@@ -58,7 +60,11 @@ class GoldenPair:
     def build_model(self) -> LatentMIM:
         model = self.new_model()
         model.load_state_dict(self.group("state"))
-        return model
+        return model.to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def build_objective(self) -> Objective:
         given = {key: self.config[key] for key in ("loss", "tau", "avg_sim_coeff")}
@@ -66,7 +72,7 @@ class GoldenPair:
 
     def build_training(self) -> Training:
         own = {key: self.config[key] for key in ("weight_decay", "accum_iter")}
-        training = published_training(self.build_model(), **own)
+        training = published_training(self.build_model(), self.precision, **own)
         training.objective = self.build_objective()
         training.schedule = Schedule(SimpleNamespace(**self.config), self.config["lr"])
         return training
@@ -76,7 +82,7 @@ def relative_error(ours, golden) -> float:
     """L2 norm of the difference over the norm; lists are taken as one vector."""
 
     def as_vector(tensors):
-        return torch.cat([torch.as_tensor(t).detach().double().flatten() for t in tensors])
+        return torch.cat([torch.as_tensor(t).detach().cpu().double().flatten() for t in tensors])
 
     ours, golden = as_vector(ours), as_vector(golden)
     return float((ours - golden).norm() / golden.norm())
@@ -84,11 +90,12 @@ def relative_error(ours, golden) -> float:
 
 def compare_forward(pair: GoldenPair) -> dict[str, float]:
     model, golden, views = pair.build_model(), pair.group("forward"), pair.views("forward")
-    patches = model.patches(golden["images"], views)
-    visible = model.encode_visible(patches, views)
-    targets = model.encode_target(patches, views)
-    predictions = model.decoder(visible, views.visible_ids, views.masked_ids)
-    latents = model(golden["images"], views)
+    with pair.autocast():
+        patches = model.patches(golden["images"], views)
+        visible = model.encode_visible(patches, views)
+        targets = model.encode_target(patches, views)
+        predictions = model.decoder(visible, views.visible_ids, views.masked_ids)
+        latents = model(golden["images"], views)
     loss, metrics = pair.build_objective()(latents, float(golden["sim_target"]))
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -123,9 +130,10 @@ def compare_position_tables(pair: GoldenPair) -> dict[str, float]:
 def compare_features(pair: GoldenPair) -> dict[str, float]:
     encoder, golden = pair.build_model().encoder, pair.group("features")
     patches = extract_patches(golden["images"], encoder.patch_size)
-    ids = torch.arange(patches.shape[1]).expand(len(patches), -1)
-    before_norm = encoder.forward_features(patches, ids)
-    full_output = encoder(patches, ids)
+    ids = torch.arange(patches.shape[1], device=pair.device).expand(len(patches), -1)
+    with pair.autocast():
+        before_norm = encoder.forward_features(patches, ids)
+        full_output = encoder(patches, ids)
     return {
         "features": max(
             relative_error([before_norm], [golden["tokens_before_norm"]]),
@@ -168,9 +176,11 @@ def decay_sets_agree(pair: GoldenPair) -> bool:
     return decay == pair.decay and set(trained) - decay == pair.no_decay
 
 
-def compare(path: Path) -> tuple[dict[str, float], bool]:
+def compare(
+    path: Path, device: torch.device = CPU, precision: str = "fp32"
+) -> tuple[dict[str, float], bool]:
     """-> relative error by name, and whether the decay sets agree."""
-    pair = GoldenPair(path)
+    pair = GoldenPair(path, device, precision)
     errors = compare_forward(pair) | compare_position_tables(pair)
     errors |= compare_features(pair) | compare_training(pair)
     return errors, decay_sets_agree(pair)
