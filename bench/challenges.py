@@ -129,6 +129,7 @@ def evaluation(run: Run) -> DictConfig:
     folder = run.results.parents[1]
     keys = {"pretrained": run.folder, "output_dir": folder.parent, "job_name": folder.name}
     keys |= {"dataset": run.cfg.dataset.name, "evals": f"[{','.join(names)}]"}
+    keys["seed"] = run.cfg.seed  # of the random weights, too
     cfg = compose_config("evaluate", [f"{key}={value}" for key, value in keys.items()])
     cfg.dataset, cfg.beside_random_init = run.cfg.dataset, not run.label
     return cfg
