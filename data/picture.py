@@ -22,7 +22,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom: right and bottom ar
 JPEG = b"\xff\xd8\xff"
 
 
-def find_decoder() -> Callable[[Tensor], Tensor] | None:
+def find_decoder() -> Callable | None:
     """Of JPEG files, grey or RGB as they are stored. None: Pillow has to do it."""
     unusable = (ImportError, OSError, RuntimeError)  # not there, too old, not for this torch
     with suppress(*unusable):
@@ -30,9 +30,9 @@ def find_decoder() -> Callable[[Tensor], Tensor] | None:
 
         return partial(decode_jpeg, mode="UNCHANGED")
     with suppress(*unusable):
-        from torchvision.io import decode_jpeg
+        from torchvision.io import decode_jpeg as older
 
-        return decode_jpeg
+        return older
     return None
 
 
@@ -42,6 +42,7 @@ decode_jpeg = find_decoder()
 def decode(contents: bytearray, decoder: str) -> Picture:
     """The contents of an image file. Raises one of UNREADABLE (data/base.py)."""
     if decoder == "fast" and decode_jpeg is not None and contents[:3] == JPEG:
+        hide_rotation(contents)
         stored = torch.frombuffer(contents, dtype=torch.uint8)
         with suppress(RuntimeError):  # Pillow knows more kinds, and names what is damaged
             picture = decode_jpeg(stored)
@@ -49,6 +50,16 @@ def decode(contents: bytearray, decoder: str) -> Picture:
                 return picture.expand(3, -1, -1)
     with Image.open(io.BytesIO(contents)) as image:
         return to_rgb(image)
+
+
+def hide_rotation(contents: bytearray) -> None:
+    """torchcodec turns pictures as EXIF says. In place: its part of the header becomes an unknown
+    one."""
+    place = 2
+    while b"\xff\xe0" <= contents[place : place + 2] <= b"\xff\xfe":  # before tables and pixels
+        if contents[place + 1] == 0xE1:
+            contents[place + 1] = 0xEF
+        place += 2 + int.from_bytes(contents[place + 2 : place + 4])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

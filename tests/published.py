@@ -52,5 +52,9 @@ def published_training(
     return Training(OmegaConf.merge(recipe(), own), model, ranks, precision)
 
 
-def prediction_loss(name: str, predictions: Tensor, targets: Tensor, tau: float) -> Tensor:
-    return published_objective(loss=name, tau=tau).prediction_loss(predictions, targets)
+def prediction_loss(
+    name: str, predictions: Tensor, targets: Tensor, tau: float, **changes
+) -> Tensor:
+    """changes: fields of Objective."""
+    objective = published_objective(loss=name, tau=tau, **changes)
+    return objective.prediction_loss(predictions, targets)

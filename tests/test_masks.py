@@ -10,7 +10,7 @@ from PIL import Image
 from data.datasets import DataError, build_dataset
 from data.masks import IGNORE, MaskTransform, WithMasks
 
-PALETTE = [0, 0, 0, 128, 0, 0, *range(254), *range(254), *range(254)]
+PALETTE = [0, 0, 0, 128, 0, 0, *range(253), *range(253), *range(253), 224, 224, 192]
 
 
 def save(path: Path, array: np.ndarray, palette: bool = True) -> None:

@@ -127,6 +127,19 @@ def test_torchcodec_and_torchvision_decode_the_same_bits(kind, monkeypatch):
     assert ours is expected or torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_no_decoder_turns_pictures(orientation, monkeypatch):
+    """And none minds 0xFF 0xE1 elsewhere: here in a quantisation table."""
+    exif, buffer, tables = Image.Exif(), io.BytesIO(), {0: [255, 225, *[16] * 62]}
+    exif[0x0112] = orientation
+    photo().save(buffer, "JPEG", exif=exif, comment=b"c", qtables=tables)
+    contents = buffer.getvalue()
+    assert b"\xff\xe1" in contents[contents.index(b"\xff\xdb") + 4 :]
+    found = outcome(bytearray(contents))
+    hide(monkeypatch, CODECS[0])
+    assert torch.equal(found, outcome(bytearray(contents))) and found.shape == (3, 150, 200)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_pillow_decodes_where_neither_is_installed(kind, monkeypatch):
     contents = (KINDS | OTHERS)[kind]()

@@ -20,12 +20,12 @@ from models.losses import (
     gaussian_tables,
     infonce_patches,
     patch_logits,
-    prediction_loss,
     standardise_predictions,
     without_same_targets,
 )
 from models.target import average_layers, make_projection
 from models.views import extract_patches, sample_views
+from tests.published import prediction_loss
 from tests.test_distributed import spawn
 from util.distributed import all_reduce
 
