@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if options.small:
+        os.environ["OMP_NUM_THREADS"] = "1"  # where cores are busy, threads wait for each other
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     SERVER.set_forkserver_preload(sorted({part.module for part in PARTS}))
     for part in PARTS:

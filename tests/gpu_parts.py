@@ -80,6 +80,7 @@ def set_up(small: bool) -> Ranks:
     if small:
         step.MATRIX_SIDES = {"cpu": (128,), "cuda": (512,)}
         step.RECIPE["proj"]["mlp_dim"] = 64
+        step.RECIPE |= {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4}
         torch.compile = partial(torch.compile, backend="aot_eager")  # building C++ takes minutes
     return join_processes()
 
@@ -220,7 +221,7 @@ def waits(bench: Bench) -> Iterator[dict]:
     def measure(how: str) -> dict:
         settings = [f"output_dir={bench.folder}", f"job_name={how}", f"compile={how == 'compiled'}"]
         settings += [f"precision={bench.precision}", "accum_iter=2", "clip_grad=1"]
-        settings += [f"max_steps={STEPS}", "print_freq=10", "batch_size=64"]
+        settings += [f"max_steps={STEPS}", "print_freq=10", f"batch_size={bench.size(64, 4)}"]
         cfg = compose_config("demo", [*DEMO, *settings])
         with stoppable(bench.ranks) as stop_flag, job_folder(cfg, bench.ranks) as job:
             train(WithoutWaits(cfg, bench.ranks), cfg, bench.ranks, job, stop_flag)
@@ -234,7 +235,8 @@ def waits(bench: Bench) -> Iterator[dict]:
 def resume(bench: Bench) -> Iterator[dict]:
     """kill -9. Two runs without it say how far apart equal runs are."""
     settings = [f"output_dir={bench.folder}", f"precision={bench.precision}", "resume=True"]
-    settings += [f"epochs={bench.size(10, 2)}", "print_freq=1", "save_minutes=1e-6"]
+    settings += [f"max_steps={bench.size(100, 12)}", "print_freq=1", "save_minutes=1e-6"]
+    settings += bench.size([], ["batch_size=16"])
     worker = [*LAUNCHER, "--config-name=demo", *DEMO, *settings]
     runs = {
         name: start_process([*worker, f"job_name={name}"]) for name in ("killed", "first", "second")
