@@ -2,8 +2,8 @@
 PYTHON ?= python3
 SEED ?= 0
 BIN = .venv/bin
-# Three tests at a time, also on two cores: many only wait, for Slurm or for other processes.
-TOGETHER = --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+# Four tests at a time, also on two cores: many only wait, for Slurm or for other processes.
+TOGETHER = --numprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help demo pictures challenges laboratory test test-fast lint types clean
 
