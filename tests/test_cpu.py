@@ -81,10 +81,16 @@ def test_few_tokens_and_other_types_are_multiplied_as_ever(tokens, dtype, is_con
 
 
 @pytest.mark.parametrize(
-    "precision, compiled, is_convolution, is_fused",
-    [("fp32", False, True, True), ("fp32", True, False, True), ("bf16", False, False, False)],
+    "precision, compiled, processor, is_convolution, is_fused",
+    [
+        ("fp32", False, "AVX512", True, True),
+        ("fp32", False, "AVX2", False, True),
+        ("fp32", True, "AVX512", False, True),
+        ("bf16", False, "AVX512", False, False),
+    ],
 )
-def test_what_is_tuned(precision, compiled, is_convolution, is_fused):
+def test_what_is_tuned(monkeypatch, precision, compiled, processor, is_convolution, is_fused):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: processor)
     model = published_model(depth=1, embed_dim=768, decoder_depth=1)
     tune_for_cpu(model, precision, compiled)
     assert any(isinstance(m, PixelLinear) for m in model.modules()) == is_convolution

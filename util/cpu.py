@@ -1,9 +1,9 @@
 """What makes training faster on CPUs (docs/results.md has the figures): memory that is kept; in
-fp32, large matrix products by convolution; in bf16, attention written out.
+fp32 with AVX-512, large matrix products by convolution; in bf16, attention written out.
 
 A linear layer is a convolution with one pixel, tokens in place of pixels. torch hands convolutions
-to oneDNN, and float32 matrix products to a library that is slower on some processors. The gradient
-of the weights stays a matrix product: there that is the faster.
+to oneDNN, and float32 matrix products to a library that is slower where there is AVX-512, faster
+where there is not. The gradient of the weights stays a matrix product: there that is the faster.
 """
 
 import ctypes
@@ -80,7 +80,8 @@ def tune_for_cpu(model: nn.Module, precision: str, compiled: bool) -> None:
     keep_freed_memory()
     if precision == "bf16":
         write_out_attention(model)  # the fused one takes up to twice as long
-    elif not compiled:  # the compiler chooses its own products
+    elif not compiled and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # Not where it is compiled: the compiler chooses its own products.
         multiply_by_convolution(model)
 
 
