@@ -61,12 +61,12 @@ def start_process(command: list[str], **extra: str) -> subprocess.Popen | Forked
     return process
 
 
-def run(command: list[str], *overrides: str, timeout: float = 180) -> tuple[int, str]:
+def run(command: list[str], *overrides: str, timeout: float = 280) -> tuple[int, str]:
     """-> exit code, everything it printed"""
     return finish(start(command, *overrides), timeout)
 
 
-def finish(process: subprocess.Popen | Forked, timeout: float = 180) -> tuple[int, str]:
+def finish(process: subprocess.Popen | Forked, timeout: float = 280) -> tuple[int, str]:
     """-> exit code, everything it printed"""
     try:
         output, _ = process.communicate(timeout=timeout)

@@ -1,5 +1,7 @@
 """Several processes: one all-reduce per step, and how they exchange numbers."""
 
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import data.imagenet
+import util.distributed
 from bench.loader import write_photos
 from data.base import DataError
 from data.files import list_folder
@@ -23,6 +26,7 @@ from util.distributed import (
     broadcast_tensors,
     default_workers,
     gather_objects,
+    on_main,
     read_slurm_step,
     share_rows,
 )
@@ -177,3 +181,19 @@ def test_exchange_between_three_processes(tmp_path):
             "sum": 6.0,
             "max": 3.0,
         }
+
+
+def fail_late(ranks: Ranks) -> None:
+    util.distributed.SIGN_OF_LIFE = 0.5
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)
+
+    def work() -> str:
+        time.sleep(6)
+        raise DataError(f"found by {ranks.rank}")
+
+    with pytest.raises(DataError, match="found by 0"):
+        on_main(work, ranks)
+
+
+def test_the_others_wait_for_the_first_however_long_it_takes(tmp_path):
+    spawn(fail_late, 2, tmp_path)

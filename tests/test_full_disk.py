@@ -13,13 +13,18 @@ from tests.runs import (
     records,
     run,
     start,
-    succeed,
+    undisturbed_runs,
     wait_until,
 )
 from util.checkpoint import list_checkpoints, load_file
 from util.record import JsonLines, TensorBoardFile
 
 SETTINGS = ["epochs=6", "save_minutes=0.0005"]  # a checkpoint about every second step
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return undisturbed_runs(tmp_path_factory.mktemp, lambda processes: SETTINGS)
 
 
 def fill(disk: Path) -> Path:
@@ -66,8 +71,7 @@ def test_what_a_full_disk_refuses_is_written_later(small_disk):
 
 
 @pytest.mark.slow
-def test_training_goes_on_and_all_is_there_when_there_is_room_again(tmp_path, small_disk):
-    succeed(LAUNCHER, *SETTINGS, f"output_dir={tmp_path}")
+def test_training_goes_on_and_all_is_there_when_there_is_room_again(small_disk, undisturbed):
     process = start(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
     job = small_disk / "demo"
     wait_until(lambda: len(list_checkpoints(job / "checkpoints")) == 2, process)
@@ -82,14 +86,13 @@ def test_training_goes_on_and_all_is_there_when_there_is_room_again(tmp_path, sm
     filler.unlink()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert_same_state(final_state(job), final_state(tmp_path / "demo"))
+    assert_same_state(final_state(job), undisturbed(1))
     assert [record["step"] for record in records(job)] == list(range(1, 61))
     assert [step for step, _ in scalars(job / "tensorboard")] == list(range(1, 61))
 
 
 @pytest.mark.slow
-def test_a_run_without_its_last_checkpoint_is_not_finished(tmp_path, small_disk):
-    succeed(LAUNCHER, *SETTINGS, f"output_dir={tmp_path}")
+def test_a_run_without_its_last_checkpoint_is_not_finished(small_disk, undisturbed):
     process = start(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
     job = small_disk / "demo"
     wait_until(lambda: len(list_checkpoints(job / "checkpoints")) == 2, process)
@@ -102,5 +105,5 @@ def test_a_run_without_its_last_checkpoint_is_not_finished(tmp_path, small_disk)
     code, output = run(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
     assert code == 0, output
     assert "from step" in output
-    assert_same_state(final_state(job), final_state(tmp_path / "demo"))
+    assert_same_state(final_state(job), undisturbed(1))
     assert [record["step"] for record in records(job)] == list(range(1, 61))

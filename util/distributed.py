@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ from data.loader import share_of
 
 # A rank gives up waiting after this long, so that a lost rank ends the job.
 TIMEOUT = timedelta(minutes=10)
+SIGN_OF_LIFE = 60  # seconds, while the others wait for what rank 0 alone does
 ROWS = 65536  # that are sent at a time: bounds the memory
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 # Newer versions of torch have renamed it.
@@ -176,13 +178,17 @@ def broadcast_tensors(value, ranks: Ranks):
 
 
 def on_main(function, ranks: Ranks):
-    """What rank 0's call returns; an error that it raises is raised by all."""
+    """What rank 0's call returns; an error that it raises is raised by all. It may take longer than
+    TIMEOUT."""
+    if not dist.is_initialized():
+        return function()
     result = error = None
-    if ranks.is_main:
-        try:
-            result = function()
-        except Exception as raised:
-            error = raised
+    calls = [futures.ThreadPoolExecutor(1).submit(function)] if ranks.is_main else []
+    while not broadcast_object(not futures.wait(calls, SIGN_OF_LIFE).not_done, ranks):
+        pass
+    for call in calls:
+        error = call.exception()
+        result = None if error else call.result()
     result, error = broadcast_object((result, error), ranks)
     if error is not None:
         raise error
