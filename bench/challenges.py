@@ -36,8 +36,6 @@ from util.validate import check_config
 
 MOSAICS = 3  # in the pictures
 WORKERS = ("eval.nn", "eval.few_shot", "eval.segmentation", "eval.collapse", "eval.visualize")
-
-
 FEATURES = {
     "RankMe": "collapse/rankme",
     "cosine of images": "collapse/mean_cosine",

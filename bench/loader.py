@@ -6,7 +6,8 @@ python -m bench.loader --train --encoder vit_small --batch 48 --precision bf16
 
 Pipelines, measured in turns: `pil float`, the customary one (Pillow decodes, crops and resizes;
 float32, normalised, in the worker); `pil`, this project's with decoder=pil (uint8, normalised on
-the device); `fast`, with decoder=fast. --train: loader and training step together.
+the device); `fast`, with decoder=fast, also as a share of what one process decodes if it does
+nothing else. --train: loader and training step together.
 """
 
 import statistics
@@ -26,6 +27,7 @@ from bench import step
 from data.base import ImageDataset
 from data.datasets import build_dataset
 from data.loader import TrainLoader
+from data.picture import decode
 from data.transforms import TrainTransform
 from engine_pretrain import train_step
 from util.distributed import Ranks, join_processes, leave_processes
@@ -103,21 +105,30 @@ def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
     return delivered / seconds
 
 
+def decoding_rate(files: list[bytearray]) -> float:
+    start = time.perf_counter()
+    for contents in files:
+        decode(contents, "fast")
+    return len(files) / (time.perf_counter() - start)
+
+
 def measure(data: Path, workers: int, images: int, rounds: int) -> dict:
     """Images per second, medians over the rounds."""
     decoders = ({"decoder": name} for name in ("pil", "fast"))
     pil, fast = (build_dataset("imagefolder", "train", str(data), own) for own in decoders)
     ours = recipe_transform(SIDE)
     kinds = {"pil float": (pil, customary_transform), "pil": (pil, ours), "fast": (fast, ours)}
-    rates = {name: [] for name in kinds}
+    files = [fast.contents(index) for index in range(min(images, len(fast)))]
+    rates, decoding = {name: [] for name in kinds}, []
     for _ in range(rounds):
+        decoding.append(decoding_rate(files))
         for name, (dataset, transform) in kinds.items():
             rates[name].append(rate(dataset, transform, workers, images))
-
     result = {"workers": workers}
     for name, values in rates.items():
         result[name] = statistics.median(values)
         result[f"{name}, times pil float"] = step.median_ratio(values, rates["pil float"])
+    result["fast, share of decoding"] = step.median_ratio(rates["fast"], decoding)
     return result
 
 

@@ -1,6 +1,7 @@
 """The measurements measure what they say: work is counted as by hand, formulations do the same."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -110,6 +111,8 @@ def test_loader_and_training_bench():
     command, photos = [sys.executable, "bench/loader.py"], ["--photos", "20"]
     reading = finish(start_process([*command, *photos, "--images", "16", "--rounds", "1"]))[1]
     assert reading.count("fast, times pil float") == 2, reading
+    shares = re.findall("share of decoding ([0-9.]+)", reading)
+    assert len(shares) == 2 and all(0.05 < float(share) < 1.2 for share in shares), reading
     options = ["--train", "--encoder", "vit_nano", "--batch", "2", "--steps", "2"]
     training = finish(start_process([*command, *photos, *options]))[1]
     assert training.count("waiting") == 2, training
