@@ -166,6 +166,7 @@ def test_a_run_of_ones_own_over_the_band_of_the_same_settings(page_of, tmp_path)
     write_job(tmp_path / "mine", "seed=7")
     page = page_of(f"jobs=[{tmp_path}/*]", f"apart=[{tmp_path}/mine]")
     assert page.rows("Training").keys() == {"mine", "s0 … s2 (3 runs)"}
+    assert "end at steps" not in page.text
     assert page_of(f"jobs=[{tmp_path}/*]").rows("Training").keys() == {"mine … s2 (4 runs)"}
 
 

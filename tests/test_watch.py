@@ -135,6 +135,8 @@ CASES = {  # steps of 600 -> (verdict, since)
     "all images alike": (START | {"s10": (1.4, 0.2)}, ("collapsed", 10)),
     "late": (START | {"s150": (30, 0.5), "s300": (28, 0.12)}, ("collapsed", 300)),
     "a quarter is left": (START | {"s90": (8, 0.0501)}, ("partial", 90)),
+    "exactly a quarter of the directions": (START | {"s90": (2, 0.2)}, ("partial", 90)),
+    "exactly as at the start": (START | {"s90": (8, 0.2)}, ("healthy", 90)),
     "it comes back": (START | {"s90": (2, 0.01), "s150": (9, 0.3)}, ("healthy", 150)),
     "no number": (START | {"s90": (8, math.nan)}, ("collapsed", 90)),
     "no number of directions": (START | {"s90": (math.nan, 1)}, ("collapsed", 90)),
@@ -151,6 +153,10 @@ def test_the_judgement(name):
 def test_the_reason_names_what_was_lost():
     judged = judge(history(**START, s90=(5, 0.04), s150=(5, 0.02)), 600)
     assert str(judged) == "collapsed since step 90 (content 0.2 -> 0.02)"
+    judged = judge(history(**START, s150=(30, 0.5), s300=(28, 0.12)), 600)
+    assert judged.reason == "content 0.2 -> 0.12, once 0.5"
+    judged = judge(history(**START, s150=(30, 0.5), s300=(28, 0.3)), 600)
+    assert judged.reason == "rankme 8 -> 28, content 0.2 -> 0.3"
     assert judge({}, 600) is None
 
 
