@@ -13,6 +13,7 @@ import torch
 from tests import runs
 from util.cpu import keep_freed_memory
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # which users do not set
 os.environ["OMP_NUM_THREADS"] = "1"  # also for what sets its threads itself (join_processes)
 torch.set_num_threads(1)
 keep_freed_memory()

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TypeGuard
 
@@ -72,10 +73,10 @@ def run_configured_worker(config: dict) -> int:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End the process without Python's own cleanup, which takes a second. Everything is written and
-    closed by now."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End the process without Python's own cleanup, which takes a second."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a terminal that is closed
+            stream.flush()
     os._exit(exit_code)
 
 

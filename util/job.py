@@ -47,7 +47,7 @@ def is_finished(cfg: DictConfig) -> bool:
         return False
     last = last_checkpoint(job_directory(cfg), cfg.epochs)
     if last is not None:
-        print(f"{cfg.job_name}: already finished ({last})")
+        print(f"{cfg.job_name}: already finished ({last})", flush=True)
     return last is not None
 
 
@@ -79,7 +79,7 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
         replaced = [] if cfg.resume else list_checkpoints(job / "checkpoints")  # overwrite=True
         if replaced:
             newest = f"the newest is {replaced[0].name}"
-            print(f"replacing {len(replaced)} checkpoints of {job.name}, {newest}")
+            print(f"replacing {len(replaced)} checkpoints of {job.name}, {newest}", flush=True)
         for path in replaced:
             path.unlink()
     except BaseException:

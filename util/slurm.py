@@ -243,7 +243,8 @@ def describe(cfg: DictConfig, job_id: str, log: Path) -> None:
         f"  follow  tail -F {shlex.quote(str(log))}\n"
         f"  stop    scancel {job_id}\n"
         f"  resume  the same command with resume=True\n"
-        f"  status  python launcher.py --config-name=status output_dir={jobs}"
+        f"  status  python launcher.py --config-name=status output_dir={jobs}",
+        flush=True,  # with env.wait=True the log follows
     )
 
 
