@@ -53,7 +53,7 @@ def pooled_width(width: int, pooling: str) -> int:
 
 
 def extract(
-    run: EvalRun, dataset: ImageDataset, split: str, pooling: str, normalised: bool = True
+    run: EvalRun, dataset: ImageDataset, split: str, pooling: str, normalised: bool
 ) -> Features:
     """Pooled features of all images of a split, on every process. normalised: to length 1.
 

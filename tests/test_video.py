@@ -209,6 +209,8 @@ def write_video(root: Path, name: str, velocities: list[tuple[int, int]], frames
             y, x = 4 + 8 * (number - 1) + down * frame, 4 + 16 * (number - 1) + right * frame
             window = np.s_[y : y + 10, x : x + 10]
             image[window], objects[window] = squares[number - 1], number
+        if frame:
+            objects[8:12, 8:12] = VOID  # inside an object, where nobody asks
         folder, annotated = (root / part / "480p" / name for part in ("JPEGImages", "Annotations"))
         for path in (folder, annotated):
             path.mkdir(parents=True, exist_ok=True)
