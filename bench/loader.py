@@ -119,16 +119,16 @@ def measure(data: Path, workers: int, images: int, rounds: int) -> dict:
     ours = recipe_transform(SIDE)
     kinds = {"pil float": (pil, customary_transform), "pil": (pil, ours), "fast": (fast, ours)}
     files = [fast.contents(index) for index in range(min(images, len(fast)))]
-    rates, decoding = {name: [] for name in kinds}, []
+    rates = {name: [] for name in (*kinds, "decoding")}
     for _ in range(rounds):
-        decoding.append(decoding_rate(files))
+        rates["decoding"].append(decoding_rate(files))
         for name, (dataset, transform) in kinds.items():
             rates[name].append(rate(dataset, transform, workers, images))
     result = {"workers": workers}
     for name, values in rates.items():
         result[name] = statistics.median(values)
         result[f"{name}, times pil float"] = step.median_ratio(values, rates["pil float"])
-    result["fast, share of decoding"] = step.median_ratio(rates["fast"], decoding)
+    result["fast, share of decoding"] = step.median_ratio(rates["fast"], rates["decoding"])
     return result
 
 
