@@ -47,6 +47,7 @@ def test_what_numbers_show(values, is_claimed, expected):
     assert compare(BASE, np.array(values), is_claimed) == expected
 
 
+@pytest.mark.slow
 def test_operations_are_counted_as_by_the_bench():
     ours = flops_per_image(compose_config("lmim", ["encoder=vit_tiny"]))
     counted = count_flops(Setting("vit_tiny", 2, 14, "fp32", False, False))

@@ -217,6 +217,7 @@ def test_the_sweep_of_an_experiment(composed, own, tmp_path):
     assert single["epochs"] == 70 and "sweep" not in single
 
 
+@pytest.mark.slow
 def test_variants_are_not_combined_with_each_other(composed, own):
     sweep = composed(f"-cd={own}", "-cn=demo", "-m", "experiment=several")
     assert names(sweep) == [
@@ -229,12 +230,14 @@ def test_variants_are_not_combined_with_each_other(composed, own):
     assert names(typed) == names(sweep)[:2] + names(sweep)[4:]
 
 
+@pytest.mark.slow
 def test_what_experiments_share_runs_once(composed, own):
     both = composed(f"-cd={own}", "-cn=demo", "-m", "experiment=taus,long,several")
     assert len(names(both)) == len(set(names(both))) == 4 + 4 + 5
     assert "demo-experiment-long-tau0.3-seed1" in names(both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", ["-cn=demo", "-cn=lmim dataset=imagenet data_path=/x env.slurm=True"]
 )

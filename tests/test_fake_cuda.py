@@ -90,6 +90,7 @@ def fake_step(
     return training, recorder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", pytest.param("fp32", marks=SLOW)])
 def test_nothing_waits_and_all_is_on_the_device(precision):
     """With clipping and accumulation, and in fp16 with a scaler that works."""

@@ -146,6 +146,7 @@ def test_too_many_unreadable_images_stop_the_run(photos, tmp_path):
     assert TRUNCATED in output and NO_IMAGE in output
 
 
+@pytest.mark.slow
 def test_a_step_takes_no_more_images_than_there_are(tmp_path):
     for number in range(20):
         save_photo(tmp_path / "photos" / f"{number}.jpg", number)

@@ -259,6 +259,7 @@ def test_views_differ_in_each_part_of_their_counter():
     assert len({tuple(view.tolist()) for view in seen.values()}) == len(seen) == 72
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_the_steps_had_their_name_is_resumed(tmp_path):
     keys = COMMON | {"eval_freq": 0, "eval_at_start": False, "epochs": 2}
     whole = pretrain(configured(keys, tmp_path / "whole"), ALONE).state_dict()

@@ -160,6 +160,7 @@ def test_three_seeds_and_another_config_are_one_band_and_one_line(page_of, tmp_p
     assert len(page.rows("Runs")) == 4 and list(page.rows("Environments")) == ["s0, s1, s2, other"]
 
 
+@pytest.mark.slow
 def test_a_run_of_ones_own_over_the_band_of_the_same_settings(page_of, tmp_path):
     for n in range(3):
         write_job(tmp_path / f"s{n}", f"seed={n}")

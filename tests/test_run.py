@@ -27,6 +27,7 @@ from util.status import last_number
 SHORT = ("epochs=1", "warmup_epochs=0")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_says(tmp_path):
     output = succeed(
         LAUNCHER, *SHORT, f"output_dir={tmp_path}", "eval_freq=1", "eval_at_start=True", "seed=4"
