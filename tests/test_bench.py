@@ -109,14 +109,21 @@ def test_step_bench_runs_where_only_torch_and_timm_are():
 @pytest.mark.slow
 def test_loader_and_training_bench():
     command, photos = [sys.executable, "bench/loader.py"], ["--photos", "20"]
-    reading = finish(start_process([*command, *photos, "--images", "16", "--rounds", "1"]))[1]
-    assert reading.count("fast, times pil float") == 2, reading
+    read = [*command, *photos, "--images", "16", "--rounds", "1"]
     names = ("fast", "decoding", "fast, share of decoding")
-    found = [re.findall(rf"(?:^|  ){name} ([0-9.]+)", reading, re.MULTILINE) for name in names]
-    assert [len(numbers) for numbers in found] == [2, 2, 2], reading
-    for fast, decoding, share in zip(*(map(float, numbers) for numbers in found), strict=True):
-        assert share == pytest.approx(fast / decoding, abs=1e-3), reading
-        assert 0.05 < share < 5, reading  # other tests are running
+    for _ in range(3):  # another test may disturb a single round
+        reading = finish(start_process(read))[1]
+        assert reading.count("fast, times pil float") == 2, reading
+        found = [re.findall(rf"(?:^|  ){name} ([0-9.]+)", reading, re.MULTILINE) for name in names]
+        fast, decoding, shares = ([float(number) for number in numbers] for numbers in found)
+        assert len(fast) == len(decoding) == 2, reading
+        assert shares == pytest.approx(
+            [a / b for a, b in zip(fast, decoding, strict=True)], abs=1e-3
+        ), reading
+        if all(0.05 < share < 1.2 for share in shares):
+            break
+    else:
+        pytest.fail(reading)
     options = ["--train", "--encoder", "vit_nano", "--batch", "2", "--steps", "2"]
     training = finish(start_process([*command, *photos, *options]))[1]
     assert training.count("waiting") == 2, training

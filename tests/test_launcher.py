@@ -84,7 +84,7 @@ def test_answers_come_at_once(answer):
     for _ in range(3):
         assert run([*LAUNCHER, *ANSWERS[answer]]).returncode == 0
         spent.append(sum(os.times()[2:4]))
-    assert min(np.diff(spent)) < 2.5
+    assert min(np.diff(spent)) < 2.0
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
