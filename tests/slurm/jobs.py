@@ -6,7 +6,7 @@ from tests.runs import LAUNCHER, assert_same_state, final_state, records, succee
 from tests.slurm.cluster import job_info, wait_for
 from util.checkpoint import list_checkpoints
 
-# Long enough to be interrupted: 600 steps. Checkpoints every second.
+# Long enough to be interrupted: 588 steps, 294 of two processes. Checkpoints every second.
 LONG = ["epochs=14", "batch_size=32", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
 ON_SLURM = ["env.slurm=True", "env.ngpu=0", "env.workers=1", "env.timeout=60"]
 
@@ -25,7 +25,12 @@ def wait_for_end(job_id: str, timeout: float) -> str:
         found = job_info(job_id)["JobState"]
         return found if found in over else None
 
-    return wait_for(state, timeout, f"job {job_id} to end")
+    try:
+        return wait_for(state, timeout, f"job {job_id} to end")
+    except AssertionError as error:  # is it slow, or does it hang?
+        log = Path(job_info(job_id)["StdOut"])
+        error.add_note(log.read_text()[-3000:] if log.exists() else "it has no log")
+        raise
 
 
 def wait_for_step(job: Path, step: int) -> None:

@@ -17,9 +17,10 @@ from tests.runs import (
     final_state,
     run,
     succeed,
+    succeed_together,
 )
 from tests.slurm.cluster import cancel, job_info, squeue, wait_for
-from tests.slurm.jobs import LONG, ON_SLURM, error_text, submit, wait_for_end
+from tests.slurm.jobs import ON_SLURM, error_text, submit, wait_for_end
 from util import slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
@@ -168,14 +169,16 @@ def test_following_a_job_through_an_absence_of_the_controller(tmp_path, monkeypa
     assert capsys.readouterr().out == "a 語 b c d e"
 
 
-def test_srun_in_a_script_of_ones_own(tmp_path, undisturbed_pair):
+def test_srun_in_a_script_of_ones_own(tmp_path):
     """Two processes on one node or on two; what is started without srun is alone."""
+    succeed_together(2, f"output_dir={tmp_path / 'by-hand'}")
+    expected = final_state(tmp_path / "by-hand" / "demo")
     program = [sys.executable, "main_lmim.py", *TINY]
     alone = " ".join([*program, "epochs=1", "warmup_epochs=0", f"output_dir={tmp_path / 'alone'}"])
     jobs = {}
     for nodes in (1, 2):
         folder = tmp_path / f"{nodes}-nodes"
-        together = " ".join(["srun", *program, *LONG, f"output_dir={folder}"])
+        together = " ".join(["srun", *program, f"output_dir={folder}"])
         script = f"cd {ROOT}; {alone if nodes == 1 else ':'} && {together}"
         shape = [f"--nodes={nodes}", "--ntasks=2", f"--output={folder}.log", f"--wrap={script}"]
         command = ["sbatch", "--parsable", *shape]
@@ -184,7 +187,7 @@ def test_srun_in_a_script_of_ones_own(tmp_path, undisturbed_pair):
         log = Path(f"{folder}.log")
         assert wait_for_end(job_id, 180) == "COMPLETED", log.read_text()
         assert "on 2 x cpu" in log.read_text()
-        assert_same_state(final_state(folder / "demo"), undisturbed_pair)
+        assert_same_state(final_state(folder / "demo"), expected)
         steps = [json.loads(line)["step"] for line in (folder / "demo" / "log.txt").open()]
-        assert steps == sorted(set(steps))
+        assert steps == list(range(1, 16))
     assert "on 1 x cpu" in (tmp_path / "1-nodes.log").read_text()
