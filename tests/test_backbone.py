@@ -144,6 +144,8 @@ def test_the_published_layout_loads(tmp_path):
     model = published(tmp_path / "published.pth").eval()
     backbone = load_backbone(tmp_path / "published.pth", final_norm=False)
     assert (backbone.image_side, backbone.depth, backbone.patch_size) == (32, 2, 8)
+    # Fine-tuning leaves the positions as they are.
+    assert not any("pos_embed" in name for name, _ in backbone.named_parameters())
     with torch.no_grad():
         found = backbone(images(32))
         assert torch.equal(found.patches, model.encoder.encode_images(images(32))[:, 1:])

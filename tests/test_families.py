@@ -6,10 +6,11 @@ import pickle
 import re
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
-from eval.families import FAMILIES, BackboneError
+from eval.families import FAMILIES, SIZES, BackboneError
 from tests.backbones import digits_checkpoint, images, load_backbone, prefixed
 from tests.test_checkpoint import places_of_numbers
 from util.checkpoint import CheckpointError
@@ -132,6 +133,14 @@ def test_official_files_give_the_tokens_of_an_independent_forward(tmp_path, kind
     assert len(backbone.fingerprint) == 64 and "sha256" in backbone.describe()
     # Also the name by which features are cached, for a file may hold both.
     assert backbone.name.endswith("-target") == (which == "target")
+
+
+def test_sizes_have_the_names_of_timm():
+    for width, size in SIZES.items():
+        patch = 14 if size in ("huge", "giant") else 16
+        with torch.device("meta"):
+            model = timm.create_model(f"vit_{size}_patch{patch}_224", depth=1)
+        assert model.embed_dim == width
 
 
 def test_a_file_with_a_key_too_few_or_too_many_is_refused(tmp_path):

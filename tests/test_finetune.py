@@ -123,6 +123,7 @@ def test_the_classifier_pools_norms_and_projects(checkpoint):
     mean = model.backbone(images).patches.mean(dim=1)
     normed = F.layer_norm(mean, mean.shape[-1:], eps=1e-6)
     torch.testing.assert_close(model(images), normed @ model.head.weight.T)
+    assert model.norm.eps == 1e-6
 
 
 def test_what_the_loss_does_not_reach_is_frozen(checkpoint):
@@ -185,6 +186,7 @@ def test_augmentation_takes_every_strength():
     """Among them posterising to 0 bits, which Pillow refuses."""
     black = posterize(picture(), 0)
     assert black.size == (50, 40) and not np.array(black).any()
+    assert set(np.unique(posterize(picture(), 1))) == {0, 128}
     augment = transform()
     for epoch in range(500):
         augment(picture(), epoch, 0)

@@ -44,6 +44,7 @@ def imagenet(tmp_path):
 @pytest.mark.parametrize("place", ["", "ILSVRC2012_devkit_t12/data", "devkit/data", "data"])
 def test_imagenet_labels_a_flat_validation_folder(imagenet, place):
     # The kit numbers the classes in an order that is not the sorted one.
+    (imagenet / META).touch()  # half of a kit is none, unless the other half is there too
     write_devkit(imagenet / place, [WNIDS[2], WNIDS[0], WNIDS[1]], [2, 1, 3, 1])
     save_flat_validation(imagenet, 4)
     evaluation = build_dataset("imagenet", "eval", imagenet)
@@ -69,6 +70,11 @@ def test_imagenet_says_which_part_is_missing(imagenet):
     write_devkit(imagenet, WNIDS, [1])
     with pytest.raises(DataError, match="contains ILSVRC2012_val_00000002.JPEG; expected names"):
         build_dataset("imagenet", "eval", imagenet)
+    write_devkit(imagenet, WNIDS, [1, 2])
+    other = save_image(imagenet / "val" / "own.JPEG")
+    with pytest.raises(DataError, match="contains own.JPEG; expected names"):
+        build_dataset("imagenet", "eval", imagenet)
+    other.unlink()
     write_devkit(imagenet, WNIDS, [1, 9])
     with pytest.raises(DataError, match="has class 9, which meta.mat lacks"):
         build_dataset("imagenet", "eval", imagenet)
@@ -79,7 +85,8 @@ def test_imagenet_says_which_part_is_missing(imagenet):
 
 @pytest.fixture
 def imagenet100(tmp_path):
-    """The 100 classes and one that does not belong."""
+    """The 100 classes, one that does not belong, and one of those without images."""
+    (tmp_path / "train" / "n00000002").mkdir(parents=True)
     for wnid in [*SUBSET, "n00000001"]:
         save_image(tmp_path / "train" / wnid / "image.JPEG", size=(4, 4))
     return tmp_path

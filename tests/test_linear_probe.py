@@ -125,6 +125,13 @@ def test_attentive_pooling_equals_multi_head_attention():
     torch.testing.assert_close(pooling(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_attentive_pooling_starts_from_each_token_normalised():
+    tokens = 3 * torch.randn(2, 7, 128) + torch.randn(7, 1)
+    found = probe_features(Tokens(None, tokens, (1, 7)), "attentive")
+    expected = torch.stack([F.layer_norm(own, [128]) for own in tokens.flatten(0, 1)])
+    torch.testing.assert_close(found.flatten(0, 1), expected)
+
+
 def test_heads_start_alike_and_as_in_the_recipe():
     one, other = (ProbeHead("mean", 500, 40, 1, seed=3) for _ in range(2))
     assert torch.equal(one.linear.weight, other.linear.weight)

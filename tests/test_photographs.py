@@ -62,7 +62,13 @@ def test_a_mask_tells_the_texture_of_each_pixel(split, other):
         assert image.shape == (64, 64, 3) and (image == image[..., :1]).all()
         assert mask.shape == (64, 64) and mask.dtype == np.uint8
         numbers = np.unique(mask).tolist()
-        assert len(numbers) <= 4 and mask[32, 32] == dataset.labels[index] == index
+        rng = dataset.generator(index)
+        points = rng.integers(64, size=(rng.integers(2, 5), 2))
+        assert len(numbers) == len(points) and mask[32, 32] == dataset.labels[index] == index
+        for pixel in np.ndindex(64, 64):
+            distances = np.square(points - pixel).sum(axis=1)
+            nearest = points[distances == distances.min()]
+            assert mask[pixel] in mask[*nearest.T]
         for number in numbers:
             inside = mask == number
             assert places(image[..., 0], inside, sources[number]) >= 1

@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from data.loader import TrainLoader
 from tests.runs import TINY
 from util.config import compose_config
 from util.distributed import Ranks
-from util.metrics import describe_supply
+from util.metrics import Speed, describe_supply, memory_in_use
 from util.preemption import stoppable
 
 
@@ -71,3 +72,33 @@ def test_what_steps_could_take_is_without_the_waiting():
     assert text.startswith("warning: 8 x 9 loader processes give 600 images/s where steps could ")
     assert "could take 800;" in text
     assert "warning" not in describe_supply(speed | {"data_wait": 0.05}, 8, 9)
+
+
+def test_speed_is_that_of_training_and_of_waiting_for_data(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def loader():
+        nonlocal now
+        for seconds in (1, 3):
+            now += seconds
+            yield
+
+    speed = Speed()
+    for _ in speed.timed(loader()):
+        now += 2  # a step
+    with speed.pause():
+        now += 50
+    expected = {"images_per_second": 2 * 64 / 8, "data_wait": 4 / 8, "eta_seconds": 10 * 8 / 2}
+    assert speed.read(steps=2, images_per_step=64, left=10, keep=True) == expected
+    assert speed.read(steps=2, images_per_step=64, left=10) == expected
+    now += 4
+    speed.images_at_peak = 64
+    expected = {"images_per_second": 16, "data_wait": 0, "eta_seconds": 36, "share_of_peak": 0.25}
+    assert speed.read(steps=1, images_per_step=64, left=9) == expected
+
+
+def test_memory_of_a_process_is_its_peak():
+    status = Path("/proc/self/status").read_text()
+    kibibytes = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+    assert memory_in_use(torch.device("cpu")) == pytest.approx(kibibytes * 1024e-9, rel=0.02)
