@@ -1,5 +1,7 @@
 """Fine-tuning: layer decay by name, mixing as timm does it, augmentation, resume, bad input."""
 
+import copy
+import math
 import random
 
 import numpy as np
@@ -17,6 +19,7 @@ from data.datasets import build_digits
 from eval.common import run_joined
 from eval.finetune import (
     Classifier,
+    Finetuning,
     build_mixup,
     decaying_groups,
     evaluate,
@@ -42,7 +45,8 @@ from tests.runs import (
     start_process,
 )
 from tests.test_distributed import spawn
-from util.config import ConfigError
+from util.config import ConfigError, TrainingStopped
+from util.distributed import Ranks
 from util.streams import Stream, seeded
 
 
@@ -291,6 +295,31 @@ def test_mixing_needs_pairs(checkpoint, tmp_path):
 def test_invalid_values_are_refused(checkpoint, tmp_path, override, words):
     with pytest.raises(ConfigError, match=words):
         config("finetune", checkpoint, tmp_path, override)
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_is_left_out(checkpoint, tmp_path, what):
+    def take_steps(run):
+        task = Finetuning(run)
+        task.prepare()
+        task.step(10, task.batches(10, 11))
+        task.log_line(11, 1)
+        weights, factor = copy.deepcopy(task.model.state_dict()), math.inf
+        if what == "gradient":
+            task.model.head.weight.register_hook(lambda gradient: gradient * factor)
+        else:
+            task.model.head.register_forward_hook(lambda head, tokens, logits: logits * factor)
+        task.step(11, task.batches(11, 12))
+        for name, value in task.model.state_dict().items():
+            assert torch.equal(value, weights[name]), name
+        with pytest.raises(TrainingStopped, match="the loss or gradient is not finite before"):
+            task.log_line(12, 1)
+        factor = 1
+        task.step(12, task.batches(12, 13))
+        assert not torch.equal(task.model.head.weight, weights["head.weight"])
+
+    cfg = config("finetune", checkpoint, tmp_path, *SHORT)
+    run_joined(cfg, Ranks(0, 1, torch.device("cpu")), "finetune", take_steps)
 
 
 @pytest.mark.slow
