@@ -153,6 +153,9 @@ def test_torchrun_as_in_the_readme(tmp_path):
     code, output = finish(process)
     assert code == 0, output
     assert results(tmp_path) == alone
+    numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in alone.items())
+    facts, result = (line for line in output.splitlines() if line.startswith("nn: "))
+    assert result.startswith(f"nn: {numbers}  ("), "once, although there are two processes"
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,22 @@ def test_a_terminal_shows_the_lines_and_a_bar_below(tmp_path, monkeypatch, capsy
     assert time.strptime(said[0][:19], "%Y-%m-%d %H:%M:%S")
 
 
+def test_a_resumed_run_shows_no_step_twice(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\nepochs: 2\n")
+    for resumed_step, loss in ((0, 1.0), (2, 2.0)):
+        log = RunLog(tmp_path, is_main=True, total_steps=4, resumed_step=resumed_step)
+        for step in range(resumed_step + 1, resumed_step + 4):
+            log.record({"loss": loss}, step, "")
+        log.close()
+    expected = [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    assert [(line["step"], line["loss"]) for line in read_records(tmp_path / "log.txt")] == expected
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == expected
+    (config,) = board.Tensors("train/config")[0].tensor_proto.string_val
+    assert config == b"    seed: 1\n    epochs: 2\n    ", "as code in Markdown"
+
+
 def test_readable_time():
     assert readable_time(59) == "0:00:59"
     assert readable_time(2 * 86400 + 3661) == "2 days, 1:01:01"
