@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from data.datasets import build_digits
 from eval import features
 from eval.collapse import cosine_and_std, rank_me
 from tests.backbones import digits_checkpoint, run_command
+from tests.test_save_features import tokens_by_hand
 
 
 @pytest.fixture(params=[7, 65536])
@@ -44,6 +47,17 @@ def test_the_extremes():
 def results(tmp_path, *overrides: str) -> dict[str, float]:
     assert run_command("collapse", f"output_dir={tmp_path}", *overrides) == 0
     return json.loads((tmp_path / "collapse" / "results" / "collapse.json").read_text())["results"]
+
+
+def test_numbers_are_of_pooled_features_as_they_are(tmp_path):
+    """Brought to length 1 only where cosines are computed."""
+    path, digits = digits_checkpoint(tmp_path), build_digits("eval", None)
+    pictures = [digits.load(index) for index in range(len(digits))]
+    pooled = tokens_by_hand(path, pictures, 0.306, 0.375, final_norm=False).patches.mean(dim=1)
+    found = results(tmp_path, f"pretrained={path}", "probe_images=40")
+    for name, value in {"rankme": rank_me(pooled), **cosine_and_std(pooled)}.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
+    assert rank_me(F.normalize(pooled)) != pytest.approx(rank_me(pooled), rel=1e-3)
 
 
 def test_a_position_code_is_found_out(tmp_path):

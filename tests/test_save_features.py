@@ -30,10 +30,12 @@ def saved(folder) -> tuple[np.ndarray, list[str], np.ndarray, dict]:
 
 
 @torch.no_grad()
-def tokens_by_hand(checkpoint, pictures: list[Image.Image], mean: float, std: float) -> Tokens:
+def tokens_by_hand(
+    checkpoint, pictures: list[Image.Image], mean: float, std: float, **options
+) -> Tokens:
     small = [np.array(picture.resize((24, 24), Image.Resampling.BICUBIC)) for picture in pictures]
     images = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
-    return load_backbone(checkpoint)((images / 255 - mean) / std)
+    return load_backbone(checkpoint, **options)((images / 255 - mean) / std)
 
 
 def test_pooled_features_equal_a_loop_by_hand(checkpoint, tmp_path):
