@@ -1,6 +1,7 @@
 """The numbers of other methods' original code, and the command that checks them."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -127,6 +128,39 @@ def test_an_array_that_is_missing_or_of_another_shape_fails(copy_of, check):
     np.savez(path, **arrays | {"patches": arrays["patches"][:1]})
     status, (line, _) = check(path.parent)
     assert status == 1 and "FAILED (AssertionError: patches: torch.Size([2," in line
+
+
+def keep_arrays(path: Path, pattern: str) -> int:
+    """-> how many are left of those whose names match"""
+    with np.load(path) as archive:
+        kept = {key: archive[key] for key in archive.files if re.fullmatch(pattern, key)}
+    np.savez(path, **kept)
+    return len(kept)
+
+
+def test_sigreg_without_several_processes_is_compared_without_them(copy_of, check):
+    path = copy_of("sigreg", "sigreg_held")
+    assert keep_arrays(path, r"(?!ranks/).*") == 23
+    status, (line, last) = check(path.parent)
+    assert status == 0 and line.endswith(": ok") and last == "compared 15 arrays in 1 files"
+
+
+@pytest.mark.parametrize(
+    ("kept", "problem"),
+    [
+        ("directions", "FAILED (ranks/directions is not compared)"),
+        ("loss.", "FAILED (ranks/loss0 is not compared, ranks/loss1 is not compared)"),
+        (".*[1s]", "FAILED (KeyError: 'ranks/x0')"),
+        (r"\w+\d", "FAILED (KeyError: 'ranks/directions')"),
+        pytest.param(".*[0s]", "FAILED (ranks/loss0, ranks/grad0)", marks=pytest.mark.slow),
+        pytest.param("x.|loss.|.*[0s]", "FAILED (KeyError: 'ranks/grad1')", marks=pytest.mark.slow),
+    ],
+)
+def test_a_part_of_the_arrays_of_several_processes_fails(copy_of, check, kept, problem):
+    path = copy_of("sigreg")
+    keep_arrays(path, rf"(?!ranks/).*|ranks/({kept})")
+    status, (line, _) = check(path.parent)
+    assert status == 1 and line.endswith(problem), line
 
 
 def test_nothing_to_compare_is_not_a_success(tmp_path, check):
