@@ -1,6 +1,6 @@
 """The linear probe as a whole, against a loop written by hand: every key is away from its default,
 so that one which does not arrive where it belongs is noticed. Also what fine-tuning's twin of this
-file needs."""
+file, and evaluations, need."""
 
 import math
 from collections.abc import Iterator
@@ -60,21 +60,26 @@ def load_encoder(path: Path, part: str, blocks: int, norm: bool) -> Encoder:
     return encoder
 
 
-def encode(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
-    """-> by pooling: [N, D] or [N, 2 D]"""
+def all_tokens(encoder: Encoder, images: Tensor) -> Tensor:
+    """-> [N, 1 + rows * columns, D], the class token first"""
     patches = images.unfold(2, 4, 4).unfold(3, 4, 4)  # [N, 3, rows, columns, 4, 4]
+    grid, table = patches.shape[2:4], encoder.pos_embed.pos_embeds[None]
     patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-    side, table = images.shape[-1] // 4, encoder.pos_embed.pos_embeds[None]
-    if side != 6:
-        grid = table[:, 1:].transpose(1, 2).unflatten(2, (6, 6))
-        grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
-        table = torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    if grid != (6, 6):
+        rows = table[:, 1:].transpose(1, 2).unflatten(2, (6, 6))
+        rows = F.interpolate(rows, grid, mode="bicubic", antialias=True)
+        table = torch.cat([table[:, :1], rows.flatten(2).transpose(1, 2)], dim=1)
     patches = encoder.embed(patches) + table[:, 1:]
     cls = (encoder.cls_token + table[:, :1]).expand(len(images), -1, -1)
     tokens = torch.cat([cls, patches], dim=1)
     for block in encoder.blocks:
         tokens = block(tokens)
-    tokens = encoder.norm(tokens)
+    return encoder.norm(tokens)
+
+
+def encode(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+    """-> by pooling: [N, D] or [N, 2 D]"""
+    tokens = all_tokens(encoder, images)
     cls, mean = tokens[:, 0], tokens[:, 1:].mean(dim=1)
     return {"cls": cls, "mean": mean, "cls+mean": torch.cat([cls, mean], dim=1)}
 
