@@ -74,7 +74,7 @@ class Pretraining(Task):
         precision = choose_precision(cfg.precision, ranks.device)
         if ranks.device.type == "cpu":
             tune_for_cpu(self.model, precision, compiled=cfg.compile)
-        self.training = Training(cfg, self.model, ranks, precision)
+        self.training = Training(cfg, self.model, ranks, precision, self.loader.batch_size)
         masked = self.geometry.grid_size**2 - self.geometry.num_vis
         sizes = (self.loader.batch_size, masked, self.model.decoder.head.out_features)
         self.chance: float | None = self.training.objective.chance(*sizes)
@@ -116,7 +116,7 @@ class Pretraining(Task):
             # It regroups gradients after the first backward pass, which changes the order of
             # summation over more than two processes. Once this is settled, a new and a resumed run
             # sum in the same order.
-            self.pass_blank_images(self.cfg.batch_size, keep_local=False)
+            self.pass_blank_images(self.loader.batch_size, keep_local=False)
         self.training.network.train()
 
     def compile(self) -> None:
@@ -124,7 +124,7 @@ class Pretraining(Task):
         self.training.compile()
         reason = ""
         try:  # for the shapes of training, and only once
-            self.pass_blank_images(self.cfg.batch_size)
+            self.pass_blank_images(self.loader.batch_size)
         except Exception as error:
             reason = f"{type(error).__name__}: {first_words(error)}"
         if reasons := list(filter(None, gather_objects(reason, self.ranks))):

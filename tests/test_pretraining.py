@@ -15,7 +15,7 @@ from models.target import TARGETS
 from tests import by_hand
 from tests.runs import final_state, kill, kill_at_step, records, start_together
 from tests.test_distributed import spawn
-from util.config import CONFIG_DIR, compose_config, flatten
+from util.config import CONFIG_DIR, compose_config, flatten, read_yaml
 from util.distributed import Ranks
 from util.preemption import stoppable
 from util.validate import check_config
@@ -212,6 +212,9 @@ def test_ten_steps_equal_those_written_by_hand(tmp_path, variant):
     assert_same_run(tmp_path / "run", model.state_dict(), by_hand.train(keys))
     saved = final_state(tmp_path / "run")
     assert relative_difference(saved["state_dict"], model.state_dict()) == 0
+    # shrink_batch changes the loader's batches, not what the user has typed.
+    for config in (saved["config"], read_yaml(tmp_path / "run" / "config.yaml")):
+        assert config["batch_size"] == keys["batch_size"]
 
 
 def test_the_keys_of_these_runs_are_away_from_their_defaults():

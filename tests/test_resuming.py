@@ -25,6 +25,7 @@ from util.command import call
 from util.config import CONFIG_DIR, ConfigError, choices_in, compose_config, read_yaml
 
 FACTS = {"images": 1400, "image_list": "a", "images_per_step": 128, "steps_per_epoch": 10}
+FACTS |= {"batch_size": 128}
 
 
 def configured(*overrides: str):
@@ -114,15 +115,25 @@ def test_all_differences_are_one_message(tmp_path):
 
 
 def test_what_may_differ_and_is_said(tmp_path):
-    before = made("batch_size=64")
-    (said,) = accept(tmp_path, before, configured(), FACTS)
+    half = {"made_from": FACTS | {"batch_size": 64}}
+    (said,) = accept(tmp_path, made("batch_size=64", **half), configured(), FACTS)
     assert said.startswith("batch_size 64 -> 128: the objective or mixup is per micro-batch")
     assert accept(tmp_path, made("avg_sim_coeff=0"), configured("avg_sim_coeff=0"), FACTS) == []
     batch = ["avg_sim_coeff=0", "negatives=batch"]
-    (said,) = accept(tmp_path, made(*batch, "batch_size=64"), configured(*batch), FACTS)
+    (said,) = accept(tmp_path, made(*batch, **half), configured(*batch), FACTS)
     assert said.startswith("batch_size 64 -> 128: the objective or mixup is per micro-batch")
     (said,) = accept(tmp_path, made(), configured("epochs=5"), FACTS)
     assert said == "epochs 3 -> 5: the schedules are stretched"
+
+
+def test_what_shrink_batch_has_made_is_compared(tmp_path):
+    """An earlier version wrote the smaller batch_size into the config."""
+    shrunken = FACTS | {"images": 45, "images_per_step": 40, "batch_size": 40}
+    now = configured("batch_size=128")
+    before = made("batch_size=40")
+    before["made_from"] = {key: shrunken[key] for key in shrunken if key != "batch_size"}
+    assert accept(tmp_path, before, now, shrunken) == []
+    assert accept(tmp_path, made("batch_size=128", made_from=shrunken), now, shrunken) == []
 
 
 def test_checkpoints_of_earlier_versions(tmp_path):

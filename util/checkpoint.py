@@ -145,6 +145,7 @@ CHANGE_NO_RESULT = {*PATHS, "dataset.options.index_folder"} | set(
     "max_bad_steps on_collapse watch_images "
     "print_freq save_freq save_minutes eval_freq eval_at_start".split()
 )
+STEPS = ("images_per_step", "steps_per_epoch", "batch_size")  # what a loader makes of them
 MAY_DIFFER = CHANGE_NO_RESULT | {"batch_size", "accum_iter"}  # images_per_step may not
 
 
@@ -156,7 +157,7 @@ def describe(dataset: ImageDataset, loader: StepOrder) -> dict[str, object]:
     digest = hashlib.sha256(os.fsencode("\0".join(name[len(folder) :] for name in names)))
     if dataset.labels is not None:
         digest.update(np.asarray(dataset.labels, dtype=np.int64).tobytes())
-    steps = {name: getattr(loader, name) for name in ("images_per_step", "steps_per_epoch")}
+    steps = {name: getattr(loader, name) for name in STEPS}
     return {"images": len(names), "image_list": digest.hexdigest()[:16], **steps}
 
 
@@ -195,9 +196,10 @@ def accept(path: Path, contents: dict, cfg: DictConfig, facts: dict) -> list[str
     per_micro_batch = any(cfg.get(key) for key in ("avg_sim_coeff", "mixup", "sigreg"))
     batch_wide = ("pred_unit", "negatives", "target_norm", "target_post_norm")
     per_micro_batch |= any(cfg.get(key) == "batch" for key in batch_wide)
-    if cfg.batch_size != config["batch_size"] and per_micro_batch:
+    before, now = old["batch_size"], facts["batch_size"]  # as shrink_batch has made them
+    if now != before and per_micro_batch:
         what = "the objective or mixup is per micro-batch, so numbers differ"
-        said.append(f"batch_size {config['batch_size']} -> {cfg.batch_size}: {what}")
+        said.append(f"batch_size {before} -> {now}: {what}")
     if contents.get("format", 1) < FORMAT:
         said.append("the checkpoint is of an earlier version, which drew other random numbers")
     return said

@@ -28,11 +28,17 @@ def open_split(cfg: DictConfig, split: str, ranks: Ranks | None = None) -> Image
 def train_loader(
     cfg: DictConfig, ranks: Ranks, dataset: ImageDataset, transform: Augmentation
 ) -> TrainLoader:
-    if "shrink_batch" in cfg and cfg.shrink_batch:  # a step needs no more than there are
-        share = len(dataset) // (cfg.accum_iter * ranks.world_size)
-        cfg.batch_size = min(cfg.batch_size, max(1, share))
+    sizes = for_both(cfg, ranks)
+    sizes["batch_size"] = training_batch_size(cfg, len(dataset), ranks.world_size)
     own = {"seed": cfg.seed, "accum_iter": cfg.accum_iter, "max_bad_images": cfg.max_bad_images}
-    return TrainLoader(dataset, transform, **own, **for_both(cfg, ranks))
+    return TrainLoader(dataset, transform, **own, **sizes)
+
+
+def training_batch_size(cfg: DictConfig, images: int, processes: int) -> int:
+    """The config's; with shrink_batch at most what is there, because steps are whole."""
+    if not cfg.get("shrink_batch"):
+        return cfg.batch_size
+    return min(cfg.batch_size, max(1, images // (cfg.accum_iter * processes)))
 
 
 def eval_loader(

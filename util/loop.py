@@ -326,7 +326,8 @@ class Loop:
 
     def how_to_need_less(self, error: Exception) -> str:
         cfg = self.cfg
-        ways = [f"batch_size below {cfg.batch_size}, with accum_iter above {cfg.accum_iter}"]
+        batch_size = self.task.loader.batch_size
+        ways = [f"batch_size below {batch_size}, with accum_iter above {cfg.accum_iter}"]
         if "recompute" in cfg:
             ways += ["recompute=True", f"a smaller encoder than {cfg.encoder.name}"]
         return f"out of memory ({first_words(error)}): expected {', or '.join(ways)}"
