@@ -1,13 +1,18 @@
-"""What every data set offers, and the one error type for bad input."""
+"""What every data set offers, and the one error type for bad input.
+
+Data sets list their images without torch, for the launcher: decoding brings it in."""
 
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from data.picture import Picture
 
 # What Pillow is known to raise for a damaged file. Anything else is a bug and should show as one.
 UNREADABLE = (
@@ -51,7 +56,7 @@ class ImageDataset:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def load(self, index: int) -> Image.Image | Tensor:
+    def load(self, index: int) -> "Picture":
         """The picture in RGB (data/picture.py); raises one of UNREADABLE if that fails."""
         raise NotImplementedError
 

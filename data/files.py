@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.base import DataError, ImageDataset, first_few
-from data.picture import Picture, decode
+
+if TYPE_CHECKING:
+    from data.picture import Picture
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 ENDINGS = f"expected files ending in {' '.join(EXTENSIONS)}"
@@ -54,7 +57,9 @@ class FileDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def load(self, index: int) -> Picture:
+    def load(self, index: int) -> "Picture":
+        from data.picture import decode
+
         return decode(self.contents(index), self.decoder)
 
     def contents(self, index: int) -> bytearray:

@@ -8,17 +8,19 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from data import files
 from data.base import DataError, ImageDataset, readable
 from data.files import FileDataset, PathList, existing_folder, require_files
-from data.picture import Picture, size_of
-from data.transforms import EvalTransform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.picture import Picture
 
 IGNORE = 255
 MASKS_LAYOUT = "a folder with images/ and masks/, each with train/ and val/ or without either"
@@ -105,13 +107,15 @@ class WithMasks(ImageDataset):
     def describe(self, index: int) -> str:
         return self.dataset.describe(index)
 
-    def load(self, index: int) -> tuple[Picture, Image.Image]:  # type: ignore[override]
+    def load(self, index: int) -> "tuple[Picture, Image.Image]":  # type: ignore[override]
         image, mask = self.dataset.load(index), Image.fromarray(self.dataset.mask(index))
         require_same_size(self.describe(index), image, mask)
         return image, mask
 
 
-def require_same_size(name: object, image: Picture, mask: Image.Image) -> None:
+def require_same_size(name: object, image: "Picture", mask: Image.Image) -> None:
+    from data.picture import size_of
+
     if size_of(image) != mask.size:
         found, valid = ("{} x {}".format(*size) for size in (mask.size, size_of(image)))
         raise DataError(f"the mask of {name} has {found} pixels: expected {valid}, as the image")
@@ -121,9 +125,13 @@ class MaskTransform:
     """The central crop of an image and the same of its mask, as a fourth channel."""
 
     def __init__(self, side: int, crop_ratio: float) -> None:
+        from data.transforms import EvalTransform
+
         self.crop = EvalTransform(side, crop_ratio)
 
-    def __call__(self, pair: tuple[Picture, Image.Image]) -> Tensor:
+    def __call__(self, pair: "tuple[Picture, Image.Image]") -> "Tensor":
         """-> uint8 [4, side, side]"""
+        import torch
+
         image, mask = pair
         return torch.cat([self.crop(image), self.crop.mask(mask)])

@@ -10,14 +10,17 @@ import os
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.base import ImageDataset
 from data.files import existing_folder, require_known_classes, split_folder
 from data.imagenet import FLAT_NAME, wnid_of, wnids_from_devkit
-from data.picture import Picture, decode
 from data.tar_index import TarIndex, index_of
+
+if TYPE_CHECKING:
+    from data.picture import Picture
 
 EXPECTED = "a folder with train/*.tar and val/*.tar"
 # In each process; far below 1024, the usual limit for all its files.
@@ -76,7 +79,9 @@ class TarDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def load(self, index: int) -> Picture:
+    def load(self, index: int) -> "Picture":
+        from data.picture import decode
+
         return decode(self.contents(index), self.decoder)
 
     def contents(self, index: int) -> bytearray:

@@ -1,6 +1,8 @@
 """Data sets: every layout on real files, every kind of bad input, and what the drawings promise.
 ImageNet: test_imagenet.py."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from data.base import UNREADABLE, DataError
 from data.datasets import DATASETS, build_dataset
 from data.files import PathList, given_images
 from data.picture import Picture, to_image
+from tests.forked import ROOT
 
 WITHOUT_FILES = {"digits", "textures", "photographs"}
 CONFIGS = {
@@ -271,3 +274,11 @@ def test_configured_mean_and_std_are_those_of_the_images(name):
     pixels = np.stack([np.asarray(dataset.load(index)) for index in range(500)]) / 255
     assert np.allclose(pixels.mean(axis=(0, 1, 2)), config["mean"], atol=0.02)
     assert np.allclose(pixels.std(axis=(0, 1, 2)), config["std"], atol=0.02)
+
+
+def test_listing_images_needs_no_torch():
+    """For the launcher, which answers before torch is there."""
+    code = "import sys, data.datasets; print({'torch', 'torchvision'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr
