@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from datetime import date
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from bench.step import flops_per_image
 from eval.evaluate import table
 from util import report
 from util.command import run_worker
-from util.config import CONFIG_DIR, compose_config, headline, job_directory
+from util.config import CONFIG_DIR, compose_config, job_directory
 from util.files import read_records, write_whole
 from util.job import git, is_finished
 from util.loaders import open_split
@@ -170,8 +171,11 @@ def describe(
         f"± standard deviation over seeds. Cosines and position probe are those of "
         f"[collapse](evaluation.md), GFLOP those of an image in training."
     )
+    if cfg.note:
+        yield cfg.note
     for experiment in cfg.experiments:
-        yield f"## {experiment}\n\n{headline(CONFIG_DIR / 'experiment' / f'{experiment}.yaml')}"
+        yield f"## {experiment}"
+        yield from introduce(experiment)
         for name, own in plans.items():
             yield from describe_rows(name, experiment, own[experiment])
         if experiment in pictures:
@@ -179,6 +183,17 @@ def describe(
             figure.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(pictures[experiment], figure)
             yield f"![Clusters and principal components]({Path('..') / 'figs' / figure.name})"
+
+
+def introduce(experiment: str) -> Iterator[str]:
+    """The paragraphs of the comment that its config begins with, without the command, which is
+    indented, and without what it says of changed results."""
+    lines = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    texts = [line.removeprefix("#").removeprefix(" ") for line in comment]
+    for paragraph in "\n".join(text for text in texts if not text.startswith("@")).split("\n\n"):
+        if not paragraph.startswith((" ", "Changes results")):
+            yield paragraph.replace("\n", " ")
 
 
 def describe_rows(name: str, experiment: str, runs: list[Run]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import statistics
 import sys
@@ -9,10 +10,19 @@ import sys
 import numpy as np
 import pytest
 
-from bench.challenges import compare
+from bench.challenges import (
+    RECIPES,
+    UNCLAIMED,
+    Run,
+    compare,
+    describe,
+    describe_rows,
+    introduce,
+)
 from bench.step import Setting, count_flops, flops_per_image
 from tests.runs import (
     LAUNCHER,
+    ROOT,
     TINY,
     assert_same_state,
     final_state,
@@ -45,6 +55,100 @@ BASE = np.array([90.0, 91.0, 92.0])  # standard deviation 1
 )  # fmt: skip
 def test_what_numbers_show(values, is_claimed, expected):
     assert compare(BASE, np.array(values), is_claimed) == expected
+
+
+@pytest.fixture
+def write_runs(tmp_path):
+    """-> runs of the label, two seeds of which each left one number in all columns: 10 less for the
+    label than for the recipe, and all differ."""
+    base = compose_config("demo", [f"output_dir={tmp_path}", "encoder.depth=1"])
+
+    def write(label: str) -> list[Run]:
+        runs = []
+        for number, shift in enumerate((0.0, 0.25, -10.0, -10.25)):
+            own = label if shift <= -10 else ""
+            cfg = base.copy()
+            cfg.job_name = f"digits-seed{number % 2}-{own}"
+            run = Run("digits", own, cfg)
+            results: dict = {}
+            for place, path in enumerate(RECIPES["digits"][1].values()):
+                name, metric = path.split("/", 1)
+                variants = results.setdefault(name, {"trained": {}, "random init": {}})
+                for weights, value in (("trained", 50), ("random init", 20)):
+                    found = variants[weights].setdefault("results", {})
+                    found[metric] = value + place + shift
+            lines = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 2 + shift, "chance": 4.5}]
+            lines.append({"step": 2, "rankme": 1.0})
+            verdict = {"verdict": "partial" if number == 3 else "healthy", "seconds": 60}
+            for path, text in (
+                (run.results, json.dumps({"evaluations": results})),
+                (run.folder / "results" / f"{cfg.job_name}.json", json.dumps(verdict)),
+                (run.folder / "log.txt", "".join(json.dumps(line) + "\n" for line in lines)),
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            runs.append(run)
+        return runs
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("experiment", "label", "is_claimed"),
+    [
+        ("challenge_target", "target-joint", True),
+        ("challenge_target", "target-stopgrad", False),
+        ("challenge_target", "target-frozen", False),
+        ("challenge_decoder", "decoder-self", True),
+        ("lab_mae", "lab_mae", False),
+        ("lab_lejepa", "lab_lejepa", False),
+    ],
+)
+def test_what_a_table_says(write_runs, experiment, label, is_claimed):
+    """Only of the challenges that the paper has does a row say what the paper says."""
+    lines, seen = describe_rows("digits", experiment, write_runs(label))
+    assert seen == (
+        f"- `{label}`, nearest neighbour: 10.2 lower than the recipe"
+        f"{': as the paper says' if is_claimed else ''}."
+    )
+    title, _, random, recipe, row = (line.strip("| ").split(" | ") for line in lines.splitlines())
+    assert title[:3] == ["digits", "nearest neighbour", "k-NN"]
+    assert title[-5:] == ["position probe", "loss", "chance", "verdict", "GFLOP"]
+    assert random == ["random weights", *(f"{20.12 + n:.2f} ± 0.18" for n in range(7)), *"––––"]
+    deviation = " ± 0.18"
+    assert recipe[:3] == ["recipe", f"50.12{deviation}", f"51.12{deviation}"]
+    assert recipe[7:11] == [f"56.12{deviation}", f"2.12{deviation}", "4.5", "healthy 2"]
+    assert row[:2] == [f"`{label}`", f"39.88{deviation}"]
+    assert row[8:11] == [f"-8.12{deviation}", "4.5", "healthy 1, partial 1"]
+
+
+@pytest.mark.parametrize("name", ["challenges", "laboratory"])
+def test_a_page_has_the_words_of_its_configs(name):
+    """All but what comes from results: tables, pictures, and what is seen in them."""
+    cfg = compose_config(name, [])
+    page = (ROOT / cfg.page).read_text()
+    parts = page.removesuffix("\n").split("\n\n")
+    (measured,) = (part for part in parts if re.match(r"\d{4}-\d\d-\d\d, commit ", part))
+    recipes = [recipe for recipe in ("digits", "textures") if cfg[recipe] is not None]
+    settings = "; ".join(f"{recipe}: {' '.join(cfg[recipe])}" for recipe in recipes)
+    assert f"({settings})" in measured
+    words = [part for part in parts if not part.startswith(("|", "- `", "![")) and part != measured]
+    title, _, *others = describe(cfg, {}, {})
+    assert words == "\n\n".join([title, *others]).split("\n\n")
+    assert [word for word in words if word.startswith("## ")] == [
+        f"## {experiment}" for experiment in cfg.experiments
+    ]
+    claimed = re.findall(r"- `(.*)`, .*as the paper says", page)
+    assert bool(claimed) == (name == "challenges") and not UNCLAIMED & {*claimed}
+
+
+def test_the_laboratory_says_what_was_not_tuned_and_what_is_missing():
+    cfg = compose_config("laboratory", [])
+    assert "Nothing was tuned for these methods" in cfg.note
+    for experiment in cfg.experiments:
+        about, details = introduce(experiment)
+        assert "arXiv" in about and "launcher.py" not in details
+        assert re.match(r"Kept: .* Missing: .*", details), experiment
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (("True, False or changed", lambda v: v == "changed" or isinstance(v, bool)), "resume"),
     (TEXT, "output_dir title command page"),
     (or_null(TEXT), "data_path images dataset.options.index_folder env.gres env.python"),
-    (or_null(TEXT), "pretrained pretrained_weights cache_dir"),
+    (or_null(TEXT), "pretrained pretrained_weights cache_dir note"),
     (TEXTS, "settings env.setup env.srun_args"),
     (or_null(TEXTS), "digits textures"),
     (several_of(*group_choices("experiment", [CONFIG_DIR])), "experiments"),
