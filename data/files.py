@@ -95,10 +95,12 @@ def list_folder(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.name.lower().endswith(EXTENSIONS):
-                    images.append(entry.name)
-                elif entry.is_dir():
+                # Following links, which only decides about other names, would ask once per image.
+                is_named_image = entry.name.lower().endswith(EXTENSIONS)
+                if entry.is_dir(follow_symlinks=not is_named_image):
                     subfolders.append(entry.name)
+                elif is_named_image:
+                    images.append(entry.name)
     except OSError as error:
         raise DataError(f"cannot list the folder {folder}: {error.strerror}") from error
     return sorted(subfolders), sorted(images)
@@ -159,7 +161,8 @@ def given_images(pattern: str) -> FileDataset:
         paths = [path]
     else:  # what else a glob matches is left out, as it is of a folder
         found = glob(path, recursive=True)
-        paths = [path for path in found if path.lower().endswith(EXTENSIONS)]
+        images = [path for path in found if path.lower().endswith(EXTENSIONS)]
+        paths = [path for path in images if not os.path.isdir(path)]
     if not paths:
         valid = f"an image file, a folder with images, or a glob of images; {ENDINGS}"
         raise DataError(f"images={pattern}: expected {valid}")

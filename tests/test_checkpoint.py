@@ -28,7 +28,8 @@ from util.lock import unlock
 
 
 def contents(value: float) -> dict:
-    return {"state_dict": {"weight": torch.full((1000,), value)}, "step": int(value), "epoch": 0}
+    weights = {"weight": torch.full((1000,), value)}
+    return {"state_dict": weights, "step": int(value), "epoch": 0, "config": {"epochs": 1}}
 
 
 def save(folder, steps, epochs=()) -> list[str]:
@@ -100,7 +101,7 @@ def test_twenty_flipped_bits_are_named_and_none_is_used(tmp_path):
     state = {"state_dict": layer.state_dict(), "optimizer": optimizer.state_dict()}
     writer = CheckpointWriter(tmp_path, print)
     for step in (1, 2):
-        writer.save(state | {"step": step}, step)
+        writer.save(state | {"step": step, "config": {}}, step)
     writer.wait()
     newest = tmp_path / checkpoint_name(2)
     whole, places = newest.read_bytes(), places_of_numbers(newest)
@@ -141,7 +142,9 @@ def test_nothing_readable_is_an_error_and_nothing_there_is_not(tmp_path):
 def test_a_file_of_another_program_is_named_and_the_one_before_is_used(tmp_path):
     save(tmp_path, [1])
     newest = tmp_path / checkpoint_name(2)
-    for foreign in ([1, 2], torch.zeros(3), {"model": {}, "epoch": 3}, {"step": "2"}):
+    wrong = ({"step": "2"}, {"step": True}, {"step": -5}, {"step": 2.0}, {"config": None})
+    ours = [contents(2) | change for change in wrong]
+    for foreign in ([1, 2], torch.zeros(3), {"model": {}, "epoch": 3}, *ours):
         torch.save(foreign, newest)
         reports = []
         assert newest_readable(tmp_path, reports.append)[0].name == checkpoint_name(1)

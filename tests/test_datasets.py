@@ -105,6 +105,20 @@ def test_folder_has_no_labels_and_one_set_of_images(image_tree):
     assert len(train) == 5 and paths_of(train) == paths_of(evaluation)
 
 
+def test_a_folder_that_is_named_like_an_image_is_a_folder(image_tree):
+    (image_tree / "train/cat").rename(image_tree / "train/cat.jpg")
+    (image_tree / "val/cat").rename(image_tree / "val/cat.jpg")
+    train = build_dataset("imagefolder", "train", image_tree)
+    assert train.classes == ["ant", "cat.jpg"] and train.labels.tolist() == [0, 1, 1, 1]
+    expected = ["ant/x.bmp", "cat.jpg/a.PNG", "cat.jpg/b.jpg", "cat.jpg/deep/er/c.jpeg"]
+    assert paths_of(train) == [image_tree / "train" / path for path in expected]
+    assert len(build_dataset("folder", "train", image_tree)) == 5
+    (image_tree / "train/cat.jpg/link.png").symlink_to("b.jpg")
+    assert len(build_dataset("folder", "train", image_tree)) == 6
+    globbed = given_images(f"{image_tree}/train/**/*.jpg")
+    assert paths_of(globbed) == [image_tree / "train/cat.jpg/b.jpg"]
+
+
 def test_folder_without_images_is_an_error(tmp_path):
     (tmp_path / "readme.txt").touch()
     with pytest.raises(DataError, match="contains no images; expected files ending in .jpg"):

@@ -131,7 +131,8 @@ def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
 def test_damaged_lines_of_a_log_are_dropped(tmp_path):
     path = tmp_path / "log.txt"
     good = b'{"step": 1, "loss": 0.1}\n', b'{"step": 2, "loss": 1e-05}\n'
-    bad = b'\xff\xfe{"step": 1}\n', b"[1]\n", b"3\n", b'{"loss": 1}\n', b"\0\0\n"
+    bad = [b'\xff\xfe{"step": 1}\n', b"[1]\n", b"3\n", b'{"loss": 1}\n', b"\0\0\n"]
+    bad += [b'{"step": %s, "loss": 1}\n' % step for step in (b'"1"', b"null", b"true", b"NaN")]
     path.write_bytes(good[0] + b"".join(bad) + good[1])
     assert last_number(read_records(path), "loss", "step", "d") == "2"
     keep_until_step(path, 2)

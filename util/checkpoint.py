@@ -14,6 +14,7 @@ import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
     for path in paths:
         try:
             contents = load_file(path)
-            if not isinstance(contents, dict) or not isinstance(contents.get("step"), int):
+            if not is_state(contents):
                 raise CheckpointError(f"{path} is of another program")
         except CheckpointError as error:
             report(f"{error}; using the one before")
@@ -81,6 +82,14 @@ def newest_readable(folder: Path, report) -> tuple[Path, dict] | None:
         problem = f"none of the {len(paths)} checkpoints in {folder} can be read"
         raise CheckpointError(f"{problem}: remove them to start over")
     return None
+
+
+def is_state(contents: object) -> TypeGuard[dict]:
+    """Whether it has what a run needs to find its place: its step and its config."""
+    if not isinstance(contents, dict) or not isinstance(contents.get("config"), dict):
+        return False
+    step = contents.get("step")
+    return type(step) is int and step >= 0
 
 
 def without_module_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def read_records(path: Path) -> list[dict]:
     for line in path.read_bytes().splitlines():
         with suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+    return [r for r in records if isinstance(r, dict) and type(r.get("step")) is int]
 
 
 def remove_unfinished(folder: Path) -> None:
