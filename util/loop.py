@@ -25,7 +25,7 @@ from util.config import TrainingStopped
 from util.distributed import Ranks, all_reduce, barrier, broadcast_tensors, gather_objects, on_main
 from util.job import checkpoint_name, list_checkpoints, prepare_job_directory, record_start
 from util.lock import unlock
-from util.metrics import Speed, bar_text, describe_speed, describe_supply
+from util.metrics import Speed, bar_text, describe_speed, warn_of_supply
 from util.preemption import Interrupted, StopFlag
 from util.record import RunLog
 
@@ -236,13 +236,16 @@ class Loop:
         self.log.progress(done)
 
     def say_supply(self, steps: int) -> None:
-        """Do loaders give what steps take? Without the first step, in which both start."""
+        """Warn once where loaders give less than steps take. Without the first step, in which both
+        start."""
         first, last = FIRST_STEPS[0], FIRST_STEPS[-1]
         if steps in (first, last):
             speed = self.first_steps.read(last - first, self.images_per_step, 0)
             loader = self.task.loader
             if steps == last and isinstance(loader, TrainLoader) and loader.workers[0]:
-                self.log.say(describe_supply(speed, self.ranks.world_size, loader.workers[0]))
+                workers = loader.workers[0]
+                if warning := warn_of_supply(speed, self.ranks.world_size, workers):
+                    self.log.say(warning)
 
     def write_log(self, done: int) -> None:
         steps = done - self.last_logged

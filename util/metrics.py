@@ -156,14 +156,14 @@ def describe_speed(speed: dict[str, float]) -> str:
     return f"{images:.0f} images/s  {share}waiting {speed['data_wait']:.0%}  eta {eta}"
 
 
-def describe_supply(speed: dict[str, float], processes: int, workers: int) -> str:
+def warn_of_supply(speed: dict[str, float], processes: int, workers: int) -> str | None:
+    """Return a warning where steps wait too long for images, else nothing."""
     images, waiting = speed["images_per_second"], speed["data_wait"]
-    loaders = f"{processes} x {workers} loader processes"
     if waiting <= MOST_WAITING:
-        return f"{loaders} give the {images:.0f} images/s that steps take"
-    could = f"{images:.0f} images/s where steps could take {images / (1 - waiting):.0f}"
+        return None
+    could = f"{images:.1f} images/s where steps could take {images / (1 - waiting):.1f}"
     remedy = "more of them are num_workers, on Slurm env.workers (cores of a process)"
-    return f"warning: {loaders} give {could}; {remedy}"
+    return f"warning: {processes} x {workers} loader processes give {could}; {remedy}"
 
 
 def bar_text(summary: str, speed: dict[str, float]) -> str:
