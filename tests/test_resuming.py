@@ -251,6 +251,6 @@ def test_weights_that_do_not_fit_the_optimiser(tmp_path):
     assert "resume=changed: freeze_pe True -> False\nerror: resume: expected" in output
     (path,) = list_checkpoints(tmp_path / "demo" / "checkpoints")
     contents = torch.load(path)
-    torch.save({key: contents[key] for key in ("state_dict", "step")}, path)
+    torch.save({key: contents[key] for key in ("state_dict", "step", "config")}, path)
     code, output = run(LAUNCHER, *settings)
     assert code == 2 and output.startswith("error: resume: expected") and output.count("\n") == 1
