@@ -37,7 +37,7 @@ def record_step(cfg, precision: str) -> tuple[Training, Recorder]:
     """The second step of a run: the first one makes the optimiser's state."""
     with fake_cuda() as recorder:
         ranks, geometry = Ranks(0, 1, CUDA), read_geometry(cfg)
-        training = Training(cfg, build_model(cfg), ranks, precision)
+        training = Training(cfg, build_model(cfg), ranks, precision, cfg.batch_size)
         training.compile()
         side, (grid, _, gap, visible) = geometry.side, geometry
         sizes, generator = (cfg.batch_size, grid, visible, gap), torch.Generator(CUDA)

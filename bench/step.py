@@ -84,7 +84,7 @@ def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Traini
     model = build_model(cfg).to(ranks.device)
     if tuned and ranks.device.type == "cpu":
         tune_for_cpu(model, setting.precision, setting.compile)
-    training = Training(cfg, model, ranks, setting.precision)
+    training = Training(cfg, model, ranks, setting.precision, cfg.batch_size)
     if setting.compile:
         training.compile()
     return training
@@ -174,7 +174,8 @@ def flops_per_image(cfg) -> float:
     """All matrix products of a training step, forward and backward, by counting them."""
     model = build_model(cfg)
     write_out_attention(model)  # torch does not count its fused form on a CPU
-    training = Training(cfg, model, Ranks(0, 1, torch.device("cpu")), "fp32")
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    training = Training(cfg, model, ranks, "fp32", cfg.batch_size)
     geometry, images = read_geometry(cfg), 2
     sizes = (images, geometry.grid_size, geometry.num_vis, geometry.patch_gap)
     views = sample_views(*sizes, torch.Generator(), masks=cfg.masks)

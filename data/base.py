@@ -82,6 +82,25 @@ class ArrayDataset(ImageDataset):
         return f"{self.name}[{index}]"
 
 
+class LabelledImages(ImageDataset):
+    """Those images of a data set that have a label."""
+
+    def __init__(self, dataset: ImageDataset):
+        labels = np.asarray(dataset.labels, dtype=np.int64)
+        self.dataset, self.classes = dataset, dataset.classes
+        self.positions = np.flatnonzero(labels >= 0)
+        self.labels: np.ndarray = labels[self.positions]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def load(self, index: int) -> "Picture":
+        return self.dataset.load(int(self.positions[index]))
+
+    def describe(self, index: int) -> str:
+        return self.dataset.describe(int(self.positions[index]))
+
+
 def first_few(names: list[str], count: int = 5) -> str:
     """'a, b, c (and 7 more)': error messages stay readable however much is wrong."""
     shown = ", ".join(names[:count])

@@ -11,13 +11,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from data.base import DataError, ImageDataset, first_few
+from data.base import DataError, ImageDataset, LabelledImages, first_few
 from data.loader import EvalLoader
-from data.picture import Picture
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone
 from eval.families import BackboneError
-from util.checkpoint import CheckpointError
 from util.config import job_directory
 from util.distributed import Ranks, all_reduce, join_processes, leave_processes, on_main
 from util.files import write_json
@@ -29,6 +27,7 @@ from util.metrics import readable_time
 from util.precision import choose_precision
 from util.preemption import stoppable
 from util.record import TensorBoardFile
+from util.resuming import CheckpointError
 
 PROGRESS_SECONDS = 5
 
@@ -163,25 +162,6 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
             raise BackboneError(f"pretrained={folder}: this folder holds no checkpoint")
         cfg.pretrained, contents = str(newest[0]), newest[1]
     return load_backbone(cfg, contents)
-
-
-class LabelledImages(ImageDataset):
-    """Those images of a data set that have a label."""
-
-    def __init__(self, dataset: ImageDataset):
-        labels = np.asarray(dataset.labels, dtype=np.int64)
-        self.dataset, self.classes = dataset, dataset.classes
-        self.positions = np.flatnonzero(labels >= 0)
-        self.labels: np.ndarray = labels[self.positions]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def load(self, index: int) -> Picture:
-        return self.dataset.load(int(self.positions[index]))
-
-    def describe(self, index: int) -> str:
-        return self.dataset.describe(int(self.positions[index]))
 
 
 def labelled_images(run: EvalRun, *splits: str) -> dict[str, LabelledImages]:

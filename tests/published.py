@@ -49,7 +49,8 @@ def published_training(
     """With a learning rate of 1e-3, on the model's device. changes: keys of the config."""
     own = {"blr": 1e-3, "batch_size": 256 // accum_iter, "accum_iter": accum_iter, **changes}
     ranks = Ranks(0, 1, next(model.parameters()).device)
-    return Training(OmegaConf.merge(recipe(), own), model, ranks, precision)
+    cfg = OmegaConf.merge(recipe(), own)
+    return Training(cfg, model, ranks, precision, cfg.batch_size)
 
 
 def prediction_loss(

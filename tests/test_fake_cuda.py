@@ -51,7 +51,7 @@ def real_steps(cfg: DictConfig) -> tuple[Training, Callable[[int], None]]:
     """On the CPU, in fp32. -> what takes so many steps"""
     torch.manual_seed(0)
     cpu, geometry = Ranks(0, 1, torch.device("cpu")), read_geometry(cfg)
-    training = Training(cfg, build_model(cfg), cpu, "fp32")
+    training = Training(cfg, build_model(cfg), cpu, "fp32", cfg.batch_size)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, 3, geometry.side, geometry.side), generator=generator)
 
@@ -70,7 +70,7 @@ def fake_step(
     cfg = small_config(**changes)
     with fake_cuda() as recorder:
         ranks, geometry = Ranks(0, 1, CUDA), read_geometry(cfg)
-        training = Training(cfg, build_model(cfg), ranks, precision)
+        training = Training(cfg, build_model(cfg), ranks, precision, cfg.batch_size)
         training.compile()
         draw_views = view_source(cfg, ranks, geometry)
         images = repeat(torch.empty(2, 3, geometry.side, geometry.side, dtype=torch.uint8))

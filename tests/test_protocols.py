@@ -13,8 +13,8 @@ from models.lmim import LatentMIM
 from models.losses import Objective
 from models.vit import Encoder
 from tests.test_config import PUBLISHED
-from util.checkpoint import CHANGE_NO_RESULT
 from util.config import CONFIG_DIR, compose_config, flatten, parse_command_line, read_yaml
+from util.resuming import CHANGE_NO_RESULT
 
 # ---- The groups, then every key that changes results. --------------------------------------------
 

@@ -43,7 +43,8 @@ def small_recipe(decoder: str = "cross"):
 
 
 def test_optimiser_schedules_and_objective():
-    training = Training(*small_recipe(), ALONE, "fp32")
+    cfg, model = small_recipe()
+    training = Training(cfg, model, ALONE, "fp32", cfg.batch_size)
     assert type(training.optimizer) is torch.optim.AdamW
     for group, decay in zip(training.optimizer.param_groups, (0.05, 0), strict=True):
         found = [group[key] for key in ("betas", "eps", "amsgrad", "weight_decay")]

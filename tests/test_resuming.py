@@ -9,20 +9,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data.datasets import build_dataset
-from data.loader import StepOrder
 from tests.backbones import digits_checkpoint
 from tests.evaluations import arguments
 from tests.runs import LAUNCHER, finish, run, start_process, succeed
-from util.checkpoint import (
-    CHANGE_NO_RESULT,
-    FORMAT,
-    CheckpointError,
-    accept,
-    describe,
-    list_checkpoints,
-)
 from util.command import call
 from util.config import CONFIG_DIR, ConfigError, choices_in, compose_config, read_yaml
+from util.job import list_checkpoints
+from util.resuming import CHANGE_NO_RESULT, FORMAT, CheckpointError, accept, describe
 
 FACTS = {"images": 1400, "image_list": "a", "images_per_step": 128, "steps_per_epoch": 10}
 FACTS |= {"batch_size": 128}
@@ -166,7 +159,7 @@ def test_fewer_epochs_than_are_trained(tmp_path):
 
 def described(dataset: str, root=None) -> dict:
     images = build_dataset(dataset, "train", root, {})
-    return describe(images, StepOrder(len(images), 0, 1, 2, 0, 3))
+    return describe(images, batch_size=1, images_per_step=6)
 
 
 def test_the_description_of_images(tmp_path):

@@ -83,10 +83,8 @@ def build_sigreg(cfg, ranks: Ranks) -> SIGReg | None:
 class Training:
     """Everything that one step touches."""
 
-    def __init__(
-        self, cfg, model: LatentMIM, ranks: Ranks, precision: str, batch_size: int | None = None
-    ):
-        """batch_size: the loader's, where shrink_batch may have made it smaller."""
+    def __init__(self, cfg, model: LatentMIM, ranks: Ranks, precision: str, batch_size: int):
+        """batch_size: the loader's, which shrink_batch may have made smaller."""
         self.model, self.network = model, synchronised(model, ranks)
         self.device, self.precision = ranks.device, precision
         self.accum_iter: int = cfg.accum_iter
@@ -103,9 +101,7 @@ class Training:
             same_target=cfg.same_target,
             loss_beta=cfg.loss_beta,
         )
-        peak = peak_learning_rate(
-            cfg.blr, batch_size or cfg.batch_size, cfg.accum_iter, ranks.world_size
-        )
+        peak = peak_learning_rate(cfg.blr, batch_size, cfg.accum_iter, ranks.world_size)
         self.schedule = Schedule(cfg, peak)
         self.sigreg = build_sigreg(cfg, ranks)
         self.moving_average = model.moving_average()

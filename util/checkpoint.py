@@ -1,5 +1,4 @@
-"""Checkpoints of a job: written whole or not at all, found again whatever happened, and compared
-with the config and the images of the run that is to go on from one.
+"""Checkpoints of a job: written whole or not at all, found again whatever happened.
 
 A file holds plain types and tensors only (it loads with weights_only=True):
 {state_dict, optimizer, loss_scaler, epoch, step, config, format}. state_dict has the published key
@@ -7,33 +6,21 @@ names. `epoch` and `step` count what is finished; resuming needs nothing else, b
 randomness is a function of the seed and these two.
 """
 
-import hashlib
-import math
-import os
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeGuard
 
-import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from data.base import ImageDataset
-from data.loader import StepOrder
-from util.config import PATHS, ConfigError, UserError, flatten, shipped_keys
 from util.files import write_whole
 from util.job import checkpoint_name, list_checkpoints
+from util.resuming import FORMAT, CheckpointError
 
-FORMAT = 2  # 1: views depended on the number of processes
 KEEP_ROLLING = 2
-
-
-class CheckpointError(UserError):
-    pass
 
 
 def load_file(path: Path) -> dict:
@@ -144,71 +131,3 @@ class CheckpointWriter:
         rolling = [p for p in list_checkpoints(self.folder) if p.name.startswith("step-")]
         for path in rolling[KEEP_ROLLING:]:
             path.unlink(missing_ok=True)
-
-
-# ---- May a run go on from one, with this config and these images? -------------------------------
-
-# Besides env, and as the sections of the configs say.
-CHANGE_NO_RESULT = {*PATHS, "dataset.options.index_folder"} | set(
-    "worker job_name resume overwrite num_workers data_timeout max_steps max_bad_images recompute "
-    "max_bad_steps on_collapse watch_images "
-    "print_freq save_freq save_minutes eval_freq eval_at_start".split()
-)
-STEPS = ("images_per_step", "steps_per_epoch", "batch_size")  # what a loader makes of them
-MAY_DIFFER = CHANGE_NO_RESULT | {"batch_size", "accum_iter"}  # images_per_step may not
-
-
-def describe(dataset: ImageDataset, loader: StepOrder) -> dict[str, object]:
-    """What a run depends on besides its config. Of the images their names and labels: reading them
-    would take too long."""
-    names = [dataset.describe(index) for index in range(len(dataset))]
-    folder = os.path.commonprefix([min(names), max(names)]).rpartition("/")[0]  # it may be moved
-    digest = hashlib.sha256(os.fsencode("\0".join(name[len(folder) :] for name in names)))
-    if dataset.labels is not None:
-        digest.update(np.asarray(dataset.labels, dtype=np.int64).tobytes())
-    steps = {name: getattr(loader, name) for name in STEPS}
-    return {"images": len(names), "image_list": digest.hexdigest()[:16], **steps}
-
-
-def differences(old: dict, new: dict) -> dict[str, tuple[object, object]]:
-    """Of what must stay."""
-    return {
-        key: (old.get(key), new.get(key))
-        for key in new | old
-        if key not in MAY_DIFFER and not key.startswith("env.") and old.get(key) != new.get(key)
-        if not (key == "epochs" and new[key] > old[key])
-    }
-
-
-def accept(path: Path, contents: dict, cfg: DictConfig, facts: dict) -> list[str]:
-    """-> what the log should say. Raises where the run may not go on from this checkpoint. facts:
-    from describe()."""
-    config = contents["config"]
-    steps = contents.get("steps_per_epoch") or contents["windows_per_epoch"]  # its older name
-    made_from = {"steps_per_epoch": steps} | contents.get("made_from", {})
-    # What one side lacks, being of another version.
-    defaults = (shipped_keys(cfg.worker) or shipped_keys()) | facts
-    old = defaults | flatten(config) | made_from
-    found = differences(old, defaults | flatten(OmegaConf.to_container(cfg)))
-    changed, least = cfg.resume == "changed", math.ceil(contents["step"] / facts["steps_per_epoch"])
-    if least > cfg.epochs and (changed or "steps_per_epoch" not in found):
-        raise ConfigError(f"epochs={cfg.epochs}: expected at least {least}, which are trained")
-    text = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in found.items())
-    if found and not changed:
-        if "target_mom" in found and old["target_mom"] == 0.996:
-            text += ". It was 0.996 by default once: target_mom=0.996 goes on with that"
-        valid = f"the settings and images of {path}, or resume=changed"
-        raise CheckpointError(f"resume=True: expected {valid}; differences: {text}")
-    said = [f"resume=changed: {text}"] if found else []
-    if cfg.epochs > config["epochs"]:
-        said.append(f"epochs {config['epochs']} -> {cfg.epochs}: the schedules are stretched")
-    per_micro_batch = any(cfg.get(key) for key in ("avg_sim_coeff", "mixup", "sigreg"))
-    batch_wide = ("pred_unit", "negatives", "target_norm", "target_post_norm")
-    per_micro_batch |= any(cfg.get(key) == "batch" for key in batch_wide)
-    before, now = old["batch_size"], facts["batch_size"]  # as shrink_batch has made them
-    if now != before and per_micro_batch:
-        what = "the objective or mixup is per micro-batch, so numbers differ"
-        said.append(f"batch_size {before} -> {now}: {what}")
-    if contents.get("format", 1) < FORMAT:
-        said.append("the checkpoint is of an earlier version, which drew other random numbers")
-    return said

@@ -9,6 +9,7 @@ from data.base import DataError, ImageDataset
 from data.datasets import LISTED, build_dataset
 from data.loader import Augmentation, EvalLoader, TrainLoader
 from util.distributed import Ranks, default_workers, on_main
+from util.resuming import training_batch_size
 
 
 def open_split(cfg: DictConfig, split: str, ranks: Ranks | None = None) -> ImageDataset:
@@ -32,13 +33,6 @@ def train_loader(
     sizes["batch_size"] = training_batch_size(cfg, len(dataset), ranks.world_size)
     own = {"seed": cfg.seed, "accum_iter": cfg.accum_iter, "max_bad_images": cfg.max_bad_images}
     return TrainLoader(dataset, transform, **own, **sizes)
-
-
-def training_batch_size(cfg: DictConfig, images: int, processes: int) -> int:
-    """The config's; with shrink_batch at most what is there, because steps are whole."""
-    if not cfg.get("shrink_batch"):
-        return cfg.batch_size
-    return min(cfg.batch_size, max(1, images // (cfg.accum_iter * processes)))
 
 
 def eval_loader(

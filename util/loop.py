@@ -28,6 +28,7 @@ from util.lock import unlock
 from util.metrics import Speed, bar_text, describe_speed, warn_of_supply
 from util.preemption import Interrupted, StopFlag
 from util.record import RunLog
+from util.resuming import FORMAT, CheckpointError, accept, describe
 
 FIRST_STEPS = (1, 2, 5, 10)  # of a start that get a line on the console
 QUIET_SECONDS = 60  # without a line, at most
@@ -166,17 +167,18 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
 
 def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
     """-> the number of finished steps"""
-    describe = partial(checkpoint.describe, task.dataset, task.loader)
-    task.made_from, folder = on_main(describe, ranks), job / "checkpoints"
+    sizes = (task.loader.batch_size, task.loader.images_per_step)
+    task.made_from = on_main(partial(describe, task.dataset, *sizes), ranks)
+    folder = job / "checkpoints"
     try:
-        accept = partial(checkpoint.accept, cfg=cfg, facts=task.made_from)
-        newest = newest_for_all(folder, ranks, print_error, accept) if cfg.resume else None
+        accepted = partial(accept, cfg=cfg, facts=task.made_from)
+        newest = newest_for_all(folder, ranks, print_error, accepted) if cfg.resume else None
         if newest is not None:
             task.restore(newest[1], folder)
     except (KeyError, ValueError) as error:
         valid = f"checkpoints of these networks and this optimiser in {folder}"
         reason = f"{type(error).__name__}: {first_words(error)}"
-        raise checkpoint.CheckpointError(f"resume: expected {valid} ({reason})") from error
+        raise CheckpointError(f"resume: expected {valid} ({reason})") from error
     on_main(lambda: record_start(cfg, job), ranks)
     return newest[1]["step"] if newest else 0
 
@@ -360,7 +362,7 @@ class Loop:
             "step": done,
             "steps_per_epoch": self.steps_per_epoch,
             "config": OmegaConf.to_container(self.cfg),
-            "format": checkpoint.FORMAT,
+            "format": FORMAT,
         }
         self.writer.save(contents, done, epoch)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from yaml import YAMLError
 
-from util.checkpoint import CHANGE_NO_RESULT
 from util.config import ConfigError, flatten, read_yaml
 from util.files import read_records
+from util.resuming import CHANGE_NO_RESULT
 
 CURVES = {
     "Training": {
