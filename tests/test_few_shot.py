@@ -1,5 +1,6 @@
 """Few-shot: against normal equations and refits without each image; the draws."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from eval.few_shot import (
     mean_and_spread,
     ridge_accuracies,
 )
+from tests import eval_by_hand as by_hand
 from tests.backbones import digits_checkpoint
 from tests.evaluations import assert_bad_input, config, results, unlabelled_folder
 from tests.test_distributed import spawn
@@ -93,6 +95,73 @@ def test_mean_and_spread():
 def test_a_class_with_fewer_images_is_named():
     with pytest.raises(DataError, match="shots=3: class 1 has only 2 training images"):
         check_shots(torch.tensor([0, 0, 0, 1, 1]).numpy(), 3)
+
+
+def test_a_whole_run_by_hand(tmp_path, monkeypatch):
+    """Every key is away from its default, but for random_init. Some images have no label."""
+    monkeypatch.setattr("eval.few_shot.QUERIES", 10)
+    by_hand.lose_labels(monkeypatch)
+    path = by_hand.write_checkpoint(tmp_path)
+    root = by_hand.write_images(tmp_path / "images")
+    own = "shots=[1,3] draws=3 regularisers=[0.02,4,0.3] seed=4".split()
+    own += ["pooling=cls+mean", "final_norm=False", f"data_path={root}"]
+    main(config("few_shot", path, tmp_path, *by_hand.MOVED, *own))
+
+    weights, found = by_hand.stored_weights(path, "target"), []
+    for split in ("train", "val"):
+        files, labels = by_hand.list_images(root, split)
+        features = by_hand.features(files, weights, norm=False, pooling="cls+mean")
+        features, labels = by_hand.only_labelled(features, labels)
+        found.append((torch.from_numpy(by_hand.unit_length(features)), torch.from_numpy(labels)))
+    train, evaluation = found
+    results, details = {}, {}
+    for shots in (1, 3):
+        draws = [of_draw(train, evaluation, shots, draw) for draw in range(3)]
+        top1 = [percent[chosen] for percent, chosen in draws]
+        assert len(set(top1)) > 1
+        results[f"top1/{shots}-shot"] = np.mean(top1)
+        results[f"spread/{shots}-shot"] = np.std(top1, ddof=1)
+        details[f"{shots}-shot"] = {
+            "draws": pytest.approx(top1),
+            "chosen": [chosen for _, chosen in draws],
+            "by_regulariser": {
+                name: summary([percent[strength] for percent, _ in draws])
+                for name, strength in (("0.02", 0.02), ("4", 4), ("0.3", 0.3))
+            },
+        }
+    assert len(set(details["3-shot"]["chosen"])) > 1
+    report = by_hand.report_of(tmp_path / "few_shot")
+    assert report["results"] == pytest.approx(results)
+    assert list(report["results"]) == list(results)
+    assert report["few_shot"] == details
+    assert (report["images"], report["seed"]) == (33, 4)
+    assert "over 3 draws" in report["protocol"] and "[0.02, 4, 0.3]" in report["protocol"]
+
+
+def summary(values: list[float]):
+    return pytest.approx({"mean": np.mean(values), "spread": np.std(values, ddof=1)})
+
+
+def of_draw(train: tuple, evaluation: tuple, shots: int, draw: int) -> tuple[dict, float]:
+    """-> percent of the evaluation images by strength; the strength that is chosen"""
+    order = np.random.default_rng([8, 4, draw]).permutation(len(train[1])).tolist()
+    chosen = [
+        row
+        for label in range(7)
+        for row in [row for row in order if train[1][row] == label][:shots]
+    ]
+    features, targets = train[0][chosen], torch.eye(7).double()[train[1][chosen]]
+    unit = (features - features.mean(dim=0)).square().sum() / len(features)
+    percent, errors = {}, {}
+    for strength in (0.02, 4, 0.3):
+        predicted = fit(features, targets, strength * unit)(evaluation[0])
+        hits = predicted.argmax(dim=1) == evaluation[1]
+        percent[strength], errors[strength] = 100 * hits.double().mean().item(), 0.0
+        for image in range(len(chosen)):
+            others = torch.arange(len(chosen)) != image
+            refit = fit(features[others], targets[others], strength * unit)
+            errors[strength] += (refit(features[image]) - targets[image]).square().sum().item()
+    return percent, 0.3 if shots == 1 else min(errors, key=errors.get)
 
 
 @pytest.fixture(scope="module")

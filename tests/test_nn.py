@@ -13,7 +13,9 @@ from data.datasets import build_digits
 from eval import nn
 from eval.features import Features
 from eval.nn import knn, leave_one_out, nearest
+from tests import eval_by_hand as by_hand
 from tests.backbones import digits_checkpoint, run_command
+from tests.evaluations import config
 from tests.runs import finish, run_together, start_process, torchrun
 from util.config import compose_config
 from util.distributed import Ranks
@@ -113,6 +115,68 @@ def test_knn_equals_scikit_learn(source):
         top5 = 100 * np.mean(((five == labels[:, None]) & voted).any(1))
         assert ours[f"k{k}_top1"] == pytest.approx(top1, abs=1e-9)
         assert ours[f"k{k}_top5"] == pytest.approx(top5, abs=1e-9)
+
+
+# ---- Whole runs. ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("colours", [by_hand.TRAINED, None])
+def test_votes_of_a_bank_by_hand(tmp_path, monkeypatch, colours):
+    """Every key is away from its default, but for those that random_init needs. Some images have no
+    label. Without its own colours a checkpoint has those of the data set."""
+    by_hand.lose_labels(monkeypatch)
+    path = by_hand.write_checkpoint(tmp_path, colours)
+    root = by_hand.write_images(tmp_path / "images")
+    votes = "protocol=knn final_norm=True pooling=cls+mean neighbours=[6,25] temperature=1".split()
+    places = [f"data_path={root}", f"cache_dir={tmp_path / 'cache'}"]
+    nn.main(config("nn", path, tmp_path, *by_hand.MOVED, *votes, *places))
+
+    weights, own = by_hand.stored_weights(path, "target"), colours or by_hand.OF_DATASET
+    cached = {len(rows): rows for rows in map(np.load, (tmp_path / "cache").iterdir())}
+    found = []
+    for split, count in (("train", 50), ("val", 43)):
+        files, labels = by_hand.list_images(root, split)
+        features = by_hand.features(files, weights, norm=True, pooling="cls+mean", colours=own)
+        np.testing.assert_allclose(cached.pop(count), features, rtol=0, atol=1e-5)
+        found.append(by_hand.only_labelled(features, labels))
+    assert not cached
+    (bank, queries), expected = found, {}
+    for k in (6, 25):
+        shares = by_hand.nearest_neighbours(bank, queries, k, 1)
+        expected |= {f"k{k}_top1": shares[0], f"k{k}_top5": shares[1]}
+        assert shares != by_hand.nearest_neighbours(bank, queries, k + 1, 1)
+    assert shares != by_hand.nearest_neighbours(bank, queries, 25, 0.07)
+    report = by_hand.report_of(tmp_path / "nn")
+    assert report["results"] == pytest.approx(expected, abs=1e-9)
+    assert (report["images"], report["bank"]) == (33, 38)
+    assert report["protocol"] == (
+        "k-NN, bank of 38 training images, votes of exp(cosine / 1), pooling cls+mean, "
+        "with final norm, percent"
+    )
+
+
+def test_leave_one_out_of_fresh_weights_by_hand(tmp_path):
+    path = by_hand.write_checkpoint(tmp_path)
+    root = by_hand.write_images(tmp_path / "images")
+    fresh = "random_init=True seed=5 pooling=cls".split()
+    nn.main(config("nn", path, tmp_path, *by_hand.MOVED, *fresh, f"data_path={root}"))
+    files, labels = by_hand.list_images(root, "val")
+    expected = [
+        by_hand.leave_one_out(by_hand.features(files, weights, norm=False, pooling="cls"), labels)
+        for weights in (by_hand.fresh_weights(5), by_hand.fresh_weights(0))
+    ]
+    assert expected[0] != expected[1]
+    report = by_hand.report_of(tmp_path / "nn")
+    assert report["results"] == pytest.approx({"top1": expected[0]}, abs=1e-9)
+    assert report["protocol"] == (
+        "nearest neighbour, leave-one-out inside the evaluation images, pooling cls, "
+        "without final norm, percent"
+    )
+    facts = {"evaluation": "nn", "pretrained": str(path), "random_init": True, "seed": 5}
+    facts |= {"dataset": "imagefolder", "images": 43, "processes": 1, "device": "cpu"}
+    assert {name: report[name] for name in facts} == facts
+    assert report["backbone"]["name"] == "vit_pico-target" and report["backbone"]["layer"] == 1
+    assert by_hand.scalars(tmp_path / "nn") == {"nn/top1": pytest.approx(expected[0], rel=1e-6)}
 
 
 # ---- The command. --------------------------------------------------------------------------------
