@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 import launcher
 from util.command import run_command_line, run_worker
-from util.config import CONFIG_DIR, compose_config, group_choices
+from util.config import CONFIG_DIR, NOT_HYDRA, compose_config, group_choices
 
 
 @pytest.fixture
@@ -108,11 +108,13 @@ def test_home_is_where_paths_begin(monkeypatch):
 
 
 @pytest.mark.parametrize("plus", ["", "+", "++"])
-def test_open_sections_need_no_plus(composed, plus):
+def test_open_sections_need_no_plus(composed, error_of, plus):
     keys = [f"{plus}env.slurm_extra.x=1", f"{plus}dataset.options.image_size=16"]
     (config,) = composed(*keys, f"{plus}env.nccl={{A: b}}")
     assert config["env"]["slurm_extra"] == {"x": 1} and config["env"]["nccl"] == {"A": "b"}
     assert config["dataset"]["options"]["image_size"] == 16
+    message = error_of(f"{plus}env.slurm_extra.a.b=1")
+    assert message == "env.slurm_extra.a={'b': 1}: expected a text, a number, True or False"
 
 
 def test_the_hint_for_a_text_with_a_comma_works(composed, error_of):
@@ -277,6 +279,8 @@ def test_flags_that_mean_nothing_here(error_of, own):
     assert error_of(f"-cd={own}", "-cn=hydra_too").startswith("hydra_too.yaml: expected no section")
     message = error_of(f"-cd={own}", f"-cn={own}/mine")
     assert message.endswith("mine: expected a name without '/' next to --config-dir")
+    for flag in ("--info", "--package=x", "-p", "-sc", "--shell-completion", "--hydra-help", "-r"):
+        assert error_of(flag, "install=bash") == f"{flag}: {NOT_HYDRA}"
 
 
 def test_help_lists_the_users_own(monkeypatch, capsys, own):

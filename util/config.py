@@ -27,6 +27,15 @@ SWEEP = "sweep"  # in an experiment: what -m runs (util/sweep.py)
 USER_GROUPS = ("local", EXPERIMENT)  # the user's own settings, not shipped
 # The only sections where a key may be added: what they hold is passed through.
 OPEN_SECTIONS = ("dataset.options", "env.slurm_extra", "env.nccl")
+HYDRA_FLAGS = (
+    *("--info", "-i", "--package", "-p", "--run", "-r", "--shell-completion", "-sc"),
+    *("--hydra-help", "--version", "--experimental-rerun"),
+)
+NOT_HYDRA = (
+    "expected a key of the config or a flag of --help, because Hydra composes the config only: "
+    "output_dir and job_name say where a run lives, env.* how it runs, -m starts a sweep, "
+    "and there is no tab completion"
+)
 PATHS = ("output_dir", "data_path", "pretrained", "pretrained_weights", "cache_dir")
 
 
@@ -68,6 +77,9 @@ def parse_command_line(
     parser.add_argument("--resolve", action="store_true", help="always so: values are resolved")
     parser.add_argument("--multirun", "-m", action="store_true", help="one run per value of a,b,c")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    for argument in arguments:
+        if argument.split("=")[0] in HYDRA_FLAGS:
+            raise ConfigError(f"{argument}: {NOT_HYDRA}")
     command = parser.parse_intermixed_args(arguments)
     if "/" in command.config_name:  # a file
         if command.config_dir != CONFIG_DIR:
@@ -155,9 +167,12 @@ def compose_config(
             check_files(config_name, tuple(chosen), tuple(folders))
         with open_dict(config):
             config.pop(SWEEP, None)
+        missing = sorted(OmegaConf.missing_keys(config))  # names the key of what is not resolved
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(explain(error, config_dirs, worker)) from error
+    if missing:
+        raise ConfigError(f"{missing[0]}=???: expected a value, for which ??? holds the place")
     check_keys(config)
     for key in PATHS:
         paths = config.get(key)
@@ -178,12 +193,22 @@ def expand_user(key: str, path: object) -> object:
 
 def check_override(text: str, config_dirs: list[Path], worker: str | None) -> str:
     """Catch what Hydra would ignore, or answer with a traceback. -> as Hydra reads it"""
+    if (readable := text.encode(errors="backslashreplace").decode()) != text:
+        raise ConfigError(f"{readable}: expected a text in UTF-8")
     override = parse_override(text)
     key = override.key_or_group
     is_experiment = key == EXPERIMENT and not override.is_delete()
-    if override.package is not None or key.split(".")[0].split("/")[0] == "hydra":
+    if re.split("[./]", key)[0] == "hydra":
+        raise ConfigError(f"{text}: {NOT_HYDRA}")
+    if override.package is not None:
         raise ConfigError(unknown_key(text.split("=")[0], config_dirs, worker))
-    if (override.is_add() or override.is_delete()) and not is_experiment and not is_open(key):
+    section = key.rpartition(".")[0]
+    if isinstance(shipped_keys(worker).get(section), list):
+        raise ConfigError(f"{text}: expected {section}=[a,b], the whole list")
+    is_users = is_experiment or (
+        is_open(key) and not (override.is_delete() and key in OPEN_SECTIONS)
+    )
+    if (override.is_add() or override.is_delete()) and not is_users:
         raise ConfigError(f"{text}: keys can be set (key=value) but neither added nor removed")
     if override.is_sweep_override():
         a_list = "" if key.startswith("env.") else f"; a list is written {key}=[a,b]"
@@ -261,6 +286,10 @@ def explain(error: Exception, config_dirs: list[Path], worker: str | None) -> st
             group, choice = missing.groups()
             choices = ", ".join(group_choices(group, config_dirs))
             return f"{group}={choice}: expected one of {choices}"
+    if key := getattr(causes[-1], "full_key", None):
+        reason = str(causes[-1]).split("\n")[0]
+        reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", reason).strip('"')
+        return f"{key}: the value cannot be read ({reason})"
     return ": ".join(" ".join(str(cause).split()) for cause in causes)
 
 

@@ -99,6 +99,7 @@ MODULE: Rule = ("a Python module with main(cfg), such as main_lmim", is_module)
 # Slurm's accounts and nodes may be plain numbers.
 LABEL: Rule = ("a text or a whole number", lambda v: is_text(v) or is_whole(v))
 SECTION: Rule = ("a section of keys", lambda v: isinstance(v, DictConfig))
+PLAIN: Rule = ("a text, a number, True or False", lambda v: isinstance(v, str | int | float))
 EVALUATIONS = (
     *("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"),
     *("patches_knn", "patches_linear", "clusters"),
@@ -225,6 +226,9 @@ def check_config(cfg: DictConfig) -> None:
     """Each key that the config has; then what must fit together."""
     switches = {key for key, value in shipped_keys().items() if isinstance(value, bool)}
     rules = dict.fromkeys(switches, YES_OR_NO) | RULES
+    for section in ("env.slurm_extra", "env.nccl"):  # options of sbatch, variables of the shell
+        if OmegaConf.is_dict(values := OmegaConf.select(cfg, section)):
+            rules |= {f"{section}.{name}": PLAIN for name in values}
     if "controls" in cfg:  # several side by side
         rules["pretrained"] = or_null(BACKBONES)
     for key, (valid, holds) in rules.items():
