@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.base import DataError
+from data.base import DataError, readable
 from data.files import existing_folder, list_folder, require_files
 from data.masks import opened, read_mask, read_names, require_same_size
-from data.picture import to_rgb
+from data.picture import decode_with_pillow
 
 LAYOUT = "a folder with JPEGImages/480p/, Annotations/480p/ and ImageSets/2017/"
 VOID = 255  # belongs neither to an object nor to the background
@@ -22,9 +22,10 @@ class Video:
     frames: list[Path]
     annotations: list[Path]  # one per frame
 
-    def frame(self, index: int) -> Image.Image:
-        with opened(self.frames[index]) as image:
-            return to_rgb(image)
+    def frame(self, index: int, max_value: float | None = None) -> Image.Image:
+        path = self.frames[index]
+        with readable(path):
+            return decode_with_pillow(path.read_bytes(), max_value, str(path))
 
     def objects(self) -> np.ndarray:
         """uint8 [T, H, W], of all frames: 0 is background, then numbers of objects."""

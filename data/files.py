@@ -48,8 +48,9 @@ class FileDataset(ImageDataset):
         labels: Sequence[int] | np.ndarray | None = None,
         classes: list[str] | None = None,
         decoder: str = "pil",
+        max_value: float | None = None,
     ) -> None:
-        self.decoder = decoder
+        self.decoder, self.max_value = decoder, max_value
         self.paths = PathList(paths)
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
@@ -60,7 +61,7 @@ class FileDataset(ImageDataset):
     def load(self, index: int) -> "Picture":
         from data.picture import decode
 
-        return decode(self.contents(index), self.decoder)
+        return decode(self.contents(index), self.decoder, self.max_value, self.paths[index])
 
     def contents(self, index: int) -> bytearray:
         """The file as it is stored."""
@@ -138,10 +139,12 @@ def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]
         raise DataError(f"{folder} has classes that {train} lacks: {first_few(unknown)}")
 
 
-def build_folder(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
+def build_folder(
+    split: str, data_path: str | None, *, decoder: str = "fast", max_value: float | None = None
+) -> FileDataset:
     """All images below data_path, without labels; both splits are the same images."""
     paths = images_below("folder", data_path, "a folder with images, at any depth")
-    return FileDataset(paths, decoder=decoder)
+    return FileDataset(paths, decoder=decoder, max_value=max_value)
 
 
 def images_below(name: str, data_path: str | None, expected: str) -> list[str]:
@@ -152,7 +155,7 @@ def images_below(name: str, data_path: str | None, expected: str) -> list[str]:
     return paths
 
 
-def given_images(pattern: str) -> FileDataset:
+def given_images(pattern: str, max_value: float | None = None) -> FileDataset:
     """Of images=: one file, a folder with images at any depth, or a glob; sorted by path."""
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
@@ -166,4 +169,4 @@ def given_images(pattern: str) -> FileDataset:
     if not paths:
         valid = f"an image file, a folder with images, or a glob of images; {ENDINGS}"
         raise DataError(f"images={pattern}: expected {valid}")
-    return FileDataset(sorted(paths), decoder="fast")
+    return FileDataset(sorted(paths), decoder="fast", max_value=max_value)

@@ -24,7 +24,12 @@ EXPECTED = "a folder with train/CLASS/ and val/"
 
 
 def build_imagefolder(
-    name: str, split: str, data_path: str | None, *, decoder: str = "fast"
+    name: str,
+    split: str,
+    data_path: str | None,
+    *,
+    decoder: str = "fast",
+    max_value: float | None = None,
 ) -> FileDataset:
     """All classes found in train/; label = position in sorted order."""
     root = existing_folder(name, data_path, EXPECTED)
@@ -32,10 +37,12 @@ def build_imagefolder(
     folder = files.split_folder(root, split)
     images = images_by_class(folder)
     files.require_known_classes(folder, images, classes)
-    return labelled_dataset(images, classes, decoder)
+    return labelled_dataset(images, classes, decoder, max_value)
 
 
-def build_imagenet100(split: str, data_path: str | None, *, decoder: str = "fast") -> FileDataset:
+def build_imagenet100(
+    split: str, data_path: str | None, *, decoder: str = "fast", max_value: float | None = None
+) -> FileDataset:
     """The classes in imagenet100.txt, from a full ImageNet or from a copy of these classes alone.
 
     Label = line number in that file, counted from 0."""
@@ -46,7 +53,7 @@ def build_imagenet100(split: str, data_path: str | None, *, decoder: str = "fast
     if missing := sorted(set(classes) - set(images)):
         problem = f"{len(missing)} of the {len(classes)} classes of imagenet100"
         raise DataError(f"{folder} lacks {problem}: {first_few(missing)}")
-    return labelled_dataset(images, classes, decoder)
+    return labelled_dataset(images, classes, decoder, max_value)
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -77,12 +84,14 @@ def images_by_class(folder: Path, only: list[str] | None = None) -> dict[str, li
     return images
 
 
-def labelled_dataset(images: dict[str, list[str]], classes: list[str], decoder: str) -> FileDataset:
+def labelled_dataset(
+    images: dict[str, list[str]], classes: list[str], decoder: str, max_value: float | None
+) -> FileDataset:
     """Label = position in `classes`; images of other classes are left out."""
     by_label = [images.get(name, []) for name in classes]
     paths = [path for of_class in by_label for path in of_class]
     labels = np.repeat(np.arange(len(classes)), [len(of_class) for of_class in by_label])
-    return FileDataset(paths, labels, classes, decoder)
+    return FileDataset(paths, labels, classes, decoder, max_value)
 
 
 def wnid_of(folder: Path, name: str, wnids: list[str]) -> str:

@@ -18,7 +18,12 @@ Name = tuple[str, ...]  # folders, file
 
 
 def build_images(
-    split: str, data_path: str | None, *, decoder: str = "fast", index_folder: str | None = None
+    split: str,
+    data_path: str | None,
+    *,
+    decoder: str = "fast",
+    max_value: float | None = None,
+    index_folder: str | None = None,
 ) -> ImageDataset:
     path = Path(data_path or "").expanduser()
     is_tar = path.is_file() and path.name.lower().endswith((".tar", *COMPRESSED))
@@ -36,9 +41,9 @@ def build_images(
     dataset: ImageDataset
     if is_tar:
         index = index._replace(names=PathList(paths), places=index.places[rows])
-        dataset = TarDataset(path.parent, index, labels, classes, decoder)
+        dataset = TarDataset(path.parent, index, labels, classes, decoder, max_value)
     else:
-        dataset = FileDataset(paths, labels, classes, decoder)
+        dataset = FileDataset(paths, labels, classes, decoder, max_value)
     if not classes:
         dataset.labels = dataset.classes = None
     return dataset

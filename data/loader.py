@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from data.base import UNREADABLE, DataError, DataTimeout, ImageDataset, first_few
-from data.picture import Picture
+from data.picture import Picture, is_dark, warn_of_dark
 from util.streams import Stream, generator
 
 logger = logging.getLogger("lmim.data")
@@ -195,6 +195,7 @@ class _Samples(Dataset):
     def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
         self.dataset, self.transform = dataset, transform
         self.being_read: Tensor | None = None  # by each worker the index of an image, or -1
+        self.dark = torch.full((1,), -1).share_memory_()  # the index of such an image, or -1
 
     def load(self, index: int) -> Picture:
         worker = get_worker_info()
@@ -203,7 +204,14 @@ class _Samples(Dataset):
         self.being_read[place] = index
         picture = self.dataset.load(index)
         self.being_read[place] = -1
+        if is_dark(picture[0] if isinstance(picture, tuple) else picture):
+            self.dark[0] = index
         return picture
+
+    def warn_if_dark(self) -> None:
+        """In the main process: workers have consoles of their own."""
+        if (index := int(self.dark[0])) >= 0:
+            warn_of_dark(self.dataset.describe(index))
 
     def label(self, index: int) -> int:
         return NO_LABEL if self.dataset.labels is None else int(self.dataset.labels[index])
@@ -223,6 +231,8 @@ class _TrainSamples(_Samples):
                 # own turn in this epoch, with another crop.
                 image = self.transform(self.load(position), epoch, index)
                 return image, self.label(position), unreadable
+            except DataError as error:
+                return error  # it says itself what is wrong
             except UNREADABLE as error:
                 unreadable.append(self.dataset.describe(position))
                 reason = error
@@ -292,7 +302,9 @@ def _load(
         generator=torch.Generator(),
     )
     batches = map(_raise_error, _in_time(loader, timeout or FOREVER, samples))
-    yield from batches if device.type == "cpu" else _one_ahead(batches, device)
+    for batch in batches if device.type == "cpu" else _one_ahead(batches, device):
+        samples.warn_if_dark()
+        yield batch
 
 
 def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Iterator:

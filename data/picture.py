@@ -4,9 +4,15 @@ decoder=fast: torchcodec decodes JPEG files (torchvision, where that is not inst
 bits) and torch resizes their crops, about twice as fast as Pillow (bench/loader.py says how much).
 Pixels differ from Pillow's by a few of 255 levels. What is no plain JPEG (PNG, CMYK, ...) goes
 through Pillow all the same. decoder=pil: all of it.
+
+Values of more than 8 bits are brought to 8: those of 16 bits over their full range, or over what
+max_value says. Other numbers have no range of their own, and without max_value are refused.
 """
 
 import io
+import logging
+import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -15,11 +21,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
+
+from data.base import DataError
+
+logger = logging.getLogger("lmim.data")
 
 Picture = Image.Image | Tensor
 Box = tuple[int, int, int, int]  # left, top, right, bottom: right and bottom are outside
 JPEG = b"\xff\xd8\xff"
+MAX_VALUE = "dataset.options.max_value"
+BITS, PLANES = 258, 284  # tags of TIFF
+OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+NUMBERS = {"F": "floating-point numbers", "I": "signed or 32-bit numbers"}  # by Pillow's mode
+# In the info of a picture whose largest value is below an eighth of its range.
+DARK = "nearly black"
+dark_is_said = False
 
 
 def find_decoder() -> Callable | None:
@@ -39,8 +57,11 @@ def find_decoder() -> Callable | None:
 decode_jpeg = find_decoder()
 
 
-def decode(contents: bytearray, decoder: str) -> Picture:
-    """The contents of an image file. Raises one of UNREADABLE (data/base.py)."""
+def decode(
+    contents: bytearray, decoder: str, max_value: float | None = None, name: str = "the image"
+) -> Picture:
+    """The contents of an image file. Raises one of UNREADABLE (data/base.py), and a DataError where
+    it could be read, but not without max_value. name: for that."""
     if decoder == "fast" and decode_jpeg is not None and contents[:3] == JPEG:
         hide_rotation(contents)
         stored = torch.frombuffer(contents, dtype=torch.uint8)
@@ -48,8 +69,88 @@ def decode(contents: bytearray, decoder: str) -> Picture:
             picture = decode_jpeg(stored)
             if len(picture) in (1, 3):  # grey or RGB
                 return picture.expand(3, -1, -1)
+    return decode_with_pillow(contents, max_value, name)
+
+
+def decode_with_pillow(
+    contents: bytes | bytearray, max_value: float | None, name: str
+) -> Image.Image:
+    """-> RGB"""
     with Image.open(io.BytesIO(contents)) as image:
+        if bits_of(image) > 8:
+            return to_eight_bits(image, contents, max_value, name)
         return to_rgb(image)
+
+
+def bits_of(image: Image.Image) -> int:
+    """Of one value in the file; 8 may mean fewer."""
+    if isinstance(image, TiffImageFile):
+        return max(image.tag_v2.get(BITS, (1,)))
+    raw_modes = [str(tile[3]) for tile in image.tile]  # type: ignore[attr-defined]
+    return 16 if image.mode[0] in "IF" or ";16" in "".join(raw_modes) else 8
+
+
+def to_eight_bits(
+    image: Image.Image, contents: bytes | bytearray, max_value: float | None, name: str
+) -> Image.Image:
+    """-> RGB"""
+    is_grey, tags = image.mode[0] in "IF", getattr(image, "tag_v2", {})
+    # Depending on its version, Pillow opens 16-bit PNG as I.
+    has_range = not is_grey or image.mode.startswith("I;") or image.format in ("PNG", "PPM")
+    if max_value is None and not has_range:
+        valid = f"the value that is white in {name}, which holds {NUMBERS[image.mode]}"
+        raise DataError(f"{MAX_VALUE}=null: expected {valid}")
+    if not is_grey and tags.get(PLANES) == 2:
+        raise DataError(f"{name} holds planes of 16 bits: expected the colours of a pixel together")
+    image.load()
+    values = np.asarray(image)
+    if max_value is None:  # of colours Pillow has kept the high byte
+        values = values >> (bits_of(image) - 8 if is_grey else 0)
+    else:
+        if not is_grey:
+            values = values * 256.0 + low_bytes(contents, name)
+        values = np.nan_to_num(values.astype(np.float64)) * (255 / max_value) + 0.5
+    levels = values.clip(0, 255).astype(np.uint8).tobytes()
+    picture = to_rgb(Image.frombytes("L" if is_grey else image.mode, image.size, levels))
+    picture.info[DARK] = max_value is None and bool(np.asarray(picture).max() < 256 / 8)
+    return picture
+
+
+def low_bytes(contents: bytes | bytearray, name: str) -> np.ndarray:
+    """Of each colour of 16 bits Pillow keeps the high byte. In the other byte order, that is the
+    low one."""
+    with Image.open(io.BytesIO(contents)) as image:
+        image.tile = [tile._replace(args=other_byte(tile.args)) for tile in image.tile]
+        try:
+            image.load()
+            return np.asarray(image)
+        except ValueError as error:
+            problem = f"{name} has 16 bits and transparency, but one colour"
+            raise DataError(f"{problem}: expected grey, RGB or RGBA with {MAX_VALUE}") from error
+
+
+def other_byte(how):
+    """Pillow's names are such as RGB;16L."""
+    if isinstance(how, str):
+        return how[:-1] + OTHER_BYTE[how[-1]]
+    return other_byte(how[0]), *how[1:]
+
+
+def warn_of_dark(name: str) -> None:
+    """Once in a run, by its first process."""
+    global dark_is_said
+    if dark_is_said or os.environ.get("RANK", "0") != "0":
+        return
+    dark_is_said = True
+    logger.warning(
+        "%s is nearly black: its largest value is below an eighth of what its bits hold; "
+        "%s=4095 reads 12 bits over their full range (this is said once)",
+        *(name, MAX_VALUE),
+    )
+
+
+def is_dark(picture: object) -> bool:
+    return isinstance(picture, Image.Image) and picture.info.get(DARK, False)
 
 
 def hide_rotation(contents: bytearray) -> None:
@@ -63,12 +164,10 @@ def hide_rotation(contents: bytearray) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB. Transparency is dropped, not blended with a colour of our choice."""
-    if image.mode.startswith("I"):
-        # 16-bit grey. Depending on its version, Pillow clips such values to white: scale them here.
-        values = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    elif image.mode == "P":
+    """Any Pillow mode of 8 bits to RGB.
+
+    Transparency is dropped, not blended with a colour of our choice."""
+    if image.mode == "P":
         # Pillow warns about palettes with transparency unless they pass through RGBA.
         image = image.convert("RGBA")
     return image.convert("RGB")

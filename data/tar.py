@@ -28,7 +28,12 @@ MOST_OPEN_TARS = 256
 
 
 def build_tar(
-    split: str, data_path: str | None, *, decoder: str = "fast", index_folder: str | None = None
+    split: str,
+    data_path: str | None,
+    *,
+    decoder: str = "fast",
+    max_value: float | None = None,
+    index_folder: str | None = None,
 ) -> "TarDataset":
     """train/*.tar and val/*.tar; the classes are those of train/."""
     root = existing_folder("tar", data_path, EXPECTED)
@@ -37,7 +42,7 @@ def build_tar(
     if split == "eval":
         index = index_of(folder, index_folder)
         labels = evaluation_labels(folder, index, train.classes)
-    return TarDataset(folder, index, labels, train.classes, decoder)
+    return TarDataset(folder, index, labels, train.classes, decoder, max_value)
 
 
 def evaluation_labels(folder: Path, index: TarIndex, classes: list[str]) -> np.ndarray:
@@ -68,9 +73,15 @@ class TarDataset(ImageDataset):
     """Images inside the tars of one folder; labels[i] is a position in `classes`."""
 
     def __init__(
-        self, folder: Path, index: TarIndex, labels: np.ndarray, classes: list[str], decoder: str
+        self,
+        folder: Path,
+        index: TarIndex,
+        labels: np.ndarray,
+        classes: list[str],
+        decoder: str,
+        max_value: float | None = None,
     ) -> None:
-        self.folder, self.index, self.decoder = folder, index, decoder
+        self.folder, self.index, self.decoder, self.max_value = folder, index, decoder, max_value
         # Class by class, as in the index; only labels from the development kit change the order.
         self.rows = np.argsort(labels, kind="stable")
         self.labels = np.asarray(labels, dtype=np.int64)[self.rows]
@@ -82,7 +93,7 @@ class TarDataset(ImageDataset):
     def load(self, index: int) -> "Picture":
         from data.picture import decode
 
-        return decode(self.contents(index), self.decoder)
+        return decode(self.contents(index), self.decoder, self.max_value, self.describe(index))
 
     def contents(self, index: int) -> bytearray:
         """The image file as it is stored."""

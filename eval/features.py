@@ -165,7 +165,11 @@ def save(run: EvalRun) -> None:
     """meta.json comes last: where it is, the other files are whole and belong to it."""
     cfg, results, side = run.cfg, run.job / "results", run.backbone.image_side
     given = cfg.images is not None
-    dataset = given_images(cfg.images) if given else open_split(cfg, cfg.split, run.ranks)
+    dataset = (
+        given_images(cfg.images, cfg.dataset.options.get("max_value"))
+        if given
+        else open_split(cfg, cfg.split, run.ranks)
+    )
 
     def chosen(tokens: Tokens) -> Tensor:
         return tokens.patches if cfg.tokens else pool(tokens, cfg.pooling)

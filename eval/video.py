@@ -92,7 +92,7 @@ def frame_tokens(run: EvalRun, video: Video) -> Iterator[Tensor]:
     cfg, frames = run.cfg, range(len(video.frames))
     batches = [frames[start : start + cfg.batch_size] for start in frames[:: cfg.batch_size]]
     for batch in run.tracked(batches, f"{video.name}, batches of frames:"):
-        images = [video.frame(index) for index in batch]
+        images = [video.frame(index, cfg.dataset.options.get("max_value")) for index in batch]
         size = frame_size(images[0].size, cfg.frame_side, run.backbone.patch_size)
         images = [to_tensor(image.resize(size, Image.Resampling.BICUBIC)) for image in images]
         tokens = run.tokens(torch.stack(images).to(run.ranks.device))

@@ -28,7 +28,7 @@ from torch import Tensor
 from data.base import readable
 from data.files import given_images
 from data.photographs import installed
-from data.picture import Picture, crop_and_resize, size_of
+from data.picture import Picture, crop_and_resize, is_dark, size_of, warn_of_dark
 from data.transforms import EvalTransform
 from eval.common import EvalRun, load_for_all
 from eval.families import BackboneError
@@ -93,7 +93,8 @@ def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
 
 
 def visualize(cfg: DictConfig, methods: list[Method]) -> None:
-    first, dataset = methods[0].run, given_images(cfg.images or str(installed(SAMPLES)))
+    first, max_value = methods[0].run, cfg.dataset.options.get("max_value")
+    dataset = given_images(cfg.images or str(installed(SAMPLES)), max_value)
     run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all of them
     paths = [path if cfg.images else Path(path).name for path in dataset.paths]
     run.prepare()
@@ -101,6 +102,8 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     for index in run.tracked(range(len(dataset)), "images encoded:"):
         with readable(dataset.describe(index)):
             picture = dataset.load(index)
+        if is_dark(picture):
+            warn_of_dark(dataset.describe(index))
         views.append([see(method, picture, paths[index]) for method in methods])
     labels, lines, reports, colours = [], [], [], []
     for number, method in enumerate(methods):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data import picture
 from data.datasets import DataError, build_dataset
 from data.loader import EvalLoader, TrainLoader, epoch_order
 from data.transforms import EvalTransform, TrainTransform
@@ -258,6 +259,46 @@ def test_too_many_unreadable_images_stop_the_training(damaged_folder):
     tolerant.check_bad_images()
     with pytest.raises(DataError, match=r"3 of 12 .* max_bad_images=0.24 .*04.jpg, .*05.jpg, .*11"):
         strict.check_bad_images()
+
+
+def loaders(folder, workers: int) -> dict:
+    """Each with what it gives."""
+    train, evaluation = (build_dataset("folder", name, folder) for name in ("train", "eval"))
+    loader = eval_loader(evaluation, batch_size=2, num_workers=workers)
+    return {
+        "train": train_loader(train, batch_size=4, num_workers=workers).stream(0, 3),
+        "eval": iter(loader),
+    }
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("most, warnings", [(4095, 1), (65535, 0)])
+def test_dark_images_of_16_bits_are_warned_of_once(
+    tmp_path, kind, workers, most, warnings, caplog, monkeypatch
+):
+    monkeypatch.setattr(picture, "dark_is_said", False)
+    for number in range(8):
+        values = np.full((20, 20), most * (number + 2) // 9, dtype=np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    with caplog.at_level(logging.WARNING, logger="lmim.data"):
+        batches = [*loaders(tmp_path, workers)[kind], *loaders(tmp_path, workers)[kind]]
+    found = {int(image[0, 5, 5]) for batch in batches for image in batch.images}
+    assert found == {most * (number + 2) // 9 >> 8 for number in range(8)}
+    assert len(caplog.records) == warnings
+    for record in caplog.records:
+        assert str(tmp_path) in record.getMessage()
+        assert "dataset.options.max_value=4095 reads 12 bits" in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_image_whose_range_is_unknown_ends_the_run(tmp_path, kind, workers):
+    for number in range(8):
+        Image.fromarray(np.ones((20, 20), dtype=np.float32)).save(tmp_path / f"{number}.tif")
+    message = rf"^dataset.options.max_value=null: expected the value that is white in {tmp_path}/"
+    with pytest.raises(DataError, match=message):
+        list(loaders(tmp_path, workers)[kind])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -30,7 +30,7 @@ ENCODERS = [
 ]
 DATA_KEYS = ("name", "flip", "crop_ratio", "mean", "std", "options")
 COLOURS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # of ImageNet
-FAST = {"decoder": "fast"}
+FAST = {"decoder": "fast", "max_value": None}
 DRAWN = {"image_size": 96, "train_images": 6000, "eval_images": 400, "seed": 0}
 DATA = [
     ("digits", False, 1.0, [0.306] * 3, [0.375] * 3, {}),
@@ -39,7 +39,8 @@ DATA = [
     *[(n, True, 0.875, *COLOURS, FAST | {"index_folder": None}) for n in ("tar", "images")],
     *[(n, True, 0.875, *COLOURS, {}) for n in ("cifar10", "cifar100", "stl10")],
     *[(n, True, 0.875, *COLOURS, FAST) for n in "folder imagefolder imagenet imagenet100".split()],
-    *[(n, True, 1.0, *COLOURS, {}) for n in ("masks", "voc")],
+    ("masks", True, 1.0, *COLOURS, {"max_value": None}),
+    ("voc", True, 1.0, *COLOURS, {}),
 ]
 TARGETS = "ema frozen joint pixels projection stopgrad"
 LOSSES = "cosine infonce_patches l1 l2 norm_l2 smooth_l1"

@@ -183,7 +183,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (number(0, 1), "max_bad_images target_mom min_lr_frac erase"),
     (number(0, 0.99), "drop_path label_smoothing"),
     (POSITIVE, "loss_beta tau blr save_minutes temperature patch_head.lr"),
-    (or_null(POSITIVE), "clip_grad"),
+    (or_null(POSITIVE), "clip_grad dataset.options.max_value"),
     (or_null(number(1)), "upsample"),
     (or_null(number(0)), "env.mem"),
     (SHARE, "min_crop dataset.crop_ratio layer_decay"),
