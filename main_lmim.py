@@ -156,6 +156,10 @@ class Pretraining(Task):
         finally:
             self.half_done = self.training.half_done
 
+    def sums(self) -> list[Tensor]:
+        meters = self.training.meters
+        return [meters.sums, meters.grad_norm, meters.counts]
+
     def log_line(self, done: int, steps: int) -> Line:
         meters, schedule = self.training.meters, self.training.schedule
         mine = meters.read()
@@ -234,7 +238,7 @@ class Pretraining(Task):
 
     def finish(self, loop: Loop) -> None:
         """What the run has come to and what it took: results/JOB.json, and where the rest is."""
-        if loop.first_step >= loop.total_steps:
+        if loop.nothing_is_left:
             return
         nodes = describe_nodes(self.ranks)
         if not self.ranks.is_main:

@@ -30,6 +30,12 @@ class DataError(ValueError):
     """The data or its settings are unusable; the message says what would be valid."""
 
 
+class TooManyUnreadable(DataError):
+    """More than a training may leave out."""
+
+    exit_code = 2  # also after some steps: the same images would be met again
+
+
 @contextmanager
 def readable(name: object) -> Iterator[None]:
     """Inside, an image that cannot be read is named."""

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from data.base import UNREADABLE, DataError, DataTimeout, ImageDataset, first_few
+from data.base import (
+    UNREADABLE,
+    DataError,
+    DataTimeout,
+    ImageDataset,
+    TooManyUnreadable,
+    first_few,
+)
 from data.picture import Picture, is_dark, warn_of_dark
 from util.streams import Stream, generator
 
@@ -139,7 +146,7 @@ class TrainLoader(StepOrder):
             names = first_few(sorted(self.bad_images), 20)
             allowed = f"max_bad_images={self.max_bad_images} allows: {names}"
             found = f"{total} of {len(self.dataset)} images could not be read"
-            raise DataError(f"{found}, more than {allowed}")
+            raise TooManyUnreadable(f"{found}, more than {allowed}")
 
 
 class EvalLoader:

@@ -144,6 +144,9 @@ class Finetuning(Classification):
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_lr * share * group["lr_scale"]
 
+    def sums(self) -> list[Tensor]:
+        return [self.loss]
+
     def log_line(self, done: int, steps: int) -> Line:
         mine = torch.stack([self.loss, self.bad_steps.count.double()])
         loss, faults = sum_over_processes(mine, self.loader, self.ranks)
@@ -151,6 +154,7 @@ class Finetuning(Classification):
             found = f"the loss or gradient is not finite before step {done}"
             raise TrainingStopped(f"{found}: a smaller blr may help")
         self.loss.zero_()
+        self.set_learning_rates((done - 1) / self.loader.steps_per_epoch)  # a resumed run had none
         values = {
             "loss": loss / steps / self.cfg.accum_iter / self.ranks.world_size,
             # The head's learning rate, as it was in this step.

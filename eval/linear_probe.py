@@ -96,6 +96,9 @@ class Probe(Classification):
         self.losses += train_step(self.model, self.optimizer, data, self.ranks)
         self.half_done = False
 
+    def sums(self) -> list[Tensor]:
+        return [self.losses]
+
     def log_line(self, done: int, steps: int) -> Line:
         losses = sum_over_processes(self.losses, self.loader, self.ranks)
         self.losses.zero_()

@@ -1,20 +1,28 @@
-"""A worker of the project's own in which one step fails: FAIL="RANK STEP KIND"."""
+"""A worker of the project's own in which something fails: FAIL="RANK STEP KIND".
+
+In step STEP (from 0): bug, memory, inside (the optimiser), gone (the folder VAL, for good). Or,
+after so many steps, in what follows them: evaluate, watch, log_line, picture."""
 
 import os
+import shutil
 
 import torch
 
 import engine_pretrain
 import main_lmim
+from util.loop import Loop
 
 ERRORS = {
     "bug": RuntimeError("a bug"),
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
 }
+BETWEEN_STEPS = ("evaluate", "watch", "log_line", "picture")
 
 
 def main(cfg):
     rank, failing, kind = os.environ["FAIL"].split()
+    is_this_rank = rank == os.environ.get("RANK", "0")
+    done = 0
 
     def only_one(batches):
         yield next(batches)
@@ -22,12 +30,31 @@ def main(cfg):
 
     def train_step(training, batches, draw_views, step, epoch):
         """Fails between two micro-steps, when the target has moved, or inside the optimiser."""
-        if step == int(failing) and rank == os.environ.get("RANK", "0"):
+        if step == int(failing) and is_this_rank:
             if kind == "inside":
                 training.scaler.update = lambda: 1 / 0
-            else:
+            elif kind == "gone":
+                shutil.rmtree(os.environ["VAL"])
+            elif kind in ERRORS:
                 batches = only_one(batches)
         engine_pretrain.train_step(training, batches, draw_views, step, epoch)
 
+    def follow_step(loop):
+        nonlocal done
+        done = loop.done
+        followed(loop)
+
+    def fails_between_steps(method):
+        def fails(*args):
+            if done == int(failing) and is_this_rank:
+                raise MemoryError("planted")
+            return method(*args)
+
+        return fails
+
+    followed, Loop.follow_step = Loop.follow_step, follow_step
     main_lmim.train_step = train_step
+    if kind in BETWEEN_STEPS:
+        method = fails_between_steps(getattr(main_lmim.Pretraining, kind))
+        setattr(main_lmim.Pretraining, kind, method)
     main_lmim.main(cfg)

@@ -1,17 +1,21 @@
 """What ends a run from inside or by surprise: the last whole step is saved, and the same command
 goes on from there as if nothing had happened."""
 
+import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 from PIL import Image
 
+from tests.kills import log_without_times
 from tests.runs import (
     LAUNCHER,
     ROOT,
@@ -24,15 +28,20 @@ from tests.runs import (
     records,
     start,
     start_together,
+    succeed,
     succeed_together,
     undisturbed_runs,
     wait_until,
 )
-from util.checkpoint import list_checkpoints
+from util.checkpoint import list_checkpoints, load_file
 
 pytestmark = pytest.mark.slow
 
 SETTINGS = ["accum_iter=2", "batch_size=32", "epochs=6", "save_minutes=60", "print_freq=1"]
+
+
+# What follows the steps falls on others than the log lines.
+LOOKS = ["print_freq=4", "epochs=4", "eval_freq=2", "eval_at_start=True", "watch_images=40"]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +88,77 @@ def test_a_step_that_fails_inside_the_optimiser_is_not_saved(tmp_path, monkeypat
     code, output = finish(start(LAUNCHER, *settings))
     assert code == 1 and "ZeroDivisionError" in output and "newest" not in output
     assert not list_checkpoints(tmp_path / "demo" / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_log(tmp_path_factory):
+    """By number of processes: the log of a run that looks at itself now and then."""
+
+    @cache
+    def log(processes: int) -> list[dict]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        succeed_together(processes, *settings_of(processes), *LOOKS, f"output_dir={folder}")
+        return log_without_times(folder / "demo")
+
+    return log
+
+
+@pytest.mark.parametrize(
+    "processes, rank, step, kind",
+    [
+        (1, 0, 0, "evaluate"),
+        (1, 0, 30, "watch"),
+        (1, 0, 42, "evaluate"),
+        (1, 0, 42, "picture"),
+        (1, 0, 44, "log_line"),
+        (1, 0, 84, "evaluate"),
+        (2, 1, 42, "evaluate"),
+        (2, 1, 44, "log_line"),
+        (2, 0, 84, "evaluate"),
+    ],
+)
+def test_what_fails_between_two_steps_is_done_again(
+    tmp_path, monkeypatch, undisturbed_log, processes, rank, step, kind
+):
+    """Also by a run that fails there itself, and saves again what the next one needs."""
+    monkeypatch.setenv("FAIL", f"{rank} {step} {kind}")
+    job = tmp_path / "demo"
+    settings = [*settings_of(processes), *LOOKS, f"output_dir={tmp_path}"]
+    for _ in range(2 if kind == "log_line" else 1):
+        failing = start_together(processes, *TINY, *settings, "worker=tests.failing")
+        code, output = [finish(process) for process in failing][rank]
+        assert code == 3 and "error: out of memory (planted): expected batch_size below" in output
+        saved = list_checkpoints(job / "checkpoints")
+        assert bool(saved) == (step > 0) and (not saved or load_file(saved[0])["step"] == step)
+    assert not list((job / "checkpoints").glob("epoch-0004-*"))
+    output = succeed_together(processes, *settings)
+    assert (f"from step {step}\n" if step else "from the beginning\n") in output
+    assert log_without_times(job) == undisturbed_log(processes)
+    assert list((job / "checkpoints").glob("epoch-0004-step-00000084.pth"))
+    result = json.loads((job / "results" / "demo.json").read_text())
+    assert result["after"] == undisturbed_log(processes)[-2]["nn_accuracy"]
+
+
+def test_the_check_images_are_gone(tmp_path, monkeypatch):
+    """For a while, as on a file server: the same command may succeed later."""
+    photos, val = tmp_path / "photos", tmp_path / "photos" / "val"
+    for number in range(60):
+        path = photos / ("val" if number >= 40 else "train") / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 30), (4 * number, 9, 9)).save(path)
+    shutil.copytree(val, tmp_path / "val")
+    settings = ["dataset=imagefolder", f"data_path={photos}", "batch_size=8", "num_workers=0"]
+    settings += ["eval_freq=1", "epochs=2", "print_freq=2"]
+    monkeypatch.setenv("FAIL", "0 3 gone")
+    monkeypatch.setenv("VAL", str(val))
+    failing = ["worker=tests.failing", f"output_dir={tmp_path}"]
+    code, output = finish(start(LAUNCHER, *settings, *failing))
+    assert code == 1 and "Traceback" not in output
+    assert "what follows step 5 has failed; the newest checkpoint is" in output
+    shutil.copytree(tmp_path / "val", val)
+    assert "from step 5\n" in succeed(LAUNCHER, *settings, f"output_dir={tmp_path}")
+    succeed(LAUNCHER, *settings, f"output_dir={tmp_path / 'undisturbed'}")
+    assert log_without_times(tmp_path / "demo") == log_without_times(tmp_path / "undisturbed/demo")
 
 
 def test_a_loader_worker_that_is_killed(tmp_path, undisturbed):

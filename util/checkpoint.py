@@ -7,6 +7,7 @@ randomness is a function of the seed and these two.
 """
 
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -96,13 +97,15 @@ def load_weights(model: torch.nn.Module, state_dict: dict[str, Tensor], source) 
 class CheckpointWriter:
     """Writes in the background, one file at a time, from a copy on the CPU: training does not wait
     for the disk. Call `wait` before the process ends. A write that fails (a full disk) leaves the
-    older files as they are, is reported at once, and does not stop training."""
+    older files as they are, is reported at once, and does not stop training. before_write: what
+    has to be on the disk before a checkpoint is."""
 
-    def __init__(self, folder: Path, report):
-        self.folder, self.report = folder, report
+    def __init__(self, folder: Path, report, before_write: Callable[[], None] = lambda: None):
+        self.folder, self.report, self.before_write = folder, report, before_write
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
         self.failures = 0  # since the last one that was written
+        self.not_removed: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, contents: dict, step: int, epoch: int | None = None) -> None:
@@ -113,11 +116,12 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Until the file is written. Errors other than write errors are raised here."""
-        if self.writing is not None:
-            self.writing.result()
-            self.writing = None
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def write(self, contents: dict, path: Path) -> None:
+        self.before_write()
         try:
             write_whole(path, partial(torch.save, contents))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -130,4 +134,9 @@ class CheckpointWriter:
             self.failures = 0
         rolling = [p for p in list_checkpoints(self.folder) if p.name.startswith("step-")]
         for path in rolling[KEEP_ROLLING:]:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                if path not in self.not_removed:
+                    self.report(f"checkpoint {path} could not be removed ({error.strerror})")
+                self.not_removed.add(path)

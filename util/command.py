@@ -96,7 +96,7 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     except Exception as error:
         if is_in_the_way(error, cfg.output_dir):
             say_error(ConfigError(f"{error.filename} cannot be written or read ({error.strerror})"))
-            return ConfigError.exit_code
+            return getattr(error, "exit_code", ConfigError.exit_code)
         say_crash(cfg)
         return 1
     return 0

@@ -41,6 +41,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """How many steps it holds, by its name."""
+    return int(checkpoint.stem.rpartition("-")[2])
+
+
 def is_finished(cfg: DictConfig) -> bool:
     """Says so if it is. An evaluation that trains nothing never is."""
     if "resume" not in cfg or cfg.overwrite:

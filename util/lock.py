@@ -14,6 +14,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,8 +96,11 @@ def unlock(job: Path) -> None:
     """For a process that goes on with something else."""
     if job in HELD:
         file, kernel_lock = HELD.pop(job)
-        file.unlink(missing_ok=True)
-        kernel_lock.close()
+        # On a disk that is gone. A file that is left names a process that does not live.
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            kernel_lock.close()
 
 
 def leave_it_to_the_parent() -> None:

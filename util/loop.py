@@ -4,6 +4,7 @@ Pre-training (main_lmim.py), the linear probe and fine-tuning (eval/) are tasks 
 a step is, and this file keeps them alive.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,13 @@ from util import checkpoint
 from util.checkpoint import first_words
 from util.config import TrainingStopped
 from util.distributed import Ranks, all_reduce, barrier, broadcast_tensors, gather_objects, on_main
-from util.job import checkpoint_name, list_checkpoints, prepare_job_directory, record_start
+from util.job import (
+    checkpoint_name,
+    list_checkpoints,
+    prepare_job_directory,
+    record_start,
+    step_of,
+)
 from util.lock import unlock
 from util.metrics import Speed, bar_text, describe_speed, warn_of_supply
 from util.preemption import Interrupted, StopFlag
@@ -32,6 +39,7 @@ from util.resuming import FORMAT, CheckpointError, accept, describe
 
 FIRST_STEPS = (1, 2, 5, 10)  # of a start that get a line on the console
 QUIET_SECONDS = 60  # without a line, at most
+MAY_SUCCEED_LATER = 1  # the exit code of the same command, as after a crash
 Line = tuple[Mapping[str, float | str], str]  # numbers for the log, and how the console puts them
 
 
@@ -63,6 +71,10 @@ class Task:
 
     def step(self, step: int, batches: Iterator) -> None:
         """One step of the optimiser. Does not wait for the device."""
+        raise NotImplementedError
+
+    def sums(self) -> list[Tensor]:
+        """What log_line is made from and starts again: filled in place by a run that resumes."""
         raise NotImplementedError
 
     def log_line(self, done: int, steps: int) -> Line:
@@ -122,51 +134,48 @@ def job_folder(cfg: DictConfig, ranks: Ranks) -> Iterator[Path]:
 
 def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopFlag) -> None:
     """From the newest checkpoint, or from the beginning, to the end."""
-    loop = Loop(task, cfg, ranks, job, stop_flag, resume(task, cfg, ranks, job))
+    loop = Loop(task, cfg, ranks, job, stop_flag, *resume(task, cfg, ranks, job))
     start = f"from step {loop.first_step}" if loop.first_step else "from the beginning"
     steps = f"{loop.images_per_step} images per step, {loop.total_steps} steps, {start}"
     loop.log.say(f"{task.introduction()}, {steps}")
-    with closing(loop.log), logging_redirect_tqdm():
-        if loop.first_step < loop.total_steps:
-            run_steps(task, cfg, loop)
-        else:
-            loop.log.say("already finished: nothing is left to train")
-        task.finish(loop)
+    try:
+        with closing(loop.log), logging_redirect_tqdm():
+            if loop.nothing_is_left:
+                loop.log.say("already finished: nothing is left to train")
+            else:
+                run_steps(task, cfg, loop)
+            task.finish(loop)
+    except Exception as error:
+        # What has been there for some steps may be there again, as files of a server that is away.
+        if loop.done > 0 and not hasattr(error, "exit_code"):
+            error.exit_code = MAY_SUCCEED_LATER  # type: ignore[attr-defined]
+        raise
 
 
 def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
-    step, per_epoch = loop.first_step, loop.steps_per_epoch
     task.prepare()
     loop.speed.images_at_peak = task.images_at_peak
-    if step == 0:
-        loop.watch(0)
-        if "eval_at_start" in cfg and cfg.eval_at_start:
-            loop.record(0, task.evaluate)
-    batches = loop.first_steps.timed(task.batches(step, loop.total_steps))
+    if loop.done == 0:
+        with loop.rescue("the first evaluation"):
+            loop.watch(0)
+            if "eval_at_start" in cfg and cfg.eval_at_start:
+                loop.record(0, task.evaluate)
+    if loop.unfinished:
+        loop.take_up(loop.unfinished)
+        loop.follow_step()
+    batches = loop.first_steps.timed(task.batches(loop.done, loop.total_steps))
     batches = loop.speed.timed(batches)
-    while step < loop.total_steps:
-        with loop.rescue(step):
-            task.step(step, batches)
-        step += 1
-        at_end = step == loop.total_steps
-        if step % per_epoch and not at_end:
-            with loop.rescue(step):
-                loop.after_step(step)
-                loop.watch(step)
-            loop.between_steps(step)
-            continue
-        loop.after_step(step)  # what is saved before the evaluation would leave it out
-        at_end = at_end and (task.evaluates_at_end or cfg.eval_freq)
-        evaluates = at_end or (cfg.eval_freq and step % (cfg.eval_freq * per_epoch) == 0)
-        if evaluates:
-            loop.record(step, task.evaluate)
-        loop.watch(step, at_evaluation=evaluates)
-        loop.after_epoch(step)
+    while loop.done < loop.total_steps:
+        with loop.rescue(f"step {loop.done + 1}"):
+            task.step(loop.done, batches)
+        loop.done += 1
+        loop.follow_step()
     loop.finish()
 
 
-def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
-    """-> the number of finished steps"""
+def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> tuple[int, dict | None]:
+    """-> the number of finished steps; and, if what follows the last of them is not done yet, what
+    that needs"""
     sizes = (task.loader.batch_size, task.loader.images_per_step)
     task.made_from = on_main(partial(describe, task.dataset, *sizes), ranks)
     folder = job / "checkpoints"
@@ -180,7 +189,7 @@ def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> int:
         reason = f"{type(error).__name__}: {first_words(error)}"
         raise CheckpointError(f"resume: expected {valid} ({reason})") from error
     on_main(lambda: record_start(cfg, job), ranks)
-    return newest[1]["step"] if newest else 0
+    return (newest[1]["step"], newest[1].get("unfinished")) if newest else (0, None)
 
 
 def newest_for_all(
@@ -205,30 +214,63 @@ class Loop:
     """What a training leaves behind: its log, its checkpoints, its answer to signals."""
 
     def __init__(
-        self, task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop: StopFlag, first_step: int
+        self,
+        task: Task,
+        cfg: DictConfig,
+        ranks: Ranks,
+        job: Path,
+        stop: StopFlag,
+        first_step: int,
+        unfinished: dict | None,
     ):
         self.task, self.cfg, self.ranks, self.job = task, cfg, ranks, job
         self.stop_flag, self.first_step = stop, first_step
+        self.done = first_step  # steps
+        # While there is work to do between two steps, what that needs: see keep_sums.
+        self.unfinished = unfinished
         self.steps_per_epoch = task.loader.steps_per_epoch
         self.total_steps = self.planned_steps = cfg.epochs * self.steps_per_epoch
         self.watched = watched_steps(self.planned_steps)
         if task.max_steps is not None:
             self.total_steps = min(self.total_steps, task.max_steps)
+        self.nothing_is_left = first_step >= self.total_steps and not unfinished
         self.images_per_step = task.loader.images_per_step
-        self.last_logged = self.last_saved_step = first_step
+        self.last_logged = first_step
+        self.last_saved_step = None if unfinished else first_step
         self.last_saved = time.monotonic()
         self.start = time.perf_counter()
         self.speed, self.first_steps = Speed(), Speed()
         self.last_speed: dict[str, float] = {}  # of the last log line
-        self.log = RunLog(job, ranks.is_main, self.total_steps, first_step)
+        last_line = first_step - 1 if unfinished else first_step
+        self.log = RunLog(job, ranks.is_main, self.total_steps, first_step, last_line)
         self.folder = job / "checkpoints"
-        writer = partial(checkpoint.CheckpointWriter, self.folder, self.log.say)
+        writer = partial(checkpoint.CheckpointWriter, self.folder, self.log.say, self.log.sync)
         self.writer = writer() if ranks.is_main else None
+
+    def follow_step(self) -> None:
+        """All that comes between two steps. If it fails, a run that resumes does it again."""
+        done = self.done
+        at_end = done == self.total_steps
+        evaluates = at_end and (self.task.evaluates_at_end or bool(self.cfg.eval_freq))
+        evaluates = evaluates or self.ends_epochs(self.cfg.eval_freq)
+        keeps = at_end or self.ends_epochs(self.cfg.save_freq)
+        with self.rescue(f"what follows step {done}"):
+            if evaluates or keeps or self.logs(done) or done in self.watched:
+                self.keep_sums()
+            self.after_step(done)
+            if evaluates:
+                self.record(done, self.task.evaluate)
+            self.watch(done, at_evaluation=evaluates)
+            if keeps:
+                self.save(done, self.whole_epoch(done))
+            self.unfinished = None
+            if not at_end:
+                self.between_steps(done)
 
     def after_step(self, done: int) -> None:
         silent = time.monotonic() - self.log.last_said
         is_due = done - self.first_step in FIRST_STEPS or silent > QUIET_SECONDS
-        if done % self.cfg.print_freq == 0 or done == self.total_steps:
+        if self.logs(done):
             self.write_log(done)
         elif self.ranks.is_main and is_due:
             speed, summary = self.read_speed(done, keep=True), self.task.glimpse()
@@ -236,6 +278,30 @@ class Loop:
             self.log.progress(done, bar_text(summary, speed))
         self.say_supply(done - self.first_step)
         self.log.progress(done)
+
+    def ends_epochs(self, epochs: int) -> bool:
+        """Has this step ended an epoch whose number is a multiple of this?"""
+        return epochs > 0 and self.done % (epochs * self.steps_per_epoch) == 0
+
+    def logs(self, done: int) -> bool:
+        return done % self.cfg.print_freq == 0 or done == self.total_steps
+
+    def keep_sums(self) -> None:
+        """Of all processes, what the log line is about to read, for a checkpoint of this step."""
+        own = [tensor.to("cpu", copy=True) for tensor in self.task.sums()]
+        kept = {"last_logged": self.last_logged, **self.speed.state()}
+        self.unfinished = {**kept, "sums": [own]}  # if another process is gone
+        self.unfinished["sums"] = gather_objects(own, self.ranks)
+
+    def take_up(self, kept: dict) -> None:
+        """The sums since the last log line. Other processes than those before share them."""
+        sums, ranks = kept["sums"], self.ranks
+        of_all = [torch.stack(parts).double().mean(0) for parts in zip(*sums, strict=True)]
+        mine = sums[ranks.rank] if len(sums) == ranks.world_size else of_all
+        for tensor, value in zip(self.task.sums(), mine, strict=True):
+            tensor.copy_(value)
+        self.last_logged = kept["last_logged"]
+        self.speed.take_up(kept)
 
     def say_supply(self, steps: int) -> None:
         """Warn once where loaders give less than steps take. Without the first step, in which both
@@ -285,7 +351,8 @@ class Loop:
         if self.task.gives_up:
             self.save(done)
             self.finish_writing()
-            raise TrainingStopped(f"{self.task.gives_up}; step {done} is saved")
+            saved = self.lost_steps() or f"step {done} is saved"
+            raise TrainingStopped(f"{self.task.gives_up}; {saved}")
 
     def record(self, done: int, look: Callable[[], Line | None]) -> None:
         with self.speed.pause(), self.first_steps.pause():
@@ -295,39 +362,46 @@ class Loop:
             epoch = done / self.steps_per_epoch
             self.log.record({"epoch": epoch, **numbers}, done, f"epoch {epoch:.4g}: {summary}")
 
-    def after_epoch(self, done: int) -> None:
-        """Or at the end, where max_steps is inside one."""
-        if done == self.total_steps or done % (self.cfg.save_freq * self.steps_per_epoch) == 0:
-            self.save(done, self.whole_epoch(done))
-        if done < self.total_steps:
-            self.between_steps(done)
-
     def whole_epoch(self, done: int) -> int | None:
         epoch, steps = divmod(done, self.steps_per_epoch)
         return None if steps else epoch
 
     @contextmanager
-    def rescue(self, done: int) -> Iterator[None]:
+    def rescue(self, what: str) -> Iterator[None]:
         """An error inside: the last whole step is saved by each process that meets one, since all
         hold the same and the first may not be among them."""
         try:
             yield
-        except TrainingStopped:  # names the last good checkpoint itself
+        except (TrainingStopped, Interrupted):  # what can be saved is saved
             raise
         except Exception as error:
+            self.writer = self.writer or checkpoint.CheckpointWriter(self.folder, print_error)
             if not self.task.half_done:
-                self.writer = self.writer or checkpoint.CheckpointWriter(self.folder, print_error)
-                self.save(done)
-                self.writer.wait()
-                for newest in list_checkpoints(self.folder)[:1]:
-                    print_error(f"step {done + 1} has failed; the newest checkpoint is {newest}")
+                self.save(self.done, unfinished=self.unfinished)
+            self.writer.wait()
+            lost = self.lost_steps()
+            for newest in [] if lost else list_checkpoints(self.folder)[:1]:
+                print_error(f"{what} has failed; the newest checkpoint is {newest}")
+            if lost:
+                print_error(f"{what} has failed; {lost}")
             if number := self.stop_flag.own():  # it was not waited for any longer
-                raise Interrupted(number) from error
+                raise Interrupted(number, lost) from error
             # On a CPU torch has no type of its own for it.
             kinds = (torch.OutOfMemoryError, MemoryError)
             if isinstance(error, kinds) or "not enough memory" in str(error):
                 raise TrainingStopped(self.how_to_need_less(error)) from error
             raise
+
+    def lost_steps(self) -> str:
+        """How many finished steps are not on the disk, as after a write that has failed, and what
+        is; empty if all are. After writer.wait(), in a process that writes."""
+        try:
+            older = [p for p in list_checkpoints(self.folder) if step_of(p) <= self.done]
+        except OSError as error:
+            return f"{self.folder} cannot be read ({error.strerror})"
+        lost = self.done - (step_of(older[0]) if older else 0)
+        newest = f"the newest checkpoint is {older[0]}" if older else "there is no checkpoint"
+        return f"{lost} steps are lost: {newest}" if lost else ""
 
     def how_to_need_less(self, error: Exception) -> str:
         cfg = self.cfg
@@ -338,23 +412,23 @@ class Loop:
         return f"out of memory ({first_words(error)}): expected {', or '.join(ways)}"
 
     def between_steps(self, done: int) -> None:
-        """Save now and then; stop if asked to. Not between an epoch's last step and its evaluation:
-        a run that resumes there would leave the evaluation out."""
+        """Save now and then; stop if asked to."""
         number = self.stop_flag.agreed()
         if number:
             self.save(done)
             self.finish_writing()
-            raise Interrupted(number)
+            raise Interrupted(number, self.lost_steps())
         if (time.monotonic() - self.last_saved) / 60 > self.cfg.save_minutes:
             self.save(done)
 
-    def save(self, done: int, epoch: int | None = None) -> None:
-        """epoch: given at the end of one whose checkpoint is kept for good."""
+    def save(self, done: int, epoch: int | None = None, unfinished: dict | None = None) -> None:
+        """epoch: given at the end of one whose checkpoint is kept for good. unfinished: where a run
+        that resumes first has to do what follows this step."""
         self.last_saved = time.monotonic()
         if done == self.last_saved_step:
             return
-        self.last_saved_step = done
         if self.writer is None:
+            self.last_saved_step = done
             return
         contents = {
             **self.task.state(),
@@ -363,8 +437,10 @@ class Loop:
             "steps_per_epoch": self.steps_per_epoch,
             "config": OmegaConf.to_container(self.cfg),
             "format": FORMAT,
+            **({"unfinished": unfinished} if unfinished else {}),
         }
         self.writer.save(contents, done, epoch)
+        self.last_saved_step = done
 
     def finish_writing(self) -> None:
         """Until the last checkpoint is on the disk; all processes wait for it."""
@@ -377,7 +453,7 @@ class Loop:
         self.finish_writing()
         name = checkpoint_name(self.total_steps, self.whole_epoch(self.total_steps))
         last = self.folder / name
-        if self.ranks.is_main and not last.exists():
+        if self.ranks.is_main and not os.path.exists(last):  # or its disk does not answer
             problem = f"its last checkpoint {last} could not be written"
             hint = "make room, and start it again with resume=True"
             raise TrainingStopped(f"training has ended, but {problem}: {hint}")

@@ -27,7 +27,7 @@ class DeviceMeters:
         self.names = names
         self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         self.grad_norm, self.step_loss = torch.zeros(2, dtype=torch.float64, device=device)
-        self.micro_steps = self.steps = 0
+        self.counts = torch.zeros(2, dtype=torch.int64)  # micro-steps and steps
         # Since the start of the process. The loss is this rank's own; the gradient is common.
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.bad_losses = FaultCounter(device)
@@ -36,7 +36,7 @@ class DeviceMeters:
     def add_micro_step(self, metrics: Tensor) -> None:
         self.sums += metrics
         self.step_loss += metrics[0]
-        self.micro_steps += 1
+        self.counts[0] += 1
 
     def add_gradient(self, step: int, is_bad: Tensor, most_in_a_row: int = 0) -> None:
         """A bad gradient is a fault only after more than most_in_a_row in a row."""
@@ -47,16 +47,15 @@ class DeviceMeters:
         self.bad_losses.add(step, ~self.step_loss.isfinite())
         self.step_loss.zero_()
         self.grad_norm += grad_norm.nan_to_num(0.0, 0.0)  # of a step that was left out
-        self.steps += 1
+        self.counts[1] += 1
 
     def read(self, keep: bool = False) -> dict[str, float]:
         """Means since the last call, on this rank; then start again, or keep the sums."""
-        means = [self.sums / max(self.micro_steps, 1), self.grad_norm[None] / max(self.steps, 1)]
-        values = torch.cat(means).tolist()
+        micro_steps, steps = self.counts.clamp(min=1).tolist()
+        values = torch.cat([self.sums / micro_steps, self.grad_norm[None] / steps]).tolist()
         if not keep:
-            self.sums.zero_()
-            self.grad_norm.zero_()
-            self.micro_steps = self.steps = 0
+            for tensor in (self.sums, self.grad_norm, self.counts):
+                tensor.zero_()
         return dict(zip((*self.names, "grad_norm"), values, strict=True))
 
     def count_faults(self) -> int:
@@ -109,6 +108,14 @@ class Speed:
         if self.images_at_peak is not None:
             values["share_of_peak"] = values["images_per_second"] / self.images_at_peak
         return values
+
+    def state(self) -> dict[str, float]:
+        """What was counted since the last call of read, for a run that resumes."""
+        return {"seconds": time.perf_counter() - self.last, "waited": self.waited}
+
+    def take_up(self, state: dict[str, float]) -> None:
+        self.last -= state["seconds"]
+        self.waited += state["waited"]
 
     @contextmanager
     def pause(self):

@@ -26,11 +26,12 @@ NOT_DONE = 75  # exit code of a process that leaves for a requeue: no success, a
 
 
 class Interrupted(Exception):
-    """All processes have agreed to stop after this step, and everything is saved."""
+    """All processes have agreed to stop after this step, and everything is saved. lost: or what is
+    not, in words."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, lost: str = ""):
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.lost = number, lost
 
 
 class Signals:
@@ -87,8 +88,11 @@ class StopFlag(Signals):
         last, self.question = self.question, Question(own, self.ranks)
         return SIGNALS_BY_URGENCY[last.answer()] if last else 0
 
-    def leave(self, number: int) -> int:
-        """After everything is saved. -> exit code"""
+    def leave(self, number: int, lost: str = "") -> int:
+        """After everything is saved, or what could be: lost says what is not. -> exit code"""
+        name = signal.Signals(number).name
+        if lost and self.ranks.is_main:
+            say(f"stopped by {name}: {lost}")
         requeue = self.previous.get(signal.SIGUSR2)
         if number == signal.SIGUSR2 and callable(requeue):
             if self.ranks.is_main:
@@ -97,12 +101,15 @@ class StopFlag(Signals):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(60)
             return NOT_DONE
-        if self.ranks.is_main:
-            saved = f"stopped by {signal.Signals(number).name}, everything is saved"
-            hint = "the same command with resume=True goes on from here"
-            with suppress(OSError):  # the terminal is gone
-                print(f"{saved}; {hint}", file=sys.stderr, flush=True)
+        if self.ranks.is_main and not lost:
+            saved = f"stopped by {name}, everything is saved"
+            say(f"{saved}; the same command with resume=True goes on from here")
         return 128 + number
+
+
+def say(text: str) -> None:
+    with suppress(OSError):  # the terminal is gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def ignore_signals_in_child() -> None:
@@ -149,6 +156,6 @@ def stoppable(ranks: Ranks) -> Iterator[StopFlag]:
     try:
         yield flag
     except Interrupted as interruption:
-        sys.exit(flag.leave(interruption.number))
+        sys.exit(flag.leave(interruption.number, interruption.lost))
     finally:
         flag.close()

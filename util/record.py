@@ -44,10 +44,17 @@ class RunLog:
     """The console (on a terminal above a progress bar), log.txt with one JSON object per line,
     TensorBoard. Rank 0 writes; on the others this is silent.
 
-    A resumed run first drops what the interrupted one had logged beyond its checkpoint, so that no
-    step is there twice."""
+    A resumed run first drops what the interrupted one had logged after last_line, so that no step
+    is there twice. One that starts from the beginning puts the log of an earlier run into logs/."""
 
-    def __init__(self, job: Path, is_main: bool, total_steps: int, resumed_step: int = 0):
+    def __init__(
+        self,
+        job: Path,
+        is_main: bool,
+        total_steps: int,
+        resumed_step: int = 0,
+        last_line: int | None = None,  # if it is not resumed_step
+    ):
         self.job, self.is_main = job, is_main
         self.start = self.last_said = time.monotonic()
         self.bar = tqdm(
@@ -61,16 +68,18 @@ class RunLog:
         )
         if not is_main:
             return
-        keep_until_step(job / "log.txt", resumed_step)
-        if resumed_step == 0:
-            shutil.rmtree(job / "tensorboard", ignore_errors=True)
-        self.lines = JsonLines(job / "log.txt")
-        self.scalars = TensorBoardFile(job / "tensorboard", resumed_step + 1)
         (job / "logs").mkdir(exist_ok=True)
+        earlier = put_away_earlier_log(job) if resumed_step == 0 else ""
+        last_line = resumed_step if last_line is None else last_line
+        keep_until_step(job / "log.txt", last_line if resumed_step else -1)
+        self.lines = JsonLines(job / "log.txt")
+        self.scalars = TensorBoardFile(job / "tensorboard", last_line + 1)
         with suppress(OSError):  # it is kept until there is room
             config = (job / "config.yaml").read_text().replace("\n", "\n    ")
             self.scalars.add({"config": "    " + config}, resumed_step)
         self.console = AppendedFile(job / "logs" / "console.txt")
+        if earlier:
+            self.say(earlier)
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -113,6 +122,12 @@ class RunLog:
             self.bar.set_description_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
 
+    def sync(self) -> None:
+        """So that no checkpoint is on the disk without the lines before it."""
+        for file in (self.lines, self.scalars, self.console):
+            with suppress(OSError):  # a file system that cannot, or a disk that is gone
+                os.fsync(file.file.fileno())
+
     def close(self) -> None:
         """The bar must not stand in front of the last words."""
         self.bar.close()
@@ -121,9 +136,25 @@ class RunLog:
                 file.close()
 
 
+def put_away_earlier_log(job: Path) -> str:
+    """The log of a run whose checkpoints are gone, or replaced (overwrite=True): to logs/, with the
+    first number that is free. -> what was done. One that has no step yet is dropped."""
+    log, tensorboard, logs = job / "log.txt", job / "tensorboard", job / "logs"
+    if not log.exists() or all(record["step"] == 0 for record in read_records(log)):
+        shutil.rmtree(tensorboard, ignore_errors=True)
+        return ""
+    number = 1
+    while (logs / f"log-{number}.txt").exists() or (logs / f"tensorboard-{number}").exists():
+        number += 1
+    if tensorboard.exists():
+        tensorboard.rename(logs / f"tensorboard-{number}")
+    log.rename(logs / f"log-{number}.txt")
+    return f"the log of an earlier run is kept: {logs}/log-{number}.txt and tensorboard-{number}"
+
+
 def keep_until_step(path: Path, last_step: int) -> None:
     """Drop what a log has beyond a step, and lines that are damaged."""
-    records = read_records(path) if last_step > 0 and path.exists() else []
+    records = read_records(path) if path.exists() else []
     kept = [record for record in records if record["step"] <= last_step]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
