@@ -200,9 +200,14 @@ def test_the_verdicts(page_of, tmp_path):
     write_job(tmp_path / "s0", "seed=0", **judged)
     write_job(tmp_path / "s1", "seed=1", **judged | {"verdict": "healthy"})
     write_job(tmp_path / "other", "tau=0.1", **judged)
-    page = page_of(f"jobs=[{tmp_path}/s*,{tmp_path}/other]")
+    turned = write_job(tmp_path / "turned", "tau=0.3", **judged)  # at first it was healthy
+    log = (turned / "log.txt").read_text()
+    log = log.replace('"collapsed", "since": 200', '"healthy", "since": 100', 1)
+    (turned / "log.txt").write_text(log)
+    page = page_of(f"jobs=[{tmp_path}/s*,{tmp_path}/other,{turned}]")
     features = page.rows("Features")
-    assert features["other"]["verdict"] == "collapsed"
+    assert features["other"]["verdict"] == features["turned"]["verdict"] == "collapsed"
+    assert page.rows("Runs")["turned"]["features"] == "collapsed since step 200"
     assert features["s0 … s1 (2 runs)"]["verdict"] == "collapsed (1), healthy (1)"
     assert features["other"]["rankme"] == "9" and features["other"]["position_probe"] == "90"
     run = page.rows("Runs")["s1"]
