@@ -1,18 +1,20 @@
-"""The numbers of a collapse against their definitions, and a position code that is found out."""
+"""The numbers of a collapse against their definitions, alone and in a whole run, and a position
+code that is found out."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from sklearn.linear_model import Ridge
 
-from data.datasets import build_digits
-from eval import features
+from eval import collapse, features
 from eval.collapse import cosine_and_std, rank_me
-from tests.backbones import digits_checkpoint, run_command
-from tests.test_save_features import tokens_by_hand
+from eval.common import run_joined
+from tests import eval_by_hand as by_hand
+from tests.backbones import digits_checkpoint
+from tests.evaluations import config
+from util.distributed import Ranks
 
 
 @pytest.fixture(params=[7, 65536])
@@ -45,19 +47,61 @@ def test_the_extremes():
 
 
 def results(tmp_path, *overrides: str) -> dict[str, float]:
-    assert run_command("collapse", f"output_dir={tmp_path}", *overrides) == 0
-    return json.loads((tmp_path / "collapse" / "results" / "collapse.json").read_text())["results"]
+    cfg = config("collapse", None, tmp_path, *overrides)
+    alone = Ranks(0, 1, torch.device("cpu"))
+    return run_joined(cfg, alone, "collapse", collapse.evaluate).report["results"]
 
 
-def test_numbers_are_of_pooled_features_as_they_are(tmp_path):
-    """Brought to length 1 only where cosines are computed."""
-    path, digits = digits_checkpoint(tmp_path), build_digits("eval", None)
-    pictures = [digits.load(index) for index in range(len(digits))]
-    pooled = tokens_by_hand(path, pictures, 0.306, 0.375, final_norm=False).patches.mean(dim=1)
-    found = results(tmp_path, f"pretrained={path}", "probe_images=40")
-    for name, value in {"rankme": rank_me(pooled), **cosine_and_std(pooled)}.items():
-        assert found[name] == pytest.approx(value, rel=1e-4), name
-    assert rank_me(F.normalize(pooled)) != pytest.approx(rank_me(pooled), rel=1e-3)
+def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Of all rows of the one to all of the other."""
+    first, second = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (first, second))
+    return first @ second.T
+
+
+def tokens_by_definition(tokens: np.ndarray, seed: int, probed: int) -> dict[str, float]:
+    """tokens: of all images, [N, L, D]"""
+    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:probed]
+    tokens, places = tokens[chosen.numpy()], np.arange(tokens.shape[1])
+    found = {"token_similarity": np.mean([cosines(own, own).mean() for own in tokens])}
+    pairs = [cosines(a, b) for i, a in enumerate(tokens) for j, b in enumerate(tokens) if i != j]
+    is_same = np.eye(len(places), dtype=bool)
+    found["same_place"] = np.mean([pair[is_same] for pair in pairs])
+    found["other_places"] = np.mean([pair[~is_same] for pair in pairs])
+    fitted, tested = (part.reshape(-1, tokens.shape[2]) for part in np.split(tokens, 2))
+    truth = np.tile(places, probed // 2)
+    penalty = 1e-4 * fitted.var(axis=0).mean() * len(fitted)
+    ridge = Ridge(penalty, solver="cholesky").fit(fitted, np.eye(len(places))[truth])
+    hits = ridge.predict(tested).argmax(axis=1) == truth
+    return found | {"position_probe": 100 * hits.mean(), "position_chance": 100 / len(places)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is written by hand runs on the CPU")
+def test_a_run_equals_one_by_hand(tmp_path):
+    """Every key is away from its default, but for those that only timm's models or loader processes
+    read, random_init, which needs no checkpoint, and precision: another one has no exact numbers.
+    """
+    path = by_hand.write_checkpoint(tmp_path, colours=by_hand.TRAINED)
+    data = by_hand.write_images(tmp_path / "data")
+    choice = "pooling=cls+mean split=train probe_images=10 final_norm=True seed=5 job_name=other"
+    place = [f"data_path={data}", f"cache_dir={tmp_path / 'kept'}"]
+    cfg = config("collapse", path, tmp_path, *by_hand.MOVED, *choice.split(), *place)
+    run = run_joined(cfg, Ranks(0, 1, torch.device("cpu")), "collapse", collapse.evaluate)
+
+    files, _ = by_hand.list_images(data, "train")
+    images = by_hand.normalised(files, 20, 0.8, by_hand.TRAINED)
+    tokens = by_hand.encode(by_hand.stored_weights(path, "target"), images, blocks=2, norm=True)
+    pooled, tokens = by_hand.pool(tokens, "cls+mean").astype(float), tokens[:, 1:].double().numpy()
+    share = np.linalg.svd(pooled, compute_uv=False)
+    share = share / share.sum()
+    unit = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    expected = {
+        "rankme": np.exp(-(share * np.log(share)).sum()),
+        "mean_cosine": cosines(pooled, pooled)[~np.eye(len(files), dtype=bool)].mean(),
+        "channel_std": unit.std(axis=0).mean() * math.sqrt(32),
+    }
+    expected |= tokens_by_definition(tokens, seed=5, probed=10)
+    assert run.report["results"] == pytest.approx(expected, rel=1e-4)
+    assert run.report["images"] == len(files) and len(list((tmp_path / "kept").iterdir())) == 1
 
 
 def test_a_position_code_is_found_out(tmp_path):

@@ -9,6 +9,8 @@ from PIL import Image
 
 from data.datasets import DataError, build_dataset
 from data.masks import IGNORE, MaskTransform, WithMasks
+from data.transforms import EvalTransform
+from tests.maps_by_hand import central_mask, regions
 
 PALETTE = [0, 0, 0, 128, 0, 0, *range(253), *range(253), *range(253), 224, 224, 192]
 
@@ -93,6 +95,15 @@ def test_masks_are_cropped_like_their_images(tmp_path):
     cropped = MaskTransform(side=16, crop_ratio=0.8)(pair)  # the shorter side stays 20 pixels
     assert cropped.shape == (4, 16, 16)
     assert torch.equal(cropped[0], cropped[3])
+
+
+@pytest.mark.parametrize("width, height, crop_ratio", [(30, 30, 1), (45, 31, 0.8)])
+def test_a_smaller_mask_holds_classes_of_the_larger_one(width, height, crop_ratio):
+    """Blended, classes 2 and 9 would make others."""
+    mask = regions(0, width, height, [2, 9, IGNORE])
+    found = EvalTransform(16, crop_ratio).mask(Image.fromarray(mask))[0].numpy()
+    assert set(found.ravel().tolist()) == {2, 9, IGNORE}
+    assert np.array_equal(found, central_mask(mask, 16, round(16 / crop_ratio)))
 
 
 def test_bad_voc_folders_are_named(tmp_path):

@@ -1,5 +1,5 @@
-"""Segmentation: the measures against slow independent ones, masks of every layout, both methods on
-images whose answer is known, and one process against two."""
+"""Segmentation: the measures against slow independent ones, images whose answer is known, bad
+input, and one process against two. Whole runs: tests/test_segmentation_by_hand.py."""
 
 import itertools
 import json
@@ -8,29 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 
 from data.base import DataError
-from data.datasets import build_dataset
 from data.masks import IGNORE
 from eval import segmentation
-from eval.backbone import Tokens
+from eval.common import run_joined
 from eval.metrics import (
     adjusted_rand_index,
     class_ious,
     confusion_matrix,
     matched_miou,
 )
-from eval.segmentation import build_bank, class_counts, start, to_pixels, train_epoch
+from eval.segmentation import class_counts, to_pixels
 from tests.backbones import digits_checkpoint
 from tests.runs import run_together
 from tests.test_masks import blocks, save, write_blocks
 from util.config import ConfigError, compose_config
 from util.distributed import Ranks
 from util.validate import check_config
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 # ---- The measures. -------------------------------------------------------------------------------
 
@@ -136,162 +131,61 @@ def test_class_counts_of_patches():
 PIXELS = ["dataset=masks", "features=pixels", "segments=[2]"]
 
 
-def evaluate(tmp_path: Path, *overrides: str, name: str = "s") -> dict:
-    """In this process. -> what results/segmentation.json says"""
-    checkpoint = digits_checkpoint(tmp_path)
-    settings = [f"pretrained={checkpoint}", f"output_dir={tmp_path}", f"job_name={name}"]
-    cfg = compose_config("segmentation", [*settings, "num_workers=0", *overrides])
-    segmentation.main(cfg)
-    return json.loads((tmp_path / name / "results" / "segmentation.json").read_text())
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return digits_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-@pytest.mark.parametrize("clustering", ["connected=True", "linkage=complete"])
-def test_clusters_of_two_textures_are_the_mask(tmp_path, clustering):
+def evaluate(checkpoint: Path, tmp_path: Path, *overrides: str) -> dict:
+    """In this process. -> its report"""
+    settings = [f"pretrained={checkpoint}", f"output_dir={tmp_path}", "num_workers=0"]
+    cfg = compose_config("segmentation", [*settings, *overrides])
+    alone = Ranks(0, 1, torch.device("cpu"))
+    return run_joined(cfg, alone, "segmentation", segmentation.evaluate).report
+
+
+def test_other_numbers_of_segments_are_worse(checkpoint, tmp_path):
     write_blocks(tmp_path / "data")
-    data = [*PIXELS, f"data_path={tmp_path / 'data'}", f"clustering.{clustering}"]
-    found = evaluate(tmp_path, *data)
-    assert found["results"] == {"miou_2": 100.0, "ari_2": 100.0}
-    assert found["images"] == 5
-
-
-def test_other_numbers_of_segments_are_worse(tmp_path):
-    write_blocks(tmp_path / "data")
-    found = evaluate(tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}", "segments=[1,2,6]")
+    found = evaluate(
+        checkpoint, tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}", "segments=[1,2,6]"
+    )
     results = found["results"]
     # One segment: the background's 27 of 36 patches, and nothing for the object.
     assert results["miou_1"] == pytest.approx(100 * (27 / 36) / 2) and results["ari_1"] == 0
     assert results["ari_2"] == 100 > results["ari_6"]
 
 
-def test_a_blank_patch_is_no_error(tmp_path):
+def test_a_blank_patch_is_no_error(checkpoint, tmp_path):
     save(tmp_path / "images" / "a.png", np.full((24, 24, 3), 51))
     mask = np.zeros((24, 24))
     mask[:12] = 1
     save(tmp_path / "masks" / "a.png", mask)
     blank = [f"dataset.mean={[0.2] * 3}", "segments=[1]"]
-    found = evaluate(tmp_path, *PIXELS, f"data_path={tmp_path}", *blank)
+    found = evaluate(checkpoint, tmp_path, *PIXELS, f"data_path={tmp_path}", *blank)
     assert found["results"] == {"miou_1": 25.0, "ari_1": 0.0}
 
 
-def test_as_many_segments_as_the_mask_has_classes(tmp_path):
-    for number in (1, 2, 3):  # classes; the first image is left out
-        mask = (np.arange(24) * number // 24).repeat(24).reshape(24, 24)
-        noise = np.random.default_rng(number).integers(0, 20, (24, 24, 3))
-        save(tmp_path / "images" / f"{number}.png", noise + 200 * (mask[..., None] == np.arange(3)))
-        save(tmp_path / "masks" / f"{number}.png", mask)
-    data = ["dataset=masks", "features=pixels", f"data_path={tmp_path}"]
-    found = evaluate(tmp_path, *data, "segments=[truth,2]")
-    assert found["results"]["miou_truth"] == found["results"]["ari_truth"] == 100
-    assert found["results"]["ari_2"] < 100 and found["images"] == 2
-    assert evaluate(tmp_path, *data, "segments=[2]")["images"] == 3
-
-
-@pytest.mark.parametrize("centre, success", [(True, True), (False, False)])
-def test_centred_patches_differ_where_directions_do_not(tmp_path, centre, success):
-    """Bright and dark patches of one colour."""
-    mask = np.arange(24).repeat(24).reshape(24, 24) // 12
-    noise = np.random.default_rng(0).integers(0, 9, (24, 24, 3))
-    save(tmp_path / "images" / "a.png", noise + 100 + 100 * mask[..., None])
-    save(tmp_path / "masks" / "a.png", mask)
-    data = [*PIXELS, f"data_path={tmp_path}", f"centre={centre}"]
-    assert (evaluate(tmp_path, *data)["results"]["ari_2"] == 100) == success
-
-
-def pure_pixels(split: str, options: dict) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels of patches of 4 x 4 of which 90 % are of one class, and that class."""
-    dataset = build_dataset("textures", split, options=options)
-    vectors, labels = [], []
-    for index, row, column in itertools.product(range(len(dataset)), range(6), range(6)):
-        place = slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4)
-        classes = dataset.mask(index)[place].ravel().tolist()
-        most = max(set(classes), key=classes.count)
-        if classes.count(most) >= 0.9 * 16:
-            vectors.append(np.asarray(dataset.load(index))[place].ravel() / 255)
-            labels.append(most)
-    return np.array(vectors), np.array(labels)
-
-
-def test_votes_of_patches_are_those_of_scikit_learn(tmp_path):
-    options = {"image_size": 24, "train_images": 20, "eval_images": 15}
-    data = [f"dataset.options.{key}={value}" for key, value in options.items()]
-    data += ["dataset=textures", "dataset.crop_ratio=1", "features=pixels", "method=knn"]
-    found = evaluate(tmp_path, *data, "neighbours=[20,1]", "bank_patches=null")
-    (bank, labels), (vectors, truth) = pure_pixels("train", options), pure_pixels("eval", options)
-    centre = bank.mean(axis=0)
-    for k in (20, 1):
-        voting = KNeighborsClassifier(
-            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
-        ).fit(bank - centre, labels)
-        accuracy = 100 * voting.score(vectors - centre, truth)
-        assert found["results"][f"accuracy_{k}"] == pytest.approx(accuracy)
-    assert (found["bank"], found["patches"], found["images"]) == (len(bank), len(vectors), 15)
-
-
-def test_a_bank_of_some_patches_is_drawn_by_seed():
-    vectors, labels = torch.randn(50, 4), torch.arange(50)
-    banks = []
-    for seed in (0, 0, 1):
-        cfg = compose_config("segmentation", ["bank_patches=30", f"seed={seed}"])
-        bank, centre = build_bank(cfg, [(vectors[:20], labels[:20]), (vectors[20:], labels[20:])])
-        banks.append(bank.labels.tolist())
-        assert banks[-1] == sorted(set(banks[-1])) and len(banks[-1]) == 30
-        assert torch.allclose(centre, vectors[bank.labels].mean(dim=0), atol=1e-6)
-        expected = torch.nn.functional.normalize(vectors[bank.labels] - centre, dim=1)
-        assert torch.allclose(bank.features, expected, atol=1e-6)
-    assert banks[0] == banks[1] != banks[2]
-
-
-def test_a_linear_head_learns_what_single_patches_tell(tmp_path):
-    write_blocks(tmp_path / "data", "train", 12, classes=3)
-    write_blocks(tmp_path / "data", "val", 6, classes=3)
-    data = ["dataset=masks", "features=pixels", f"data_path={tmp_path / 'data'}", "method=linear"]
-    data += ["patch_head.batch_images=2", "patch_head.lr=1e-2"]
-    first = evaluate(tmp_path, *data)
-    # The objects' corners are lost: interpolated logits round them.
-    assert first["results"]["miou"] > 80 and first["results"]["pixel_accuracy"] > 90
-    assert set(first["iou_of_class"]) == {"0", "1", "2"}
-    again = evaluate(tmp_path, *data, name="again")
-    assert again["results"] == first["results"]
-
-
-def test_the_head_finds_the_optimum_that_scikit_learn_finds():
-    generator = torch.Generator().manual_seed(0)
-    tokens = 3 + torch.randn(40, 4, 5, generator=generator)  # 40 images of 2 x 2 patches
-    scores = (tokens - 3) @ torch.randn(5, 3, generator=generator)
-    labels = torch.multinomial(scores.softmax(dim=-1).flatten(0, 1), 1, generator=generator)
-    masks = labels.view(40, 2, 2).to(torch.uint8)  # patches of one pixel
-    overrides = ["patch_head.epochs=150", "patch_head.lr=0.5", "patch_head.batch_images=40"]
-    cfg = compose_config("segmentation", [*overrides, "patch_head.weight_decay=0"])
-    head, optimizer = start(cfg, ALONE, tokens, classes=3)
-    for epoch in range(150):
-        train_epoch(cfg, head, optimizer, Tokens(None, tokens, (2, 2)), masks, epoch)
-    with torch.no_grad():
-        ours = head(tokens.flatten(0, 1)).softmax(dim=1).numpy()
-    vectors, numbers = tokens.flatten(0, 1).numpy(), labels[:, 0].numpy()
-    reference = LogisticRegression(C=np.inf, max_iter=1000, tol=1e-8).fit(vectors, numbers)
-    assert np.allclose(ours, reference.predict_proba(vectors), atol=1e-2)
-
-
 @pytest.mark.parametrize("method", ["linear", "knn"])
-def test_what_is_learned_needs_images_of_its_own(tmp_path, method):
+def test_what_is_learned_needs_images_of_its_own(checkpoint, tmp_path, method):
     image, mask = blocks(0)
     save(tmp_path / "images" / "a.png", image)
     save(tmp_path / "masks" / "a.png", mask)
     with pytest.raises(DataError, match="both splits are the same images"):
-        evaluate(tmp_path, "dataset=masks", f"data_path={tmp_path}", f"method={method}")
+        evaluate(checkpoint, tmp_path, "dataset=masks", f"data_path={tmp_path}", f"method={method}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["unsupervised", "linear", "knn"])
-def test_two_processes_give_the_same_numbers(tmp_path, method):
+def test_two_processes_give_the_same_numbers(checkpoint, tmp_path, method):
     data = ["dataset=textures", "dataset.options.image_size=24", "dataset.options.train_images=40"]
     settings = [*data, "dataset.options.eval_images=50", "batch_size=8", f"method={method}"]
     settings += ["patch_head.epochs=2", "bank_patches=500"]
-    alone = evaluate(tmp_path, *settings)
+    alone = evaluate(checkpoint, tmp_path, *settings)
     place = [f"output_dir={tmp_path}", "job_name=two", "num_workers=0"]
-    arguments = [f"pretrained={tmp_path}/digits.pth", *place, *settings]
+    arguments = [f"pretrained={checkpoint}", *place, *settings]
     run_together(2, *arguments, program="eval/segmentation.py")
-    two = json.loads((tmp_path / "two" / "results" / "segmentation.json").read_text())
+    (path,) = (tmp_path / "two" / "results").glob("*.json")
+    two = json.loads(path.read_text())
     assert two["processes"] == 2 and two["results"] == alone["results"]
     assert two["images"] == alone["images"] == 50
 
@@ -347,30 +241,30 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_bad_masks_are_named(tmp_path, damage):
+def test_bad_masks_are_named(checkpoint, tmp_path, damage):
     damage(write_blocks(tmp_path / "data"))
     with pytest.raises(DataError, match=DAMAGES[damage]) as caught:
-        evaluate(tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}")
+        evaluate(checkpoint, tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}")
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_without_masks_is_named(tmp_path):
+def test_a_data_set_without_masks_is_named(checkpoint, tmp_path):
     with pytest.raises(DataError, match="dataset=digits has no masks.*textures, masks, voc$"):
-        evaluate(tmp_path, "dataset=digits")
+        evaluate(checkpoint, tmp_path, "dataset=digits")
 
 
-def test_more_segments_than_patches_is_an_error(tmp_path):
+def test_more_segments_than_patches_is_an_error(checkpoint, tmp_path):
     write_blocks(tmp_path / "data")
     with pytest.raises(ConfigError, match="segments: 37 of 36 patches"):
-        evaluate(tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}", "segments=[37]")
+        evaluate(checkpoint, tmp_path, *PIXELS, f"data_path={tmp_path / 'data'}", "segments=[37]")
 
 
-def test_an_empty_bank_is_an_error(tmp_path):
+def test_an_empty_bank_is_an_error(checkpoint, tmp_path):
     for split in ("train", "val"):
         write_blocks(tmp_path / "data", split)
     data = ["dataset=masks", f"data_path={tmp_path / 'data'}", "method=knn", "neighbours=[181]"]
     with pytest.raises(ConfigError, match="=181: expected 1 to 180, as many training patches of"):
-        evaluate(tmp_path, *data)
+        evaluate(checkpoint, tmp_path, *data)
 
 
 def test_ward_is_euclidean():
