@@ -6,6 +6,7 @@ pickle holds is the resolved config and nothing else.
 
 import codecs
 import contextlib
+import importlib
 import io
 import itertools
 import os
@@ -29,10 +30,13 @@ from util.lock import JobBusy
 from util.slurm_queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+BATCH = Path(__file__).with_name("batch.sh")
 CODE = "*.py Makefile requirements.txt bench configs data eval models util".split()
-CODE_FILES = {".py", ".yaml", ".yml", ".json", ".toml", ".txt", ".csv", ".npz", ".so", ".cu"}
+CODE_FILES = {".py", ".yaml", ".yml", ".json", ".toml", ".txt", ".csv", ".npz", ".so", ".cu", ".sh"}
 # Of what the surrounding job (salloc, Jupyter) has set, only this reaches Slurm.
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+# By which a user asks a job to stop. TERM is no such signal: Slurm sends it too, to preempt.
+STOPS = (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 FIRST_WORD_SECONDS = 3  # until Slurm has had a look at a new job
 ASK_SECONDS = 15  # between two questions about a job that is followed
 
@@ -109,7 +113,8 @@ def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
     if job_id := job_in_queue(cfg, queue):
         text = f"job_name={cfg.job_name}: job {job_id} of this name is queued or running"
         if single:
-            raise ConfigError(f"{text}: choose another job_name, or scancel {job_id} first")
+            ways = f"choose another job_name, scancel {job_id} first, or wait for its end with"
+            raise ConfigError(f"{text}: {ways} env.slurm_extra.dependency=afterany:{job_id}")
         print(f"{text}; nothing submitted")
         return False
     if "resume" in cfg:  # an evaluation that trains nothing may always run again
@@ -169,19 +174,23 @@ def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
         },
         slurm_stderr_to_stdout=True,
         slurm_setup=[
-            *cfg.env.setup,
-            f"cd {shlex.quote(str(code))}",
-            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
             # As in the name of the log. Each element of an array has files of its own.
             "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
             f"export LMIM_MARKS={shlex.quote(str(folder))}/${{id:-$SLURM_JOB_ID}}",
-            'rm -f "$LMIM_MARKS.again" "$LMIM_MARKS.ended"',
+            'rm -f "$LMIM_MARKS.again" "$LMIM_MARKS.final" "$LMIM_MARKS.ended"',
+            *BATCH.read_text().splitlines(),
+            # Bash decides what fails, as for `set -e`: conditions stay conditions.
+            "trap 'setup_failed $? $LINENO ${#BASH_SOURCE[@]}' ERR",
+            *cfg.env.setup,
+            f"cd {shlex.quote(str(code))}",
+            "trap - ERR; set +eu",
+            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
             "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # Slurm does not pass it on by itself
             *(f"export {name}={shlex.quote(str(value))}" for name, value in cfg.env.nccl.items()),
         ],
         # One lost process ends all, which would otherwise wait for it until the time limit.
         slurm_srun_args=["--kill-on-bad-exit=1", *cfg.env.srun_args],
-        slurm_teardown=start_again_or_end(cfg.env.max_restarts),
+        slurm_teardown=[f"end_job $? {cfg.env.max_restarts}"],
     )
     executor._executor.parameters["wckey"] = None  # submitit's default, which some clusters refuse
     return executor
@@ -214,28 +223,6 @@ def copy_code_to(source: Path, target: Path) -> None:
             copy_code_to(path, target / path.name)
 
 
-def start_again_or_end(max_restarts: int) -> list[str]:
-    """Shell lines after srun. Slurm's own restart count has preemptions in it, so crashes are
-    counted in a file. The first process leaves another when it has saved and wants to be started
-    again, or fails for good (bad config, missing data)."""
-    return [
-        "rc=$?",
-        'again=; crashes=$(cat "$LMIM_MARKS.crashes" 2>/dev/null || echo 0)',
-        'if [ $rc -eq 0 ] || [ -e "$LMIM_MARKS.final" ]; then :',
-        'elif [ -e "$LMIM_MARKS.again" ]; then again=1',
-        f'elif [ "$crashes" -lt {max_restarts} ]; then',
-        '  again=1; echo $((crashes + 1)) > "$LMIM_MARKS.crashes"',
-        f'  echo "exit status $rc: restart $((crashes + 1)) of {max_restarts}"',
-        "fi",
-        "tries=30  # for minutes: Slurm's controller may be away",
-        'while [ "$again" ] && ! scontrol requeue $SLURM_JOB_ID; do',
-        "  tries=$((tries - 1)); [ $tries -gt 0 ] || break; sleep 10",
-        "done",
-        '[ "$again" ] || touch "$LMIM_MARKS.ended"',
-        "exit $rc",
-    ]
-
-
 def describe(cfg: DictConfig, job_id: str, log: Path) -> None:
     jobs = shlex.quote(str(cfg.output_dir))
     print(
@@ -259,6 +246,8 @@ class SlurmTask:
 
     def __call__(self) -> None:
         signal.signal(signal.SIGUSR2, ask_for_another_start)
+        for number in (signal.SIGTERM, *STOPS):
+            signal.signal(number, leave_early)
         for key in ("data_path", "cache_dir", "pretrained_weights"):
             if self.config.get(key) is not None:
                 self.config[key] = os.path.expandvars(self.config[key])
@@ -266,9 +255,14 @@ class SlurmTask:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from util.command import leave, run_configured_worker
 
-        exit_code = run_configured_worker(self.config)
+        try:
+            importlib.import_module(self.config["worker"])  # packages that are missing show here
+            leave_mark("started")
+            exit_code = run_configured_worker(self.config)
+        except SystemExit as stopped:
+            exit_code = int(stopped.code or 0)
         # Again would be the same. Busy: a second submission; after a restart, the last start's end.
-        final = [ConfigError.exit_code, TrainingStopped.exit_code]
+        final = [ConfigError.exit_code, TrainingStopped.exit_code, *(128 + n for n in STOPS)]
         if exit_code in final or (exit_code == JobBusy.exit_code and not is_restart()):
             leave_mark("final")
         if exit_code:
@@ -288,6 +282,11 @@ def ask_for_another_start(number: int, frame: FrameType | None) -> None:
         leave_mark("again")
         print(f"{signal.Signals(number).name}: this job is to be started again", flush=True)
         sys.exit(NOT_DONE)
+
+
+def leave_early(number: int, frame: FrameType | None) -> None:
+    """Where nothing is trained, or not yet: there is nothing to save."""
+    sys.exit(128 + number)
 
 
 # --- the queue ----------------------------------------------------------------------------------

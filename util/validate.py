@@ -318,6 +318,10 @@ def check_job(cfg: DictConfig) -> None:
         raise ConfigError(f"env.distributed=False: expected one process, but {found}")
     if cfg.env.slurm and cfg.env.ngpu is None:
         raise ConfigError("env.ngpu=null: expected a number where env.slurm=True (see env=slurm)")
+    named = re.findall(r"\bgpu(?::[^:,]+)*?(?::(\d+))?(?=,|$)", str(cfg.env.gres))
+    if named and sum(int(count or 1) for count in named) != cfg.env.ngpu:
+        valid = f"as many GPUs as env.ngpu={cfg.env.ngpu} (one process for each)"
+        raise ConfigError(f"env.gres={cfg.env.gres}: expected {valid}")
     if cfg.env.signal_delay >= 60 * cfg.env.timeout:
         valid = f"fewer seconds than the env.timeout={cfg.env.timeout} minutes have"
         raise ConfigError(f"env.signal_delay={cfg.env.signal_delay}: expected {valid}")

@@ -56,6 +56,11 @@ def stop_cluster() -> None:
     _script("down", timeout=120)
 
 
+def send_user_signal_on_preemption(yes: bool) -> None:
+    """A setting of the whole cluster; Slurm's default is no."""
+    _script("preempt_send_user_signal", "on" if yes else "off", timeout=30)
+
+
 def squeue(name: str | None = None) -> list[QueuedJob]:
     """My jobs that have not ended, or those of this name."""
     chosen = [] if name is None else ["--name", name]
@@ -115,11 +120,11 @@ def _run(*command: str, timeout: float = CLIENT_TIMEOUT) -> str:
     return result.stdout
 
 
-def _script(action: str, timeout: float) -> None:
-    command = ["bash", str(SCRIPT), action]
+def _script(*action: str, timeout: float) -> None:
+    command = ["bash", str(SCRIPT), *action]
     try:
         subprocess.run(command, timeout=timeout, check=True, capture_output=True, text=True)
     except subprocess.TimeoutExpired as error:
-        raise ClusterError(f"{SCRIPT} {action} took more than {timeout} s") from error
+        raise ClusterError(f"{shlex.join(command)} took more than {timeout} s") from error
     except subprocess.CalledProcessError as error:
-        raise ClusterError(f"{SCRIPT} {action} failed:\n{error.stderr}") from error
+        raise ClusterError(f"{shlex.join(command)} failed:\n{error.stderr}") from error

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # cluster.sh up | down: a throw-away Slurm with two nodes on this machine, for the tests; a third, of partition
 # nameless, has a name that does not resolve.
+# cluster.sh preempt_send_user_signal on | off: whether preemption first sends the signal of `sbatch --signal`; off
+# after each `up`, as is Slurm's default.
 #
 # Needs root on Debian or Ubuntu; installs Slurm with apt if it is missing. It has a folder, ports
 # and a munged of its own, so another Slurm on the machine is not touched: `up` prints the path of
@@ -65,7 +67,6 @@ configure() {
     hostname -I 2>/dev/null | grep -q '[0-9]\.' || network=CommunicationParameters=EnableIPv6
     # cred_expire: as long, a requeued job waits before it starts again (by default two minutes).
     # FirstJobId: no number may come back, since submitit names files after it.
-    # preempt_send_user_signal: preemption first sends the signal of `sbatch --signal`.
     local node="NodeHostname=localhost NodeAddr=127.0.0.1 CPUs=64 RealMemory=500000 Gres=gpu:fake:8"
     cat >"$SLURM_CONF" <<END
 ClusterName=lmim
@@ -85,7 +86,7 @@ SelectTypeParameters=CR_CPU_Memory
 SchedulerParameters=sched_interval=3,bf_interval=3
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
+#SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool/%n
@@ -100,7 +101,8 @@ NodeName=lmim1 Port=$((PORT + 2)) $node
 NodeName=lmim2 Port=$((PORT + 3)) $node
 PartitionName=DEFAULT Nodes=lmim[0-1] DefMemPerCPU=100 MaxTime=INFINITE
 PartitionName=debug Default=YES PriorityTier=10
-PartitionName=scavenge PriorityTier=1 GraceTime=20
+PartitionName=scavenge PriorityTier=1 GraceTime=30
+PartitionName=scavenge-at-once PriorityTier=1 GraceTime=0
 PartitionName=short MaxTime=60
 PartitionName=nameless Nodes=lmim2
 END
@@ -162,5 +164,11 @@ up)
     echo "$DIR/env.sh"
     ;;
 down) stop ;;
-*) echo "usage: cluster.sh up | down" >&2 && exit 2 ;;
+preempt_send_user_signal)
+    comment=
+    [ "${2:-}" = on ] || comment="#"
+    sed -i "s/^#*\(SlurmctldParameters=\)/$comment\1/" "$SLURM_CONF"
+    scontrol reconfigure
+    ;;
+*) echo "usage: cluster.sh up | down | preempt_send_user_signal on|off" >&2 && exit 2 ;;
 esac

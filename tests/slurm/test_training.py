@@ -20,7 +20,7 @@ from tests.runs import (
     succeed,
     succeed_together,
 )
-from tests.slurm.cluster import job_info, wait_for
+from tests.slurm.cluster import job_info, send_user_signal_on_preemption, wait_for
 from tests.slurm.jobs import (
     LONG,
     ON_SLURM,
@@ -106,17 +106,62 @@ def test_time_limit_in_the_middle_of_training(tmp_path, undisturbed_pair):
     assert job_info(job_id)["Restarts"] == "1"
 
 
-def test_preemption_by_a_job_of_higher_priority(tmp_path, undisturbed_pair):
-    job_id = submit(*LONG, "env.partition=scavenge", "env.world_size=2", f"output_dir={tmp_path}")
-    job = tmp_path / "demo"
-    wait_for_step(job, 50)
-    both_nodes = ["--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
-    submission = subprocess.run(
-        ["sbatch", "--parsable", *both_nodes], check=True, capture_output=True, text=True
-    )
-    assert wait_for_end(submission.stdout.strip(), 60) == "COMPLETED"
-    assert_undisturbed(job, job_id, undisturbed_pair)
-    assert "SIGUSR2: this job is to be started again" in log_text(job, job_id)
+@pytest.mark.parametrize("user_signal", [False, True])
+def test_preemption_by_a_job_of_higher_priority(tmp_path, undisturbed_pair, user_signal):
+    """With and without time to save, which Slurm tells by TERM unless the cluster is set to send
+    the signal of sbatch. No crash is allowed."""
+    send_user_signal_on_preemption(user_signal)
+    settings = [*LONG, "env.world_size=2", "env.max_restarts=0", f"output_dir={tmp_path}"]
+    jobs = {}
+    try:
+        for partition in ("scavenge", "scavenge-at-once"):
+            where = [f"env.partition={partition}", f"job_name={partition}"]
+            jobs[partition] = submit(*settings, *where)
+        for name in jobs:
+            wait_for_step(tmp_path / name, 50)
+        assert wait_for_end(submit_for_both_nodes("sleep 2"), 60) == "COMPLETED"
+        for name, job_id in jobs.items():
+            assert_undisturbed(tmp_path / name, job_id, undisturbed_pair)
+            assert job_info(job_id)["Restarts"] == "1"
+            assert not list((tmp_path / name / "logs").glob("*.crashes"))
+    finally:
+        send_user_signal_on_preemption(False)
+    said = log_text(tmp_path / "scavenge", jobs["scavenge"])
+    if user_signal:
+        assert "SIGUSR2: this job is to be started again" in said
+    else:
+        assert "stopped by SIGTERM, everything is saved" in said
+        assert "exit status 143: Slurm preempts this job, which is to be started again" in said
+
+
+def submit_for_both_nodes(command: str) -> str:
+    options = ["--nodes=2", "--exclusive", "--output=/dev/null", f"--wrap={command}"]
+    return subprocess.check_output(["sbatch", "--parsable", *options], text=True).strip()
+
+
+def test_who_ends_a_job_and_who_has_it_started_again(tmp_path):
+    """By hand: scancel and USR1 end it, saved; TERM, when nobody preempts, counts as a crash;
+    Slurm's own requeue does not."""
+    settings = [*LONG, f"output_dir={tmp_path}"]
+    ended = submit(*settings, "job_name=ended")
+    job_id = submit(*settings, "env.max_restarts=2")
+    job, crashes = tmp_path / "demo", tmp_path / "demo" / "logs" / f"{job_id}.crashes"
+    wait_for_step(tmp_path / "ended", 20)
+    subprocess.run(["scancel", ended], check=True)
+    wait_for_step(job, 20)
+    subprocess.run(["scontrol", "requeue", job_id], check=True)
+    wait_for(lambda: log_text(job, job_id).count("from step") == 1, 90, "the next start")
+    assert not crashes.exists()
+    subprocess.run(["scancel", "--signal=TERM", job_id], check=True)
+    wait_for(lambda: log_text(job, job_id).count("from step") == 2, 90, "the next start")
+    assert crashes.read_text() == "1\n"
+    subprocess.run(["scancel", "--signal=USR1", job_id], check=True)
+    assert wait_for_end(job_id, 60) == "FAILED"
+    assert job_info(job_id)["ExitCode"] == "138:0" and job_info(job_id)["Restarts"] == "2"
+    assert crashes.read_text() == "1\n"
+    assert "stopped by SIGUSR1, everything is saved" in log_text(job, job_id)
+    assert job_info(ended)["JobState"] == "CANCELLED" and job_info(ended)["Restarts"] == "0"
+    assert not (tmp_path / "ended" / "logs" / f"{ended}.crashes").exists()
 
 
 def processes_of(job_id: str) -> list[int]:
