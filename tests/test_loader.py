@@ -250,6 +250,16 @@ def test_a_replacement_brings_its_own_label():
     assert batch.labels.tolist() == [index + 1000 for index in indices_of(batch)]
 
 
+def test_a_replacement_is_cropped_with_the_numbers_of_the_image_asked_for():
+    def by_index(picture, epoch: int, index: int):
+        return torch.tensor(index, dtype=torch.uint8).expand(3, 8, 8)
+
+    batch = next(train_loader(OddOnly(), transform=by_index, batch_size=20).stream(0, 1))
+    asked = epoch_order(IMAGES, 3, 0)[:20]
+    assert indices_of(batch) == asked.tolist()
+    assert batch.labels.tolist() == (1000 + (asked | 1)).tolist()
+
+
 def test_too_many_unreadable_images_stop_the_training(damaged_folder):
     dataset = build_dataset("folder", "train", damaged_folder)
     tolerant = train_loader(dataset, max_bad_images=0.25)

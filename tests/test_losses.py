@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models.lmim import Latents
-from models.losses import LOSSES, METRICS, average_similarity
+from models.losses import LOSSES, METRICS, average_similarity, infonce_patches
 from tests import reference
 from tests.published import prediction_loss, published_objective
 
@@ -238,3 +238,14 @@ def test_a_perfect_prediction_costs_nothing(name):
     if name == "norm_l2":
         predictions = F.layer_norm(targets, (8,)) * math.sqrt(7 / 8)  # biased to unbiased
     assert prediction_loss(name, predictions, targets, 0.2).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_an_image_counts_only_if_all_its_patches_have_candidates():
+    """Targets by their angles: the one in the middle of the first image is alike to both others,
+    which differ from each other."""
+    angles = torch.tensor([[0.0, 30, 60], [0, 90, 180]]).deg2rad()
+    targets = torch.stack([angles.cos(), angles.sin()], dim=2)
+    predictions = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    keys = {"tau": 0.2, "pred_unit": None, "same_target": 0.8}
+    both = infonce_patches(predictions, targets, **keys)
+    assert both == infonce_patches(predictions[1:], targets[1:], **keys) > 0

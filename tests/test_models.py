@@ -10,6 +10,7 @@ import yaml
 from torch import nn
 
 from engine_pretrain import begin_step, end_step, micro_step
+from models.decoder import visual_cue
 from models.lmim import LatentMIM, Latents
 from models.target import TARGETS
 from models.views import Views, sample_views
@@ -385,3 +386,15 @@ def test_other_layouts_are_refused(change):
         CheckpointError, match=r"(Missing|Unexpected|mismatch) .*decoder\.(mask_token|extra)"
     ):
         load_weights(model, weights, "the file")
+
+
+def test_the_visual_cue_is_as_precise_under_autocast():
+    """Of products about 100, of which bf16 keeps the halves alone."""
+    table = torch.tensor(
+        [[20.0, 1, 0, 0], [10, 0, 0, 0], [10, 0.6, 0, 0]]
+    )  # one masked, two visible
+    ids = torch.tensor([[1, 2]]), torch.tensor([[0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        cue = visual_cue(table, torch.eye(2, dtype=torch.bfloat16)[None], *ids)
+    expected = torch.tensor([100.0, 100.3]).softmax(dim=0)
+    torch.testing.assert_close(cue[0, 0].float(), expected, atol=0.004, rtol=0)

