@@ -71,16 +71,22 @@ def test_colours_follow_the_nesting(counts):
     colours = nested_colours(levels)
     for labels, own in zip(levels, colours, strict=True):
         assert same_partition(labels, np.unique(own, axis=0, return_inverse=True)[1])
-    pairs = list(zip(levels, colours, strict=True))
-    for (coarse, old), (fine, new) in itertools.pairwise(pairs):
-        for parent in set(coarse.tolist()):
-            parts = [fine == part for part in set(fine[coarse == parent].tolist())]
-            assert sum(part.sum() for part in parts) == (coarse == parent).sum()  # nested
-            before = old[coarse == parent][0]
-            largest = max(parts, key=np.sum)
-            kept = [part for part in parts if np.allclose(new[part], before)]
-            assert len(kept) == 1 and kept[0].sum() == largest.sum()
-            assert all(hue(new[part][0]) == pytest.approx(hue(before), abs=1e-6) for part in parts)
+    for (coarse, fine), (old, new) in zip(
+        itertools.pairwise(levels), itertools.pairwise(colours), strict=True
+    ):
+        assert_nested(coarse, fine, old, new)
+
+
+def assert_nested(coarse: np.ndarray, fine: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
+    """Of the clusters of all places at two levels, and their colours."""
+    for parent in set(coarse.tolist()):
+        parts = [fine == part for part in set(fine[coarse == parent].tolist())]
+        assert sum(part.sum() for part in parts) == (coarse == parent).sum()  # nested
+        before = old[coarse == parent][0]
+        largest = max(parts, key=np.sum)
+        kept = [part for part in parts if np.allclose(new[part], before)]
+        assert len(kept) == 1 and kept[0].sum() == largest.sum()
+        assert all(hue(new[part][0]) == pytest.approx(hue(before), abs=1e-6) for part in parts)
 
 
 def hue(colour: np.ndarray) -> float:
