@@ -131,8 +131,10 @@ def lose_labels(monkeypatch) -> None:
     """Every fourth image of the data set imagefolder."""
     build = DATASETS["imagefolder"]
 
-    def build_with_gaps(split: str, data_path: str | None, *, decoder: str) -> FileDataset:
-        dataset = build(split, data_path, decoder=decoder)
+    def build_with_gaps(
+        split: str, data_path: str | None, *, decoder: str, max_value: float | None
+    ) -> FileDataset:
+        dataset = build(split, data_path, decoder=decoder, max_value=max_value)
         dataset.labels[3::4] = -1
         return dataset
 
