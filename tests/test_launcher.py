@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -130,6 +131,46 @@ def test_unknown_flags_are_refused():
         result = run([*LAUNCHER, *arguments])
         assert result.returncode == 2 and "usage: launcher.py" in result.stderr
         assert "Traceback" not in result.stderr
+
+
+# ---- A console that nobody reads. ----------------------------------------------------------------
+
+NOBODY = {"closed": "<&- >&- 2>&-", "gone": "2>&1 | true; exit ${PIPESTATUS[0]}"}
+
+
+def run_unread(nobody: str, *arguments: str) -> int:
+    """-> exit code"""
+    line = f"{shlex.join([*LAUNCHER, *arguments])} {NOBODY[nobody]}"
+    return run(["bash", "-c", line]).returncode
+
+
+@pytest.mark.parametrize("nobody", NOBODY)
+def test_an_answer_that_nobody_reads(nobody, tmp_path):
+    assert run_unread(nobody, "--cfg=job", f"output_dir={tmp_path}") == 0
+    assert run_unread(nobody, "-cn=status", f"output_dir={tmp_path}") == 2  # no job is there
+    (tmp_path / "one" / "logs").mkdir(parents=True)
+    assert run_unread(nobody, "-cn=status", f"output_dir={tmp_path}") == 0
+
+
+def test_what_is_said_before_nobody_reads_is_whole():
+    help_of = shlex.join([*LAUNCHER, "--help"])
+    printed = run(["bash", "-c", f"{help_of} | head -1; exit ${{PIPESTATUS[0]}}"])
+    assert printed.returncode == 0 and printed.stderr == ""
+    assert printed.stdout.startswith("usage: ") and printed.stdout.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nobody", NOBODY)
+def test_a_training_that_nobody_reads(nobody, tmp_path):
+    for settings in (
+        ["num_workers=1", "job_name=a"],
+        ["env.ngpu=0", "env.tasks_per_node=2", "job_name=a", "overwrite=True"],
+        ["-m", "seed=0,1", "env.parallel=2", "job_name=a"],
+    ):
+        assert run_unread(nobody, *TINY, f"output_dir={tmp_path}", *settings) == 0
+    for name in ("a", "a-seed1"):
+        assert len(list((tmp_path / name / "checkpoints").iterdir())) == 1
+        assert "epoch" in (tmp_path / name / "logs" / "console.txt").read_text()
 
 
 # ---- One process. --------------------------------------------------------------------------------

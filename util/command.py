@@ -16,6 +16,7 @@ from typing import NoReturn, TypeGuard
 from omegaconf import DictConfig, OmegaConf
 
 from util.config import ConfigError, UserError, job_directory, parse_command_line
+from util.console import open_streams
 from util.job import is_restart
 from util.sweep import compose_all
 from util.validate import MODULE, check_config
@@ -40,6 +41,7 @@ def run_command_line(
     run: Callable[[list[DictConfig]], int], description: str, config_name: str = "lmim"
 ) -> int:
     """Compose and check the configs that the command line asks for, and run them. -> exit code"""
+    open_streams()
     try:
         command = parse_command_line(sys.argv[1:], description, config_name)
         configs = compose_all(command)

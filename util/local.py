@@ -21,6 +21,7 @@ from torch.distributed import TCPStore
 
 from util.command import leave, run_configured_worker
 from util.config import ConfigError, job_directory, processes_per_node
+from util.console import open_streams
 from util.metrics import readable_time
 from util.preemption import Signals
 from util.validate import check_processes
@@ -78,6 +79,7 @@ def run_processes(cfg: DictConfig, count: int) -> int:
 def run_and_exit(config: dict, variables: dict[str, str]) -> None:
     """What each of several processes does."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before training answers it
+    open_streams()
     os.environ.update(variables)
     if exit_code := run_configured_worker(config):
         leave(exit_code)
