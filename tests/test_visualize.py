@@ -1,5 +1,5 @@
-"""Pictures of patch tokens: clusters and windows against slow formulations, how figures are drawn, and
-the whole command. What they show: tests/test_visualize_by_hand.py."""
+"""Pictures of patch tokens: clusters and windows against slow formulations, how figures are drawn,
+and the whole command. What they show: tests/test_visualize_by_hand.py."""
 
 import itertools
 import json
