@@ -3,23 +3,19 @@
 import json
 import sys
 import time
-from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval import nn
 from eval.features import Features
 from tests.runs import LAUNCHER, final_state, records, run, succeed, succeed_together
-from util import status
 from util.checkpoint import list_checkpoints
 from util.distributed import Ranks
 from util.files import read_records
-from util.lock import Owner, this_process
 from util.metrics import readable_time
 from util.record import RunLog, keep_until_step
 from util.status import last_number
@@ -205,32 +201,3 @@ def test_unreadable_images_are_replaced_until_there_are_too_many(tmp_path):
         replaced = [line for line in output.splitlines() if line.startswith("unreadable image")]
         assert len(set(replaced)) == 3, "each is named (by two processes, if both met it)"
         assert len(records(tmp_path / "tolerant" / f"demo{processes}")) == 4 // processes
-
-
-def test_status_of_what_runs_without_slurm(tmp_path, capsys):
-    """By who has the folder, and by the last checkpoint."""
-
-    def make(name: str, checkpoint: str | None, owner: Owner | None) -> None:
-        job = tmp_path / name
-        for folder in ("logs", "checkpoints", "results"):
-            (job / folder).mkdir(parents=True)
-        (job / "config.yaml").write_text("epochs: 3\n")
-        (job / "checkpoints" / (checkpoint or "none")).touch()
-        if owner is not None:
-            (job / "logs" / "running-x-1.json").write_text(json.dumps(asdict(owner)))
-
-    me = this_process()
-    make("a", "step-00000007.pth", me)
-    make("b", "step-00000007.pth", replace(me, started="long ago"))
-    make("c", "step-00000007.pth", None)
-    make("d", "epoch-0003-step-00000030.pth", None)
-    make("e", "epoch-0003-step-00000030.pth", replace(me, host="elsewhere", slurm_job=None))
-    (tmp_path / "d" / "log.txt").write_text('{"step": 30, "nn_accuracy": 61.25}\n')
-    (tmp_path / "d" / "results" / "nn.json").write_text('{"evaluation": "nn"}')
-    (tmp_path / "d" / "results" / "d.json").write_text('{"before": 1}')
-    status.main(OmegaConf.create({"output_dir": str(tmp_path)}))
-    header, *rows = capsys.readouterr().out.splitlines()
-    start = header.index("state")
-    states = [row[start : header.index("epoch")].strip() for row in rows]
-    assert states == ["running", "dead", "stopped", "finished", "running on elsewhere"]
-    assert rows[3].split()[6:9] == ["61.25", "-", "nn"]

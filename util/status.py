@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from util.config import ConfigError
 from util.files import read_records
@@ -12,31 +14,54 @@ from util.job import last_checkpoint, list_checkpoints
 from util.lock import JobBusy, lives, owners_in, this_process
 from util.slurm_queue import job_state, read_note, why_waiting
 
-COLUMNS = (
-    *("job", "slurm", "state", "epoch", "loss", "images/s", "nn", "features", "evaluations"),
-    *("last checkpoint", "restarts"),
-)
+# With widths that most cells fit, since a row is printed as soon as it is known.
+COLUMNS = {
+    "job": 0,
+    "slurm": 8,
+    "state": 10,
+    "epoch": 6,
+    "loss": 7,
+    "images/s": 8,
+    "nn": 5,
+    "features": 10,
+    "evaluations": 11,
+    "last checkpoint": 28,
+    "restarts": 0,
+}
+UNKNOWN = {"JobState": "unknown"}
 
 
 def main(cfg: DictConfig) -> None:
     jobs = sorted(path.parent for path in Path(cfg.output_dir).glob("*/logs"))
     if not jobs:
         raise ConfigError(f"output_dir={cfg.output_dir}: expected a folder that jobs wrote to")
-    rows = [COLUMNS, *map(describe_job, jobs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    widths = [*COLUMNS.values()]
+    widths[0] = max(map(len, ["job", *(job.name for job in jobs)]))
+    has_slurm = answers = shutil.which("scontrol") is not None
+    show(list(COLUMNS), widths)
+    for job in jobs:
+        note, record = read_note(job) if has_slurm else {}, UNKNOWN
+        if note and answers:
+            record = job_state(note["job_id"])
+            answers = record["JobState"] != "unknown"  # or each question would take half a minute
+        show(describe_job(job, note.get("job_id", "-"), record), widths)
+    if has_slurm and not answers:
+        print("Slurm does not answer: what is shown is what the folders say", file=sys.stderr)
 
 
-def describe_job(job: Path) -> tuple[str, ...]:
-    job_id, state, restarts = in_slurm(job)
+def show(cells: list[str], widths: list[int]) -> None:
+    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    print("  ".join(padded).rstrip(), flush=True)
+
+
+def describe_job(job: Path, job_id: str, record: dict[str, str]) -> list[str]:
+    """record: Slurm's, of the job with this id."""
     records = read_records(job / "log.txt") if (job / "log.txt").exists() else []
     checkpoints = list_checkpoints(job / "checkpoints")
-    return (
+    return [
         job.name,
         job_id,
-        state if job_id != "-" else state_here(job),
+        state_of(job, job_id, record),
         last_number(records, "loss", "epoch", ".2f"),
         last_number(records, "loss", "loss", ".4f"),
         last_number(records, "loss", "images_per_second", ".0f"),
@@ -44,23 +69,22 @@ def describe_job(job: Path) -> tuple[str, ...]:
         last_number(records, "verdict", "verdict", ""),
         ",".join(evaluations(job)) or "-",
         checkpoints[0].name if checkpoints else "-",
-        restarts,
-    )
+        record.get("Restarts", "-"),
+    ]
 
 
-def in_slurm(job: Path) -> tuple[str, str, str]:
-    """Job id, state, restarts; dashes for what did not run there."""
-    note = read_note(job)
-    if not note or shutil.which("scontrol") is None:
-        return "-", "-", "-"
-    record = job_state(note["job_id"])
-    reason = why_waiting(record)
-    state = record["JobState"] + (f" ({reason})" if reason else "")
-    return note["job_id"], state, record.get("Restarts", "-")
+def state_of(job: Path, job_id: str, record: dict[str, str]) -> str:
+    """What Slurm says, as long as it knows."""
+    state, reason = record["JobState"], why_waiting(record)
+    if job_id == "-" or state == "forgotten":
+        return state_here(job)
+    if state == "unknown" and is_finished(job):
+        return "finished"
+    return state + (f" ({reason})" if reason else "")
 
 
 def state_here(job: Path) -> str:
-    """Of what runs without Slurm, by who has its folder and by its last checkpoint."""
+    """By who has the folder, and by its last checkpoint."""
     try:
         owners = [owner for _, owner in owners_in(job / "logs")]
     except JobBusy:
@@ -77,11 +101,11 @@ def state_here(job: Path) -> str:
 def is_finished(job: Path) -> bool:
     try:
         cfg = OmegaConf.load(job / "config.yaml")
-    except (OSError, ValueError):
-        return False
-    if "epochs" not in cfg:
+        if "epochs" in cfg:
+            return last_checkpoint(job, cfg.epochs) is not None
         return bool(evaluations(job))
-    return last_checkpoint(job, cfg.epochs) is not None
+    except (OSError, ValueError, YAMLError):
+        return False
 
 
 def evaluations(job: Path) -> list[str]:
