@@ -6,7 +6,11 @@ python launcher.py -m seed=1,2,3 ...    (a sweep: one run per value)
 """
 
 import os
+import signal
 import sys
+
+if __name__ in ("__main__", "__mp_main__"):  # the second in the processes that it starts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 from omegaconf import DictConfig, OmegaConf
 

@@ -133,6 +133,21 @@ def test_unknown_flags_are_refused():
         assert "Traceback" not in result.stderr
 
 
+def test_an_interrupt_while_modules_load():
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "launcher.py", "--cfg=job"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any("omegaconf.base" in line for line in process.stderr)  # Hydra comes next
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == -signal.SIGINT  # 130 in a shell
+    assert output == "" and "Traceback" not in errors and "util.command" not in errors
+
+
 # ---- A console that nobody reads. ----------------------------------------------------------------
 
 NOBODY = {"closed": "<&- >&- 2>&-", "gone": "2>&1 | true; exit ${PIPESTATUS[0]}"}

@@ -12,7 +12,7 @@ STREAMS = ("stdin", "stdout", "stderr")
 class Pipe(io.FileIO):
     """Written to: what its reader has not waited for is lost."""
 
-    def write(self, data) -> int | None:
+    def write(self, data, /) -> int:
         with suppress(BrokenPipeError):
             return super().write(data)
         return memoryview(data).nbytes
