@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from data.datasets import build_digits
 from eval import nn
 from eval.features import Features
-from eval.nn import knn, leave_one_out, nearest
+from eval.nn import Neighbours, knn, leave_one_out, nearest, vote
 from tests import eval_by_hand as by_hand
 from tests.backbones import digits_checkpoint, run_command
 from tests.evaluations import config
@@ -87,6 +87,33 @@ def test_nearly_equal_features_are_told_apart():
     assert np.array_equal(found.indices.numpy(), order)
 
 
+def test_no_row_of_any_part_is_its_own_neighbour(monkeypatch):
+    monkeypatch.setattr(nn, "BANK_ROWS", 7)
+    features = random_features(30, 5).features
+    found = nearest(features, features, 3, CPU, leave_out=torch.arange(30))
+    _, order = brute_force(features.double().numpy(), features.double().numpy(), 3, own=True)
+    assert np.array_equal(found.indices.numpy(), order)
+
+
+def test_one_certain_neighbour_says_nothing_of_the_others():
+    """Of a query in the bank, and far from the rest, which is nearly equal."""
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.ones(400, 16) + 1e-4 * torch.randn(400, 16, generator=generator)
+    bank[200] = torch.linspace(-0.2, 1, 16)
+    bank = normalize(bank, dim=1)
+    found = nearest(bank, bank[200:201], 10, CPU)
+    _, order = brute_force(bank.double().numpy(), bank[200:201].double().numpy(), 10)
+    assert order[0, 0] == 200 and np.array_equal(found.indices.numpy(), order)
+
+
+def test_equal_votes_and_votes_of_nothing():
+    """Of equal votes the lower class comes first; a vote too small for a number is one."""
+    found = Neighbours(torch.ones(1, 60).double(), torch.arange(60)[None])
+    assert vote(found, torch.arange(60).flip(0), 60, 1.0, 62).tolist() == [[*range(60), -1, -1]]
+    found = Neighbours(torch.tensor([[1.0, 0]]).double(), torch.arange(2)[None])
+    assert vote(found, torch.tensor([3, 1]), 2, 1e-4, 4).tolist() == [[3, 1, -1, -1]]
+
+
 def test_leave_one_out_equals_brute_force():
     _, images = digit_features()
     features = images.features.double().numpy()
@@ -120,35 +147,36 @@ def test_knn_equals_scikit_learn(source):
 # ---- Whole runs. ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("colours", [by_hand.TRAINED, None])
-def test_votes_of_a_bank_by_hand(tmp_path, monkeypatch, colours):
-    """Every key is away from its default, but for those that random_init needs. Some images have no
-    label. Without its own colours a checkpoint has those of the data set."""
+def test_votes_of_a_bank_by_hand(tmp_path, monkeypatch):
+    """Every key is away from its default, but for random_init and its seed. Some images have no
+    label. The checkpoint has colours of its own."""
     by_hand.lose_labels(monkeypatch)
-    path = by_hand.write_checkpoint(tmp_path, colours)
+    path = by_hand.write_checkpoint(tmp_path, by_hand.TRAINED)
     root = by_hand.write_images(tmp_path / "images")
-    votes = "protocol=knn final_norm=True pooling=cls+mean neighbours=[6,25] temperature=1".split()
+    votes = "protocol=knn final_norm=True pooling=cls+mean neighbours=[6,38] temperature=1".split()
     places = [f"data_path={root}", f"cache_dir={tmp_path / 'cache'}"]
     nn.main(config("nn", path, tmp_path, *by_hand.MOVED, *votes, *places))
 
-    weights, own = by_hand.stored_weights(path, "target"), colours or by_hand.OF_DATASET
+    weights = by_hand.stored_weights(path, "target")
     cached = {len(rows): rows for rows in map(np.load, (tmp_path / "cache").iterdir())}
     found = []
-    for split, count in (("train", 50), ("val", 43)):
+    for split, count in (("train", 50), ("val", 36)):
         files, labels = by_hand.list_images(root, split)
-        features = by_hand.features(files, weights, norm=True, pooling="cls+mean", colours=own)
+        features = by_hand.features(
+            files, weights, norm=True, pooling="cls+mean", colours=by_hand.TRAINED
+        )
         np.testing.assert_allclose(cached.pop(count), features, rtol=0, atol=1e-5)
         found.append(by_hand.only_labelled(features, labels))
     assert not cached
     (bank, queries), expected = found, {}
-    for k in (6, 25):
+    for k in (6, 38):
         shares = by_hand.nearest_neighbours(bank, queries, k, 1)
         expected |= {f"k{k}_top1": shares[0], f"k{k}_top5": shares[1]}
-        assert shares != by_hand.nearest_neighbours(bank, queries, k + 1, 1)
-    assert shares != by_hand.nearest_neighbours(bank, queries, 25, 0.07)
+        assert shares != by_hand.nearest_neighbours(bank, queries, k - 1, 1)
+    assert shares != by_hand.nearest_neighbours(bank, queries, 38, 0.07)
     report = by_hand.report_of(tmp_path / "nn")
     assert report["results"] == pytest.approx(expected, abs=1e-9)
-    assert (report["images"], report["bank"]) == (33, 38)
+    assert (report["images"], report["bank"]) == (27, 38)
     assert report["protocol"] == (
         "k-NN, bank of 38 training images, votes of exp(cosine / 1), pooling cls+mean, "
         "with final norm, percent"
@@ -173,7 +201,7 @@ def test_leave_one_out_of_fresh_weights_by_hand(tmp_path):
         "without final norm, percent"
     )
     facts = {"evaluation": "nn", "pretrained": str(path), "random_init": True, "seed": 5}
-    facts |= {"dataset": "imagefolder", "images": 43, "processes": 1, "device": "cpu"}
+    facts |= {"dataset": "imagefolder", "images": 36, "processes": 1, "device": "cpu"}
     assert {name: report[name] for name in facts} == facts
     assert report["backbone"]["name"] == "vit_pico-target" and report["backbone"]["layer"] == 1
     assert by_hand.scalars(tmp_path / "nn") == {"nn/top1": pytest.approx(expected[0], rel=1e-6)}

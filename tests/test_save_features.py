@@ -1,18 +1,25 @@
-"""Features as files against a loop over the backbone, from any number of processes."""
+"""Features as files against those by hand, from any number of processes."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from omegaconf import OmegaConf
 
+from data.base import ArrayDataset
 from data.datasets import build_digits
-from eval.backbone import Tokens
-from tests.backbones import digits_checkpoint, load_backbone, run_command
-from tests.evaluations import arguments
+from eval.backbone import load_backbone
+from eval.common import EvalRun
+from eval.features import cache_path, main
+from tests import eval_by_hand as by_hand
+from tests.backbones import digits_checkpoint, run_command
+from tests.evaluations import arguments, config
 from tests.runs import run_together
+from util.distributed import Ranks
 
 FILES = ("features.npy", "paths.txt", "labels.npy")
 
@@ -29,31 +36,113 @@ def saved(folder) -> tuple[np.ndarray, list[str], np.ndarray, dict]:
     return features, paths, labels, json.loads((results / "meta.json").read_text())
 
 
-@torch.no_grad()
-def tokens_by_hand(
-    checkpoint, pictures: list[Image.Image], mean: float, std: float, **options
-) -> Tokens:
-    small = [np.array(picture.resize((24, 24), Image.Resampling.BICUBIC)) for picture in pictures]
-    images = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
-    return load_backbone(checkpoint, **options)((images / 255 - mean) / std)
+def test_pooled_features_by_hand(tmp_path, monkeypatch):
+    """Every key is away from its default, but for random_init, or here or in the next test. Some
+    images have no label."""
+    by_hand.lose_labels(monkeypatch)
+    path = by_hand.write_checkpoint(tmp_path, by_hand.TRAINED)
+    root = by_hand.write_images(tmp_path / "images")
+    own = ["split=train", "pooling=cls+mean", "final_norm=False", f"data_path={root}", "seed=3"]
+    main(config("features", path, tmp_path, *by_hand.MOVED, *own))
+
+    files, labels = by_hand.list_images(root, "train")
+    weights, choice = by_hand.stored_weights(path, "target"), {"norm": False, "pooling": "cls+mean"}
+    expected = by_hand.features(files, weights, **choice, colours=by_hand.TRAINED)
+    labels[3::4] = -1
+    features, paths, found_labels, meta = saved(tmp_path)
+    assert features.dtype == np.float32 and features.shape == (50, 32)
+    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5)
+    assert paths == [str(file) for file in files]
+    assert found_labels.dtype == np.int64 and np.array_equal(found_labels, labels)
+    parameters = sum(v.numel() for k, v in weights.items() if k.startswith(USED))
+    expected_meta = {
+        "shape": [50, 32],
+        "grid": [5, 5],
+        "backbone": {
+            **{"family": "lmim", "name": "vit_pico-target", "image_side": 20, "patch_size": 4},
+            **{"embed_dim": 16, "layer": 1, "final_norm": False, "parameters": parameters},
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        },
+        "precision": "fp32",
+        "mean": list(by_hand.TRAINED[0]),
+        "std": list(by_hand.TRAINED[1]),
+        "classes": by_hand.CLASSES,
+    }
+    assert {name: meta[name] for name in expected_meta} == expected_meta
+    chosen = {"split": "train", "data_path": str(root), "batch_size": 7, "seed": 3}
+    assert chosen.items() <= meta["config"].items()
+    assert meta["packages"]["numpy"] == np.__version__
 
 
-def test_pooled_features_equal_a_loop_by_hand(checkpoint, tmp_path):
-    overrides = [f"pretrained={checkpoint}", "pooling=cls+mean", "batch_size=50", "split=train"]
-    assert run_command("features", f"output_dir={tmp_path}", *overrides) == 0
-    digits = build_digits("train", None)
-    pictures = [digits.load(index) for index in range(len(digits))]
-    expected = tokens_by_hand(checkpoint, pictures, 0.306, 0.375)
+# Not the final norm, the blocks behind layer=1 and the projection head.
+USED = ("cls_token", "embed.", "pos_embed.", "blocks.0.", "blocks.1.")
+
+
+def test_tokens_of_given_images_by_hand(tmp_path):
+    """In bfloat16, written as float16. They are sorted by their whole names."""
+    path = by_hand.write_checkpoint(tmp_path)
+    root = by_hand.write_images(tmp_path / "images")
+    for place in ("a.png", "b/a\nc.png", "b.png"):
+        (root / place).parent.mkdir(exist_ok=True)
+        shutil.copy(root / "val" / "cow" / f"{2 * len(place) % 4}.png", root / place)
+    own = ["tokens=True", "dtype=float16", f"images={root}/**/*.png", "precision=bf16"]
+    main(config("features", path, tmp_path, *by_hand.MOVED, *own))
+
+    files = sorted(root.rglob("*.png"), key=str)
+    images = by_hand.normalised(files, 20, 0.8, by_hand.OF_DATASET)
+    weights = by_hand.stored_weights(path, "target")
+    expected = by_hand.encode(weights, images, 2, norm=True)[:, 1:].numpy()
     features, paths, labels, meta = saved(tmp_path)
-    assert features.dtype == np.float32 and features.shape == (1400, 48)
-    expected = torch.cat([expected.cls, expected.patches.mean(dim=1)], dim=1)
-    assert np.abs(features - expected.numpy()).max() < 1e-5
-    assert paths == [f"digits/train[{index}]" for index in range(1400)]
-    assert labels.dtype == np.int64 and np.array_equal(labels, digits.labels)
-    assert meta["shape"] == [1400, 48] and meta["classes"] == list("0123456789")
-    assert len(meta["backbone"]["sha256"]) == 64 and meta["backbone"]["final_norm"] is True
-    assert (meta["precision"], meta["mean"], meta["std"]) == ("fp32", [0.306] * 3, [0.375] * 3)
-    assert meta["config"]["split"] == "train" and meta["packages"]["numpy"] == np.__version__
+    assert features.dtype == np.float16 and features.shape == (len(files), 25, 16)
+    errors = np.abs(features - expected)
+    assert errors.max() < 0.1 and 1e-3 < errors.mean() < 1e-2
+    assert paths == [str(file).replace("\n", "\\n") for file in files]
+    assert labels.tolist() == [-1] * len(files) and meta["classes"] is None
+    assert meta["shape"] == list(features.shape) and meta["grid"] == [5, 5]
+    assert (meta["precision"], meta["mean"]) == ("bf16", list(by_hand.OF_DATASET[0]))
+    assert meta["std"] == list(by_hand.OF_DATASET[1])
+
+
+def test_whatever_features_depend_on_names_their_file_in_the_cache(tmp_path):
+    first = by_hand.write_checkpoint(tmp_path)
+    (tmp_path / "other").mkdir()
+    second = by_hand.write_checkpoint(tmp_path / "other", by_hand.TRAINED)
+    settings = ["dataset=imagefolder", f"cache_dir={tmp_path / 'cache'}", f"data_path={tmp_path}"]
+    cfg = config("nn", first, tmp_path, *settings)
+    numbers = np.arange(4)
+
+    def path_of(split="eval", pooling="mean", labels=numbers, **changes) -> Path:
+        own = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in changes.items()]))
+        run = EvalRun(own, Ranks(0, 1, torch.device("cpu")), "nn", load_backbone(own))
+        images = np.zeros((len(labels), 4, 4, 3), np.uint8)
+        return cache_path(run, ArrayDataset("some", images, labels, []), split, pooling)
+
+    changes = [
+        {"pretrained": second},
+        *({"random_init": True, "seed": seed} for seed in (0, 1)),
+        {"which": "target"},
+        *({"layer": layer} for layer in (0, 1)),
+        {"final_norm": True},
+        {"image_side": 20},
+        {"precision": "bf16"},
+        {"dataset.name": "imagenet"},
+        {"dataset.options.decoder": "pil"},
+        {"dataset.crop_ratio": 0.8},
+        {"dataset.mean": [0.485, 0.456, 0.4]},
+        {"dataset.std": [0.229, 0.224, 0.2]},
+        {"data_path": tmp_path / "other"},
+        {"data_path": "null"},
+        {"split": "train"},
+        *({"pooling": pooling} for pooling in ("cls", "cls+mean")),
+        {"labels": numbers[:3]},
+        {"labels": numbers[[0, 1, 3, 2]]},
+    ]
+    found = [path_of(), *(path_of(**change) for change in changes)]
+    assert len(set(found)) == len(changes) + 1
+    assert {path.parent for path in found} == {tmp_path / "cache"}
+    # What changes no feature.
+    for change in [{"batch_size": 7}, {"num_workers": 1}, {"data_path": f"{tmp_path}/other/.."}]:
+        assert path_of(**change) == found[0]
 
 
 @pytest.fixture
@@ -70,17 +159,6 @@ def photos(tmp_path):
 def features_of(photos, checkpoint, *overrides: str) -> int:
     places = [f"output_dir={photos.parent}", f"pretrained={checkpoint}", f"images={photos}"]
     return run_command("features", *places, "batch_size=3", *overrides)
-
-
-def test_tokens_of_given_images(checkpoint, photos):
-    assert features_of(photos, checkpoint, "tokens=True", "dtype=float16") == 0
-    features, paths, labels, meta = saved(photos.parent)
-    files = sorted(photos.rglob("*.png"), key=str)
-    assert paths == [str(file).replace("\n", "\\n") for file in files]
-    expected = tokens_by_hand(checkpoint, [Image.open(file) for file in files], 0.306, 0.375)
-    assert features.dtype == np.float16 and features.shape == (7, 36, 24)
-    assert np.abs(features - expected.patches.numpy()).max() < 3e-3
-    assert labels.tolist() == [-1] * 7 and meta["grid"] == [6, 6] and meta["classes"] is None
 
 
 def test_a_second_start_replaces_all(checkpoint, photos):
