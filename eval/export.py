@@ -6,7 +6,8 @@ NAME/             in the style of Hugging Face: config.json, model.safetensors (
                   README.md that says how to extract features
 
 timm's ViT cuts patches with a convolution, so that the patch embedding is permuted; its position
-table has a row for the class token, as ours does (zeros where positions are frozen).
+table has a row for the class token, as ours does (zeros where positions are frozen). Positions are
+resampled for another image_side.
 
 python launcher.py --config-name=export pretrained=checkpoints/lmim-vit_base
 """
@@ -57,8 +58,8 @@ def export(run: EvalRun) -> None:
         return
     folder = run.job / backbone.name
     folder.mkdir(parents=True, exist_ok=True)
-    weights = timm_weights(backbone.encoder)
-    config = describe(backbone.encoder, run.colours)
+    weights = timm_weights(backbone.encoder, backbone.image_side)
+    config = describe(backbone.encoder, backbone.image_side, run.colours)
     with_head = run.job / f"{backbone.name}.safetensors"
     shapes = {"head.weight": (TIMM_CLASSES, backbone.embed_dim), "head.bias": (TIMM_CLASSES,)}
     head = {key: torch.zeros(shape) for key, shape in shapes.items()}
@@ -75,7 +76,8 @@ def export(run: EvalRun) -> None:
     run.say(f"export: {with_head} and {folder}/; timm's tokens differ by {difference:.1e} at most")
 
 
-def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
+@torch.no_grad()
+def timm_weights(encoder: Encoder, side: int) -> dict[str, Tensor]:
     """state_dict of timm's VisionTransformer without classifier."""
     weights = encoder.state_dict()
     size = encoder.patch_size
@@ -83,13 +85,15 @@ def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
     kernel = weights.pop("embed.proj.weight").reshape(encoder.embed_dim, size, size, -1)
     weights["patch_embed.proj.weight"] = kernel.permute(0, 3, 1, 2)
     weights["patch_embed.proj.bias"] = weights.pop("embed.proj.bias")
-    weights["pos_embed"] = weights.pop("pos_embed.pos_embeds")[None]
+    del weights["pos_embed.pos_embeds"]
+    grid = side // size
+    rows = [encoder.pos_embed.class_row(), encoder.pos_embed.grid_rows((grid, grid))]
+    weights["pos_embed"] = torch.cat(rows, dim=1)
     return {key: value.detach().contiguous() for key, value in weights.items()}
 
 
-def describe(encoder: Encoder, colours: tuple[Colour, Colour]) -> dict:
+def describe(encoder: Encoder, side: int, colours: tuple[Colour, Colour]) -> dict:
     """config.json, in the form of timm's own on Hugging Face."""
-    side = encoder.grid_size * encoder.patch_size
     architecture = f"vit_{SIZES.get(encoder.embed_dim, 'base')}_patch{encoder.patch_size}_224"
     if encoder.patch_size not in (8, 16, 32) or not timm.is_model(architecture):
         architecture = "vit_base_patch16_224"  # whose sizes the arguments below change
