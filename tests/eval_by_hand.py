@@ -2,7 +2,7 @@
 pass and the scores. Of the project only the initial weights of a fresh network are used."""
 
 import json
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from data.base import ImageDataset
 from data.datasets import DATASETS
-from data.files import FileDataset
 from models.vit import Encoder
 
 WIDTH, DEPTH, HEADS, PATCH, GRID = 16, 3, 2, 4, 4
@@ -131,10 +131,9 @@ def lose_labels(monkeypatch) -> None:
     """Every fourth image of the data set imagefolder."""
     build = DATASETS["imagefolder"]
 
-    def build_with_gaps(
-        split: str, data_path: str | None, *, decoder: str, max_value: float | None
-    ) -> FileDataset:
-        dataset = build(split, data_path, decoder=decoder, max_value=max_value)
+    @wraps(build)  # which says what its options are
+    def build_with_gaps(split: str, data_path: str | None, **options) -> ImageDataset:
+        dataset = build(split, data_path, **options)
         dataset.labels[3::4] = -1
         return dataset
 
