@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
 from tests.forked import ROOT, Forked
 from util.checkpoint import list_checkpoints, load_file
+from util.config import compose_config
 
 # The demo made small: 10 steps an epoch, about 20 ms each.
 TINY = (
@@ -36,6 +38,13 @@ def torchrun(processes: int) -> list[str]:
 
 LAUNCHER = [sys.executable, "launcher.py"]
 STARTED: list[subprocess.Popen | Forked] = []  # by the test that is running (tests/conftest.py)
+
+
+def configured_here(folder: Path, *overrides: str) -> DictConfig:
+    """A small training in the process of the test."""
+    tiny = [text for text in TINY if "=" in text and not text.startswith("--")]
+    settings = ["batch_size=8", "precision=fp32", "num_workers=0", f"output_dir={folder}"]
+    return compose_config("demo", [*tiny, *settings, *overrides])
 
 
 def start(command: list[str], *overrides: str) -> subprocess.Popen | Forked:

@@ -195,6 +195,14 @@ def test_a_failed_write_is_reported_and_leaves_the_older_file(tmp_path):
     assert "step-00000003.pth is written; 1 before it could not be" in reports[1]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_once(tmp_path):
+    """A folder of that name here: also root cannot remove it as a file."""
+    (tmp_path / checkpoint_name(1)).mkdir()
+    (report,) = save(tmp_path, [2, 3, 4, 5])
+    assert f"{checkpoint_name(1)} could not be removed (Is a directory)" in report
+    assert names(tmp_path) == [checkpoint_name(5), checkpoint_name(4), checkpoint_name(1)]
+
+
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     cfg = compose_config("demo", [f"output_dir={tmp_path}"])
     leftover = tmp_path / "demo" / "checkpoints" / "step-00000009.writing"

@@ -1,15 +1,25 @@
 """A disk that fills up: training goes on, says so at each save, and nothing that was there is lost.
 On a real file system of 4 MB, made for the test (which needs root)."""
 
+import fcntl
+import os
+import re
+import signal
+import struct
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_lmim
 from tests.runs import (
     LAUNCHER,
     assert_same_state,
+    configured_here,
     final_state,
+    finish,
     records,
     run,
     start,
@@ -17,8 +27,12 @@ from tests.runs import (
     wait_until,
 )
 from util.checkpoint import list_checkpoints, load_file
+from util.command import call
+from util.lock import lock, unlock
 from util.record import JsonLines, TensorBoardFile
 
+# <linux/ext4.h>
+EXT4_IOC_SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2
 SETTINGS = ["epochs=6", "save_minutes=0.0005"]  # a checkpoint about every second step
 
 
@@ -89,6 +103,64 @@ def test_training_goes_on_and_all_is_there_when_there_is_room_again(small_disk, 
     assert_same_state(final_state(job), undisturbed(1))
     assert [record["step"] for record in records(job)] == list(range(1, 61))
     assert [step for step, _ in scalars(job / "tensorboard")] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_stop_on_a_full_disk_says_what_is_lost(small_disk):
+    process = start(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
+    job = small_disk / "demo"
+    wait_until(lambda: len(list_checkpoints(job / "checkpoints")) == 2, process)
+    filler, said = fill(small_disk), ""
+    while "could not be written" not in said:
+        said += process.stdout.readline()
+    os.kill(process.pid, signal.SIGTERM)
+    code, output = finish(process)
+    newest = list_checkpoints(job / "checkpoints")[0]
+    assert code == 128 + signal.SIGTERM and "everything is saved" not in output
+    lost = re.search(rf"SIGTERM: (\d+) steps are lost: the newest checkpoint is {newest}\n", output)
+    filler.unlink()
+    code, output = run(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
+    assert code == 0 and f"from step {load_file(newest)['step']}\n" in output
+    assert lost and 0 < int(lost[1]) < 60
+
+
+@pytest.fixture
+def breakable_disk(tmp_path) -> Iterator[Path]:
+    """An ext4 of its own, in a file."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    disk, image = tmp_path / "disk", tmp_path / "image"
+    disk.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(40 << 20)
+    mount = ["mount", "-o", "loop", image, disk]
+    made = subprocess.run(["mkfs.ext4", "-q", image]), subprocess.run(mount)
+    if any(command.returncode for command in made):
+        pytest.skip("there are no loop devices")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def cut_power(disk: Path) -> None:
+    """ext4's own way to test this: what is not written is lost, and all that follows is EIO."""
+    folder = os.open(disk, os.O_RDONLY)
+    fcntl.ioctl(folder, EXT4_IOC_SHUTDOWN, struct.pack("I", WITHOUT_FLUSH))
+    os.close(folder)
+
+
+def test_after_a_power_cut_the_log_reaches_as_far_as_the_checkpoint(breakable_disk, tmp_path):
+    cfg = configured_here(breakable_disk, "max_steps=4", "save_minutes=1e-9")
+    assert call(main_lmim.main, cfg) == 0
+    job = breakable_disk / "demo"
+    lock(job)
+    cut_power(breakable_disk)
+    with pytest.raises(OSError, match="Input/output error"):
+        (job / "new").touch()
+    unlock(job)  # and nothing hides the error that a run ends with
+    subprocess.run(["umount", breakable_disk], check=True)
+    subprocess.run(["mount", "-o", "loop", tmp_path / "image", breakable_disk], check=True)
+    assert final_state(job)["step"] == 4
+    assert [record["step"] for record in records(job)] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

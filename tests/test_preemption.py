@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+import main_lmim
 from data.loader import STOP_SIGNALS
 from tests.runs import (
     LAUNCHER,
     ROOT,
     TINY,
     assert_same_state,
+    configured_here,
     descendants,
     environment,
     final_state,
@@ -30,6 +33,7 @@ from tests.runs import (
     undisturbed_runs,
     wait_until,
 )
+from util.command import call
 from util.distributed import Ranks
 from util.job import list_checkpoints
 from util.preemption import StopFlag
@@ -69,6 +73,36 @@ def test_close_gives_the_signals_back():
     before = signal.getsignal(signal.SIGTERM)
     StopFlag(CPU_ALONE).close()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_what_could_not_be_saved_is_said_with_the_newest_checkpoint(
+    tmp_path, monkeypatch, capsys, number
+):
+    """The folder is gone in the step in which the signal comes. A requeue is asked for as well."""
+    checkpoints = tmp_path / "demo" / "checkpoints"
+
+    def requeue(*_):
+        print("to be started again", file=sys.stderr)
+        sys.exit(75)
+
+    train_step = main_lmim.train_step
+
+    def step(training, batches, draw_views, step: int, epoch: float):
+        train_step(training, batches, draw_views, step, epoch)
+        if step == 4:
+            shutil.rmtree(checkpoints)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(main_lmim, "train_step", step)
+    before = signal.signal(signal.SIGUSR2, requeue)
+    code = call(main_lmim.main, configured_here(tmp_path, "epochs=1"))
+    signal.signal(signal.SIGUSR2, before)
+    said = capsys.readouterr().err
+    assert f"stopped by {signal.Signals(number).name}: 5 steps are lost: there is no" in said
+    assert "everything is saved" not in said
+    is_requeue = number == signal.SIGUSR2
+    assert code == (75 if is_requeue else 143) and ("started again" in said) == is_requeue
 
 
 def settings_of(processes: int) -> list[str]:

@@ -8,10 +8,11 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+import main_lmim
 from data.datasets import build_dataset
 from tests.backbones import digits_checkpoint
 from tests.evaluations import arguments
-from tests.runs import LAUNCHER, finish, run, start_process, succeed
+from tests.runs import LAUNCHER, configured_here, finish, run, start_process, succeed
 from util.command import call
 from util.config import CONFIG_DIR, ConfigError, choices_in, compose_config, read_yaml
 from util.job import list_checkpoints
@@ -127,6 +128,44 @@ def test_what_shrink_batch_has_made_is_compared(tmp_path):
     before["made_from"] = {key: shrunken[key] for key in shrunken if key != "batch_size"}
     assert accept(tmp_path, before, now, shrunken) == []
     assert accept(tmp_path, made("batch_size=128", made_from=shrunken), now, shrunken) == []
+
+
+@pytest.mark.parametrize("begun, exit_code", [(False, 2), (True, 1)])
+def test_data_that_is_gone_after_some_steps_may_come_back(tmp_path, monkeypatch, begun, exit_code):
+    """As a file server: Slurm takes 2 for final."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(24):
+        Image.new("RGB", (30, 30), (number, 0, 0)).save(photos / f"{number}.png")
+    cfg = configured_here(tmp_path, "dataset=folder", f"data_path={photos}", "epochs=1")
+    train_step = main_lmim.train_step
+
+    def last_step(*args):
+        train_step(*args)
+        shutil.rmtree(photos)
+
+    if begun:
+        monkeypatch.setattr(main_lmim, "train_step", last_step)
+    else:
+        prepare = main_lmim.Pretraining.prepare
+        gone = lambda task: (prepare(task), shutil.rmtree(photos))  # noqa: E731
+        monkeypatch.setattr(main_lmim.Pretraining, "prepare", gone)
+    assert call(main_lmim.main, cfg) == exit_code
+    saved = list_checkpoints(tmp_path / "demo" / "checkpoints")
+    assert [path.name for path in saved] == (["step-00000001.pth"] if begun else [])
+
+
+@pytest.mark.parametrize("folder, exit_code", [("checkpoints", 3), ("results", 1)])
+def test_a_folder_of_the_job_that_is_gone(tmp_path, monkeypatch, folder, exit_code):
+    """In the last step: a training without its last checkpoint cannot go on as it is."""
+    train_step = main_lmim.train_step
+
+    def last_step(*args):
+        train_step(*args)
+        shutil.rmtree(tmp_path / "demo" / folder)
+
+    monkeypatch.setattr(main_lmim, "train_step", last_step)
+    assert call(main_lmim.main, configured_here(tmp_path, "max_steps=1")) == exit_code
 
 
 def test_checkpoints_of_earlier_versions(tmp_path):

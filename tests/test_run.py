@@ -167,6 +167,26 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
     assert config == b"    seed: 1\n    epochs: 2\n    ", "as code in Markdown"
 
 
+def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept(tmp_path, capsys):
+    """But not what a run has said that never made a step."""
+    for loss, steps in ((1.0, range(3)), (2.0, range(2)), (3.0, [0]), (4.0, range(2))):
+        log = RunLog(tmp_path, is_main=True, total_steps=4)
+        for step in steps:
+            log.record({"loss": loss}, step, "")
+        log.close()
+    kept = {"logs/log-1.txt": [1.0] * 3, "logs/log-2.txt": [2.0] * 2, "log.txt": [4.0] * 2}
+    for name, losses in kept.items():
+        assert [line["loss"] for line in read_records(tmp_path / name)] == losses
+        board = EventAccumulator(str(tmp_path / name.replace("log-", "tensorboard-")[:-4]))
+        if name == "log.txt":
+            board = EventAccumulator(str(tmp_path / "tensorboard"))
+        board.Reload()
+        assert [event.value for event in board.Scalars("train/loss")] == losses
+    said = [line for line in capsys.readouterr().out.splitlines() if line]
+    sentence = f"the log of an earlier run is kept: {tmp_path}/logs/log-%d.txt and tensorboard-%d"
+    assert said == [sentence % (1, 1), sentence % (2, 2)]
+
+
 def test_readable_time():
     assert readable_time(59) == "0:00:59"
     assert readable_time(2 * 86400 + 3661) == "2 days, 1:01:01"

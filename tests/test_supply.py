@@ -9,12 +9,10 @@ import torch
 
 import main_lmim
 from data.loader import TrainLoader
-from tests.runs import TINY
-from util.config import compose_config
-from util.distributed import Ranks
+from tests.runs import configured_here
+from util.command import call
 from util.job import list_checkpoints, step_of
 from util.metrics import Speed, memory_in_use, warn_of_supply
-from util.preemption import stoppable
 
 
 class Clock:
@@ -50,11 +48,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def console_of_a_run(folder, *changes: str) -> list[str]:
-    settings = ["max_steps=12", "batch_size=8", "precision=fp32", f"output_dir={folder}", *changes]
-    tiny = [text for text in TINY if "=" in text and not text.startswith("--")]
-    cfg, cpu = compose_config("demo", [*tiny, *settings]), Ranks(0, 1, torch.device("cpu"))
-    with stoppable(cpu) as stop_flag:
-        main_lmim.pretrain(cfg, cpu, stop_flag)
+    assert call(main_lmim.main, configured_here(folder, "max_steps=12", *changes)) == 0
     lines = (folder / "demo" / "logs" / "console.txt").read_text().splitlines()
     return [line[21:] for line in lines]
 
@@ -85,7 +79,7 @@ def test_a_fast_data_set_is_none(workers, clock, monkeypatch, tmp_path):
 def test_save_minutes_are_minutes(clock, monkeypatch, tmp_path):
     """Of steps that take 20 seconds each: one checkpoint more than a minute after the other."""
     monkeypatch.setattr(main_lmim, "train_step", clock.slowly(main_lmim.train_step, 20))
-    console_of_a_run(tmp_path, "num_workers=0", "save_minutes=1")
+    console_of_a_run(tmp_path, "save_minutes=1")
     saved = {step_of(path) for path in list_checkpoints(tmp_path / "demo" / "checkpoints")}
     assert saved == {8, 12}
 
