@@ -1,5 +1,5 @@
-"""The batch script of a job: what is asked of Slurm, line by line, and what it does when bash runs
-it between programs that answer as Slurm's do (with a real Slurm: tests/slurm/)."""
+"""The batch script of a job, line by line; what it does when bash runs it, and what a submission
+leaves, between programs that answer as Slurm's do (with a real Slurm: tests/slurm/)."""
 
 import copy
 import functools
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from tests.test_full_disk import fill
 from tests.test_protocols import composed
 from util import slurm
 from util.config import ConfigError
@@ -257,3 +258,66 @@ def test_as_many_gpus_as_gres_says():
     for gres in ("gpu:a100:2", "gpu:2,disk:9", "none", None, "gpu:a100:1,gpu:h100:1"):
         cfg.env.gres = gres
         check_config(cfg)
+
+
+def submission(programs: Path, folder: Path, sbatch: str, **env) -> DictConfig:
+    """A job whose submission these lines of sbatch answer. Its log will be that of job 7."""
+    for name, lines in {
+        "sbatch": sbatch,
+        "squeue": "",
+        "scontrol": "echo JobState=RUNNING",
+    }.items():
+        write_program(programs / name, lines)
+    cfg = copy.deepcopy(on_slurm())
+    cfg.output_dir = str(folder)
+    cfg.env.update({"snapshot": True} | env)
+    return cfg
+
+
+def test_a_refused_submission_leaves_nothing_new(programs, tmp_path):
+    cfg = submission(
+        programs, tmp_path / "jobs", "echo 'sbatch: error: no such account' >&2; exit 1"
+    )
+    with pytest.raises(ConfigError, match="^Slurm refused the job: .*no such account"):
+        slurm.submit([cfg])
+    assert not (tmp_path / "jobs" / "demo").exists()
+    checkpoint = tmp_path / "jobs" / "demo" / "checkpoints" / "step-00000007.pth"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    cfg.resume = True
+    with pytest.raises(ConfigError, match="no such account"):
+        slurm.submit([cfg])
+    assert checkpoint.exists()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_full_disk_is_one_sentence(programs, small_disk, capsys, when):
+    """After sbatch has taken the job, its number is said first."""
+    filler = "" if when == "before" else f"head -c 9000000 /dev/zero >{small_disk}/filler; "
+    cfg = submission(programs, small_disk, f"{filler}echo Submitted batch job 7", snapshot=False)
+    if when == "before":
+        fill(small_disk)
+    with pytest.raises(ConfigError, match=f"^output_dir={small_disk}: expected .*No space left"):
+        slurm.submit([cfg])
+    assert ("submitted as job 7" in capsys.readouterr().out) == (when == "after")
+
+
+def test_who_stops_following_is_told_that_the_job_goes_on(programs, tmp_path, capsys, monkeypatch):
+    def interrupted(note: dict) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm, "follow", interrupted)
+    cfg = submission(programs, tmp_path, "echo Submitted batch job 7", wait=True, snapshot=False)
+    try:
+        assert slurm.submit([cfg]) == 130
+    except KeyboardInterrupt:  # which would end pytest
+        pytest.fail("nothing is said")
+    log = f"{tmp_path}/demo/logs/7_0_log.out"
+    said = ["job 7 goes on", f"  follow  tail -F {log}", "  stop    scancel 7"]
+    assert capsys.readouterr().err.splitlines() == said
+    write_program(programs / "squeue", "echo 7 demo")
+    ways = "choose .*, scancel 7 first, or .* env.slurm_extra.dependency=afterany:7$"
+    with pytest.raises(ConfigError, match=f"^job_name=demo: job 7 of this name .*: {ways}"):
+        slurm.submit([cfg])
+    cfg.env.slurm_extra = {"dependency": "afterany:7"}
+    assert slurm.submit([cfg]) == 130

@@ -55,26 +55,37 @@ def submit(configs: list[DictConfig]) -> int:
     waiting = [cfg for cfg in configs if needs_to_run(cfg, queue, single=len(configs) == 1)]
     for cfg in waiting:
         make_paths_absolute(cfg)
-        (job_directory(cfg) / "logs").mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[DictConfig]] = {}  # one array asks for the same resources for all
     for cfg in waiting:
         groups.setdefault(OmegaConf.to_yaml(cfg.env), []).append(cfg)
-    notes = [note for group in groups.values() for note in submit_group(group)]
-    return max(map(follow, notes)) if waiting and waiting[0].env.wait else 0
+    try:
+        notes = [note for group in groups.values() for note in submit_group(group)]
+    except OSError as error:
+        valid = f"a folder for a job's files and a copy of the code, but {error}"
+        raise ConfigError(f"output_dir={waiting[0].output_dir}: expected {valid}") from error
+    return follow_all(notes) if waiting and waiting[0].env.wait else 0
 
 
 def submit_group(configs: list[DictConfig]) -> list[dict[str, str]]:
     """-> what is noted of each job"""
     folder = submission_folder(configs)
     tasks = [SlurmTask(OmegaConf.to_container(cfg)) for cfg in configs]
-    jobs = submit_tasks(build_executor(configs[0], folder), tasks)
+    new = [path for path in [*map(job_directory, configs), folder] if not path.exists()]
+    try:
+        for cfg in configs:
+            (job_directory(cfg) / "logs").mkdir(parents=True, exist_ok=True)
+        jobs = submit_tasks(build_executor(configs[0], folder), tasks)
+    except (ConfigError, OSError):
+        for path in new:
+            if not (path / "logs" / "slurm.json").exists():  # by another submission meanwhile
+                shutil.rmtree(path, ignore_errors=True)
+        raise
     notes = []
     for cfg, job in zip(configs, jobs, strict=True):
-        log = folder / f"{job.job_id}_0_log.out"  # of the first process
-        notes.append({"job_id": job.job_id, "log": str(log)})
-        file = job_directory(cfg) / "logs" / "slurm.json"
-        write_json(file, notes[-1])
+        log = str(folder / f"{job.job_id}_0_log.out")  # of the first process
+        notes.append({"job_id": job.job_id, "log": log})
         describe(cfg, job.job_id, log)
+        write_json(job_directory(cfg) / "logs" / "slurm.json", notes[-1])
     say_if_stuck(jobs[0].job_id)
     return notes
 
@@ -223,12 +234,15 @@ def copy_code_to(source: Path, target: Path) -> None:
             copy_code_to(path, target / path.name)
 
 
-def describe(cfg: DictConfig, job_id: str, log: Path) -> None:
+def ways_on(job_id: str, log: str) -> str:
+    return f"  follow  tail -F {shlex.quote(log)}\n  stop    scancel {job_id}"
+
+
+def describe(cfg: DictConfig, job_id: str, log: str) -> None:
     jobs = shlex.quote(str(cfg.output_dir))
     print(
         f"{cfg.job_name}: submitted as job {job_id}\n"
-        f"  follow  tail -F {shlex.quote(str(log))}\n"
-        f"  stop    scancel {job_id}\n"
+        f"{ways_on(job_id, log)}\n"
         f"  resume  the same command with resume=True\n"
         f"  status  python launcher.py --config-name=status output_dir={jobs}",
         flush=True,  # with env.wait=True the log follows
@@ -309,6 +323,16 @@ def job_in_queue(cfg: DictConfig, queue: dict[str, str]) -> str | None:
     if not ids or dependency == "singleton" or any({i, i.split("_")[0]} & awaited for i in ids):
         return None
     return ids[0]
+
+
+def follow_all(notes: list[dict[str, str]]) -> int:
+    """-> the greatest exit status"""
+    try:
+        return max(map(follow, notes))
+    except KeyboardInterrupt:
+        for note in notes:
+            print(f"job {note['job_id']} goes on\n{ways_on(**note)}", file=sys.stderr)
+        return 130
 
 
 def follow(note: dict) -> int:
