@@ -231,6 +231,25 @@ def test_bad_input_on_the_node_is_not_tried_again(tmp_path):
     assert "error: the dataset has 1 images" in error_text(job)
 
 
+def test_what_cannot_begin_is_not_tried_again(tmp_path):
+    """A line of setup that fails; no Python, or one without the packages."""
+    wrong = {
+        "setup": (["env.setup=['export A=1','nowhere --at all']"], "env.setup", "2:0"),
+        "absent": (["env.python=/nowhere/python"], "env.python", "2:0"),
+        "bare": (["env.python='env PYTHONPATH= /usr/bin/env python3 -S'"], "env.python", "1:0"),
+    }
+    jobs = {
+        name: submit(f"output_dir={tmp_path}", f"job_name={name}", *overrides)
+        for name, (overrides, *_) in wrong.items()
+    }
+    for name, job_id in jobs.items():
+        _, key, exit_status = wrong[name]
+        assert wait_for_end(job_id, 60) == "FAILED"
+        found = job_info(job_id)
+        assert (found["Restarts"], found["ExitCode"]) == ("0", exit_status)
+        assert log_text(tmp_path / name, job_id).count(f"error: {key}: expected ") == 1
+
+
 def test_a_crash_is_tried_again_only_so_often(tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL", "0 0 bug")  # at each start
     failing = ["worker=tests.failing", "accum_iter=2", "batch_size=32", "env.max_restarts=1"]
