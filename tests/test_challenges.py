@@ -6,18 +6,23 @@ import re
 import signal
 import statistics
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from bench import challenges
 from bench.challenges import (
-    RECIPES,
     UNCLAIMED,
     Run,
     compare,
     describe,
     describe_rows,
+    draw,
+    evaluation,
     introduce,
+    plan,
 )
 from bench.step import Setting, count_flops, flops_per_image
 from tests.runs import (
@@ -57,6 +62,12 @@ def test_what_numbers_show(values, is_claimed, expected):
     assert compare(BASE, np.array(values), is_claimed) == expected
 
 
+# The columns of a table about digits, by hand.
+MEASURES = [("nn", "top1"), ("knn", "k10_top1"), ("few_shot", "top1/10-shot")]
+MEASURES += [("collapse", name) for name in ("rankme", "mean_cosine", "token_similarity")]
+MEASURES += [("collapse", "position_probe")]
+
+
 @pytest.fixture
 def write_runs(tmp_path):
     """-> runs of the label, two seeds of which each left one number in all columns: 10 less for the
@@ -69,15 +80,18 @@ def write_runs(tmp_path):
             own = label if shift <= -10 else ""
             cfg = base.copy()
             cfg.job_name = f"digits-seed{number % 2}-{own}"
+            cfg.encoder.depth = 2 if own else 1
             run = Run("digits", own, cfg)
             results: dict = {}
-            for place, path in enumerate(RECIPES["digits"][1].values()):
-                name, metric = path.split("/", 1)
+            for place, (name, metric) in enumerate(MEASURES):
                 variants = results.setdefault(name, {"trained": {}, "random init": {}})
                 for weights, value in (("trained", 50), ("random init", 20)):
                     found = variants[weights].setdefault("results", {})
                     found[metric] = value + place + shift
-            lines = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 2 + shift, "chance": 4.5}]
+            lines = [
+                {"step": 1, "loss": 9.0},
+                {"step": 2, "loss": 2 + shift, "chance": 3.5 if own else 4.5},
+            ]
             lines.append({"step": 2, "rankme": 1.0})
             verdict = {"verdict": "partial" if number == 3 else "healthy", "seconds": 60}
             for path, text in (
@@ -118,8 +132,62 @@ def test_what_a_table_says(write_runs, experiment, label, is_claimed):
     deviation = " ± 0.18"
     assert recipe[:3] == ["recipe", f"50.12{deviation}", f"51.12{deviation}"]
     assert recipe[7:11] == [f"56.12{deviation}", f"2.12{deviation}", "4.5", "healthy 2"]
+    assert float(row[11]) > float(recipe[11]) > 0, "GFLOP of two blocks and of one"
     assert row[:2] == [f"`{label}`", f"39.88{deviation}"]
-    assert row[8:11] == [f"-8.12{deviation}", "4.5", "healthy 1, partial 1"]
+    assert row[8:11] == [f"-8.12{deviation}", "3.5", "healthy 1, partial 1"]
+
+
+def test_a_page_says_how_long_its_runs_took(write_runs):
+    """Four of a minute each."""
+    cfg = compose_config("laboratory", ["digits=['a=1','b=2']", "experiments=[lab_mae]"])
+    _, measured, note, *_, seen = describe(cfg, {"digits": {"lab_mae": write_runs("lab_mae")}}, {})
+    assert ": 4 runs, 4 minutes of training, 1 at a time (digits: a=1 b=2). Mean" in measured
+    assert note == cfg.note and seen.startswith("- `lab_mae`, nearest neighbour: 10.2 lower")
+
+
+@pytest.mark.slow
+def test_what_runs_and_what_evaluates_it(tmp_path):
+    """Experiments of the laboratory compute as much as the recipe; random weights next to it."""
+    cfg = compose_config("laboratory", [f"output_dir={tmp_path}", "experiments=[lab_mae]"])
+    settings = ["seed=3,4", "epochs=40", "warmup_epochs=1", "encoder.grid_size=6"]
+    (runs,) = plan(cfg, "textures", settings).values()
+    found = [(run.label, run.cfg.seed) for run in runs]
+    assert found == [("", 3), ("", 4), ("lab_mae", 3), ("lab_mae", 4)]
+    recipe, _, other, _ = (run.cfg for run in runs)
+    assert recipe.dataset.name == "textures" and recipe.resume
+    assert (recipe.target.name, other.target.name) == ("ema", "pixels")
+    cost = [flops_per_image(own) for own in (recipe, other)]
+    assert recipe.epochs == 40 and other.epochs == round(40 * cost[0] / cost[1]) != 40
+    other.dataset.options.eval_images = 5  # away from the default
+    for run in runs[1:3]:
+        own = evaluation(run)
+        assert own.pretrained == str(run.folder) == str(tmp_path / run.cfg.job_name)
+        assert f"{own.output_dir}/{own.job_name}" == f"{run.folder}-evaluated"
+        assert own.dataset == run.cfg.dataset and own.seed == run.cfg.seed
+        assert own.evals == ["patches_linear", "patches_knn", "clusters", "collapse"]
+        assert own.beside_random_init == (run.label == "")
+
+
+def test_what_is_drawn(monkeypatch, tmp_path):
+    """The first seed of each row, in their order."""
+    images, finished = [Image.new("RGB", (4, 4), (n, 0, 0)) for n in range(3)], []
+    monkeypatch.setattr(
+        challenges, "open_split", lambda cfg, split: SimpleNamespace(load=images.__getitem__)
+    )
+    monkeypatch.setattr(challenges, "finish", lambda cfg, configs: finished.extend(configs))
+    base, runs = compose_config("textures", [f"output_dir={tmp_path}"]), []
+    for label in ("", "b", "a"):
+        for seed in (0, 1):
+            cfg = base.copy()
+            cfg.job_name = f"{seed}{label}"
+            runs.append(Run("textures", label, cfg))
+    cfg = compose_config("challenges", [f"output_dir={tmp_path}"])
+    assert draw(cfg, {}) == {}
+    drawn = draw(cfg, {"x": runs})
+    assert drawn == {"x": tmp_path / "x/results/pictures/all.png"}
+    (own,) = finished
+    assert own.pretrained == [str(tmp_path / name) for name in ("0", "0b", "0a")]
+    assert Image.open(tmp_path / "mosaics/2.png").getpixel((0, 0)) == (2, 0, 0)
 
 
 @pytest.mark.parametrize("name", ["challenges", "laboratory"])
@@ -190,13 +258,13 @@ def test_from_runs_to_the_page(tmp_path):
         jobs = [f"textures-seed{seed}{label}" for seed in (0, 1)]
         found = [runs / f"{job}-evaluated/results/evaluate.json" for job in jobs]
         found = [json.loads(path.read_text())["evaluations"] for path in found]
-        for column, (evaluation, measure) in {
+        for column, (name_of, measure) in {
             1: ("patches_linear", "pixel_accuracy"),
             2: ("patches_knn", "accuracy_20"),
             3: ("clusters", "ari_truth"),
             7: ("collapse", "position_probe"),
         }.items():
-            numbers = [own[evaluation][weights]["results"][measure] for own in found]
+            numbers = [own[name_of][weights]["results"][measure] for own in found]
             mean, deviation = map(float, rows[name][column].split(" ± "))
             assert mean == pytest.approx(statistics.mean(numbers), rel=1e-2)
             assert deviation == pytest.approx(statistics.stdev(numbers), rel=0.06, abs=1e-9)
