@@ -11,7 +11,7 @@ import importlib
 from itertools import product
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from eval.common import EvalRun, run_evaluation, run_joined
 from util.command import run_worker
@@ -31,7 +31,7 @@ PROTOCOLS = {
 # What an evaluation takes over from this config, where it has the key.
 SHARED = (
     "pretrained pretrained_weights which layer image_side precision seed batch_size num_workers "
-    "cache_dir data_path dataset env"
+    "data_timeout cache_dir data_path dataset env"
 ).split()
 # Those that fine-tune or augment choose their own batch size and precision.
 OWN = {"linear_probe": {"batch_size", "precision"}, "finetune": {"batch_size", "precision"}}
@@ -86,11 +86,13 @@ def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:
     """The evaluation's own config, with what all of them share and what `settings` says."""
     config_name, overrides = PROTOCOLS.get(name, (name, []))
     mine = [s.partition(".")[2] for s in cfg.settings if s.startswith(f"{name}.")]
-    own = compose_config(config_name, [*overrides, *mine])
-    changed = {setting.partition("=")[0] for setting in mine}
+    given = compose_config(config_name, [*overrides, *mine])
+    own = given.copy()
     for key in SHARED:
-        if key in own and key not in OWN.get(name, set()) | changed:
+        if key in own and key not in OWN.get(name, set()):
             own[key] = cfg[key]
+    for key in (setting.partition("=")[0] for setting in mine):  # also a part of a section
+        OmegaConf.update(own, key, OmegaConf.select(given, key), merge=False)
     own.random_init = random_init
     own.output_dir = str(Path(cfg.output_dir) / cfg.job_name)
     own.job_name = f"{name}-random-init" if random_init else name

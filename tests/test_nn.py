@@ -155,19 +155,20 @@ def test_votes_of_a_bank_by_hand(tmp_path, monkeypatch):
     root = by_hand.write_images(tmp_path / "images")
     votes = "protocol=knn final_norm=True pooling=cls+mean neighbours=[6,38] temperature=1".split()
     places = [f"data_path={root}", f"cache_dir={tmp_path / 'cache'}"]
-    nn.main(config("nn", path, tmp_path, *by_hand.MOVED, *votes, *places))
+    cfg = config("nn", path, tmp_path, *by_hand.MOVED, *votes, *places)
+    nn.main(cfg)
 
     weights = by_hand.stored_weights(path, "target")
-    cached = {len(rows): rows for rows in map(np.load, (tmp_path / "cache").iterdir())}
+    of_rows = {len(np.load(path)): path for path in (tmp_path / "cache").iterdir()}
+    assert of_rows.keys() == {50, 36}
     found = []
     for split, count in (("train", 50), ("val", 36)):
         files, labels = by_hand.list_images(root, split)
         features = by_hand.features(
             files, weights, norm=True, pooling="cls+mean", colours=by_hand.TRAINED
         )
-        np.testing.assert_allclose(cached.pop(count), features, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.load(of_rows[count]), features, rtol=0, atol=1e-5)
         found.append(by_hand.only_labelled(features, labels))
-    assert not cached
     (bank, queries), expected = found, {}
     for k in (6, 38):
         shares = by_hand.nearest_neighbours(bank, queries, k, 1)
@@ -181,6 +182,15 @@ def test_votes_of_a_bank_by_hand(tmp_path, monkeypatch):
         "k-NN, bank of 38 training images, votes of exp(cosine / 1), pooling cls+mean, "
         "with final norm, percent"
     )
+
+    # The second time features are read, not computed.
+    np.save(of_rows[36], features[::-1])
+    nn.main(cfg)
+    queries = by_hand.only_labelled(features[::-1], labels)
+    shares = by_hand.nearest_neighbours(bank, queries, 6, 1)
+    found = by_hand.report_of(tmp_path / "nn")["results"]
+    assert [found["k6_top1"], found["k6_top5"]] == pytest.approx(shares, abs=1e-9)
+    assert found["k6_top1"] != expected["k6_top1"]
 
 
 def test_leave_one_out_of_fresh_weights_by_hand(tmp_path):
