@@ -131,10 +131,12 @@ def components(tokens: list[np.ndarray]) -> tuple[list[np.ndarray], str]:
     return [((own - low) / (high - low)).clip(0, 1) for own in scores], words
 
 
-def check_clusters(panels: dict[str, Panel], tokens: np.ndarray) -> None:
+def check_clusters(panels: dict[str, Panel], tokens: np.ndarray, grid: tuple[int, int]) -> None:
     tree, found = linkage(tokens, "ward"), {}
     for count in COUNTS:
-        colours = panels[f"{count} clusters"].content.reshape(-1, 3)
+        content = panels[f"{count} clusters"].content
+        assert content.shape == (*grid, 3)
+        colours = content.reshape(-1, 3)
         clusters = fcluster(tree, count, "maxclust")
         assert same_partition(clusters, np.unique(colours, axis=0, return_inverse=True)[1])
         found[count] = clusters, colours
@@ -146,7 +148,7 @@ def check_places(panels: dict[str, Panel], tokens: np.ndarray) -> None:
     """The tokens bit for bit: t-SNE makes much of the smallest difference."""
     options = {"max_iter": MOST_STEPS, "init": "pca", "random_state": SEED}
     tsne = TSNE(perplexity=min(30, (len(tokens) - 1) / 3), **options)
-    assert np.allclose(panels["t-SNE"].places, tsne.fit_transform(tokens))
+    assert np.array_equal(panels["t-SNE"].places, tsne.fit_transform(tokens))
     assert np.array_equal(panels["t-SNE"].content, panels["6 clusters"].content.reshape(-1, 3))
 
 
@@ -207,7 +209,7 @@ def test_panels(tmp_path, monkeypatch, way):
                 for view in views
                 if view.tokens.shape == own.shape and np.allclose(view.tokens, own, atol=1e-4)
             ]
-            check_clusters(panels, own)
+            check_clusters(panels, own, grids[index])
             expected = colours[method][index].reshape(*grids[index], 3)
             assert np.allclose(panels["PCA"].content, expected, atol=1e-3)
             if "t-SNE" in panels:
