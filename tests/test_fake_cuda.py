@@ -1,6 +1,7 @@
 """The step on fake CUDA tensors: nothing waits, all is on the device, and counts are right."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 
@@ -317,8 +318,26 @@ def test_bytes_and_time_as_by_hand():
     assert seconds(operations[0], machine) == pytest.approx(0.384)
     assert seconds(operations[1], machine) == pytest.approx(416e-6)
     assert seconds(operations[2], machine, left=0) == 0
+    fast = {"practical": {"fp32": 1e3}, "practical_bandwidth": 1e3}
+    assert seconds(operations[2], fast) == 3e-6, "an operation takes that long to start"
+    assert operations[4].region is None and seconds(operations[4], fast, left=0) == 3e-6
     sums = add_up(operations, {"A": machine}, micro_steps=2)["all"]
     assert sums["operations"] == 2.5 and sums["TFLOP"] == sums["in fp32"] == 192e-12
     eager = 384 + 0.416 + 2 * 0.384 + 0.172
     assert sums["A eager ms"] == pytest.approx(eager / 2)
     assert sums["A compiled ms"] == pytest.approx((384 + 0.224 + 0.192 + 0.172) / 2)
+
+
+def test_what_a_product_reads_is_written_and_each_pass_reads_again():
+    """Of (2 a + 1) @ weight the sum alone leaves fused code; backward code reads again."""
+    with fake_cuda() as recorder:
+        a, weight = torch.empty(6, 4), torch.empty(4, 8)
+        with recorder:
+            torch.compile(lambda a: (2 * a + 1) @ weight)(a)
+    size, left = 4 * 6 * 4, left_when_fused(recorder.operations)
+    assert [o.name for o in recorder.operations] == ["mul", "add", "mm"]
+    assert left[:2] == [size, size]
+    forward = recorder.operations[0]
+    backward = replace(forward, backward=True, writes={-1: size})
+    assert left_when_fused([forward, backward]) == [size, size]
+    assert left_when_fused([forward, replace(backward, backward=False)]) == [size, 0]

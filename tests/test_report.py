@@ -10,6 +10,7 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
@@ -18,6 +19,8 @@ import launcher
 from tests.runs import LAUNCHER, finish, records, start_process, succeed
 from util.command import run_command_line
 from util.config import compose_config
+from util.report import compare_workers, environments, evaluations, figure, readable, spread
+from util.report_rows import Row, find_jobs, find_rows
 
 LOSSES = {100: 2.0, 200: 1.5, 300: 1.25}
 ODD = '<b>&"odd" \'$body ${x} $$ ü'
@@ -289,6 +292,130 @@ def test_odd_names(page_of, tmp_path):
     assert page.rows("Runs").keys() == {ODD, *map(str, folders)}
     assert page.numbers["main_lmim loss"].keys() == {ODD, *map(str, folders)}
     assert unescape(re.search(r"<h1>(.*)</h1>", page.text).group(1)).count(ODD) == 1
+
+
+# ---- Parts of a page, from small folders. --------------------------------------------------------
+
+
+def small_job(folder: Path, *lines: dict, results: dict | None = None, **config) -> Path:
+    (folder / "results").mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps({"worker": "w", "seed": 0} | config))
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if results is not None:
+        (folder / "results" / "result.json").write_text(json.dumps(results))
+    return folder
+
+
+def rows_of(*folders: Path, apart: tuple[Path, ...] = ()) -> list[Row]:
+    alone = find_jobs("apart", map(str, apart))
+    return find_rows(find_jobs("jobs", map(str, folders)) | alone, alone)
+
+
+def test_what_is_one_row(tmp_path):
+    line = {"step": 1, "loss": 1.0}
+    first = small_job(tmp_path / "a", line)
+    alike = [small_job(tmp_path / "b", line, seed=1), small_job(tmp_path / "c", line, env={"x": 1})]
+    other = [
+        small_job(tmp_path / "d", line, worker="v"),
+        small_job(tmp_path / "e", line, pretrained="a"),
+        small_job(tmp_path / "f", line, pretrained_weights="a"),
+        *(small_job(tmp_path / f"g{n}", line, tau=n) for n in range(5)),
+    ]
+    rows = rows_of(first, *alike, *other, tmp_path / "g0" / ".." / "a")
+    assert [[job.name for job in row.jobs] for row in rows] == [
+        ["a", "b", "c"],
+        *([folder.name] for folder in other),
+    ]
+    assert len({(row.colour, row.dashes) for row in rows}) == len(rows) == 9
+    assert len({row.colour for row in rows[:7]}) == 7
+    assert len(rows_of(first, alike[0], apart=(alike[1],))) == 2
+
+
+def test_what_a_row_says(tmp_path):
+    lines = [{"step": n, "loss": 1.0} for n in (1, 2, 3)] + [{"step": 2, "rankme": 5.0}]
+    judged = {"step": 3, "verdict": "healthy"}
+    a = small_job(tmp_path / "a", *lines, judged, {"step": 3, "lr": 1.0})
+    b = small_job(tmp_path / "b", *lines[1:], judged, {"step": 2, "lr": 1.0})
+    (row,) = rows_of(a, b)
+    assert row.verdicts() == "healthy" and row.last_step(["loss", "rankme", "lr"]) == 3
+    assert row.last_step(["rankme"]) == 2 and row.last_step(["lr", "nn_accuracy"]) == "–"
+    label = "a … b (2 runs)"
+    assert [*row.notes()] == [
+        f"{label}: no step that all have of lr.",
+        f"{label}: seeds that are there twice (0, 0).",
+    ]
+    ((_, figures),) = [part for part in compare_workers([row])["w"][2] if part[0] == "Features"]
+    assert [*figures] == ["rankme"]
+    c = small_job(tmp_path / "c", *lines[:3], seed=7, tau=1)
+    workers = compare_workers(rows_of(a, c, small_job(tmp_path / "d", lines[0], worker="v")))
+    assert [*workers] == ["w", "v"] and workers["w"][1] == ["tau"]
+    assert "rankme" in dict(workers["w"][2])["Features"], "one of two rows has it"
+
+
+def test_a_curve_is_drawn_in_the_colour_of_its_row(tmp_path):
+    """With a mark for each point where there are few."""
+    lines = [{"step": n, "loss": n / 9} for n in range(21)]
+    few = small_job(tmp_path / "few", lines[0], *lines[2:])
+    many = small_job(tmp_path / "many", *lines, tau=1)
+    rows = rows_of(few, many)
+    drawings = [figure("loss", [row])[2].decode() for row in rows]
+    for row, drawing in zip(rows, drawings, strict=True):
+        assert row.colour.lower() in drawing
+    assert rows[1].colour.lower() not in drawings[0]
+    assert drawings[0].count("<use") == drawings[1].count("<use") + 20
+
+
+def test_folders_as_they_are_typed(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = small_job(tmp_path / "a[1]", {"step": 1, "loss": 1.0})
+    small_job(tmp_path / "a1", {"step": 1, "loss": 1.0})
+    assert [*find_jobs("jobs", ["~/a[1]"])] == [folder.resolve()]
+    monkeypatch.chdir(tmp_path)
+    assert [*find_jobs("jobs", ["a[1]", str(folder)])] == [folder.resolve()]
+
+
+def test_tables_of_evaluations(tmp_path):
+    run = small_job(tmp_path / "run", {"step": 1, "loss": 1.0})
+
+    def evaluated(name: str, **contents) -> Path:
+        found = {"evaluation": "nn", "protocol": "p", "dataset": "d"} | contents
+        return small_job(tmp_path / name, results=found, worker="eval.nn", job_name=name)
+
+    numbers = {"top1": 60.0, "how": "exact", "is_exact": True}
+    first = evaluated("1", results=numbers, pretrained=f"lmim:{run}/checkpoints/x.pth")
+    others = [
+        evaluated("2", results={"top1": 61.0}, pretrained=str(run), protocol="q"),
+        evaluated("3", results={"top1": 62.0}, pretrained=str(run), dataset="e"),
+    ]
+    variants = {"trained": {"results": {"top1": 1.0}}, "random init": {"results": {"top1": 2.0}}}
+    own = {"evaluations": {"nn": variants}}
+    both = small_job(tmp_path / "4", results=own, worker="eval.evaluate")
+    rows = rows_of(run, first, *others, both)
+    assert [row.label for row in rows] == ["run", "4"]
+    tables = [(title, about, [*names], lines) for title, about, names, lines in evaluations(rows)]
+    assert [(about, names) for _, about, names, _ in tables[-3:]] == [
+        ("p (d)", ["top1", "how", "is_exact"]),
+        ("q (d)", ["top1"]),
+        ("p (e)", ["top1"]),
+    ]
+    assert tables[-3][3] == [(rows[0], ["60", "–", "–", "x.pth"])]
+    assert [line[1][0] for _, _, _, lines in tables[:2] for line in lines] == ["1", "2"]
+
+
+def test_numbers_and_environments_as_text(tmp_path):
+    assert spread([1234.56], 1) == "1235" and spread([0.123456], 2) == "0.1235 (1 of 2 runs)"
+    assert spread([], 1) == "–" and spread([5.0, 5.0], 2) == "5 ± 0"
+    assert (
+        spread([100.0, 100.002], 2) == "100.0010 ± 0.0014" and spread([0.0, 28.3], 2) == "14 ± 20"
+    )
+    assert readable(np.array([1.0, math.inf, -math.inf, math.nan])) == [1.0, None, None, None]
+    job = small_job(tmp_path / "a", {"step": 1, "loss": 1.0})
+    seen = {"git_commit": "0123456789abcdef", "git_uncommitted": ["x.py", "y.py"]}
+    seen |= {"python": "3.12", "packages": {"torch": "2.9", "timm": "1"}}
+    (job / "environment.json").write_text(json.dumps(seen))
+    jobs = [*find_jobs("jobs", [str(job)]).values()]
+    cells = ("0123456789ab", "x.py, y.py", "3.12", "torch 2.9, timm 1")
+    assert environments(jobs) == {cells: ["a"]}
 
 
 # ---- Bad input. ----------------------------------------------------------------------------------
