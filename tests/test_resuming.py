@@ -1,5 +1,6 @@
 """A resumed job goes on with the settings and the images it was made with, or says what differs."""
 
+import importlib
 import re
 import shutil
 
@@ -10,12 +11,25 @@ from PIL import Image
 
 import main_lmim
 from data.datasets import build_dataset
+from eval.common import Classification
 from tests.backbones import digits_checkpoint
-from tests.evaluations import arguments
-from tests.runs import LAUNCHER, configured_here, finish, run, start_process, succeed
+from tests.evaluations import arguments, config
+from tests.kills import log_without_times
+from tests.runs import (
+    LAUNCHER,
+    assert_same_state,
+    configured_here,
+    final_state,
+    finish,
+    run,
+    start_process,
+    succeed,
+)
+from util.checkpoint import load_file
 from util.command import call
 from util.config import CONFIG_DIR, ConfigError, choices_in, compose_config, read_yaml
 from util.job import list_checkpoints
+from util.loop import Loop
 from util.resuming import CHANGE_NO_RESULT, FORMAT, CheckpointError, accept, describe
 
 FACTS = {"images": 1400, "image_list": "a", "images_per_step": 128, "steps_per_epoch": 10}
@@ -128,6 +142,66 @@ def test_what_shrink_batch_has_made_is_compared(tmp_path):
     before["made_from"] = {key: shrunken[key] for key in shrunken if key != "batch_size"}
     assert accept(tmp_path, before, now, shrunken) == []
     assert accept(tmp_path, made("batch_size=128", made_from=shrunken), now, shrunken) == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_evaluation_that_fails_is_made_by_the_run_that_resumes(tmp_path, monkeypatch, number):
+    """The first or the last one, each between two log lines."""
+    settings = ["batch_size=128", "epochs=2", "eval_freq=1", "print_freq=4", "watch_images=20"]
+    failed, whole = (configured_here(tmp_path / name, *settings) for name in ("failed", "whole"))
+    assert call(main_lmim.main, whole) == 0
+    counted, accuracy = iter([1, 2]), main_lmim.leave_one_out_accuracy
+
+    def fails(*args):
+        if next(counted) == number:
+            raise MemoryError
+        return accuracy(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(main_lmim, "leave_one_out_accuracy", fails)
+        assert call(main_lmim.main, failed) == 3
+    job, expected = tmp_path / "failed" / "demo", tmp_path / "whole" / "demo"
+    assert [load_file(path)["step"] for path in list_checkpoints(job / "checkpoints")] == [
+        10 * number
+    ]
+    assert call(main_lmim.main, failed) == 0
+    assert log_without_times(job) == log_without_times(expected)
+    assert_same_state(final_state(job), final_state(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear_probe", "finetune"])
+def test_what_fails_in_an_evaluation_that_trains_is_made_as_well(tmp_path, monkeypatch, name):
+    """First its accuracy at step 10, then the log line of step 12, when it has read the sums."""
+    checkpoint = digits_checkpoint(tmp_path)
+    settings = ["epochs=2", "warmup_epochs=0", "batch_size=128", "eval_freq=1", "print_freq=4"]
+    settings.append("resume=True")
+    jobs = (tmp_path / "failed", tmp_path / "whole")
+    failed, whole = (config(name, checkpoint, job, *settings) for job in jobs)
+    main = importlib.import_module(f"eval.{name}").main
+    assert call(main, whole) == 0
+    read_speed = Loop.read_speed
+
+    def measure(task):
+        raise MemoryError
+
+    def read(loop, done: int, keep: bool = False):
+        if done == 12:
+            raise RuntimeError
+        return read_speed(loop, done, keep)
+
+    for owner, method, fails, code in (
+        (Classification, "measure", measure, 3),
+        (Loop, "read_speed", read, 1),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, method, fails)
+            assert call(main, failed) == code
+    assert call(main, failed) == 0
+    job, expected = tmp_path / "failed" / name, tmp_path / "whole" / name
+    assert [line["step"] for line in log_without_times(expected)] == [4, 8, 10, 12, 16, 20, 20]
+    assert log_without_times(job) == log_without_times(expected)
+    assert_same_state(final_state(job), final_state(expected))
 
 
 @pytest.mark.parametrize("begun, exit_code", [(False, 2), (True, 1)])
