@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from util.command import leave, run_command_line, run_configured_worker
 from util.config import ConfigError
+from util.job import is_one_of_several
 
 
 def launch(configs: list[DictConfig]) -> int:
@@ -27,15 +28,18 @@ def launch(configs: list[DictConfig]) -> int:
         from util.slurm import submit
 
         return submit(configs)
+    from util.results import is_finished
+
     if cfg.worker.startswith("util."):  # status, report: one process, without torch
         return run_configured_worker(OmegaConf.to_container(cfg))
+    if not is_one_of_several():  # what is missing
+        configs = [cfg for cfg in configs if not is_finished(cfg)]
+    if not configs:
+        return 0
     if sys.stderr.isatty():  # torch takes seconds
         print(f"{cfg.get('job_name', cfg.worker)}: loading {cfg.worker} ...", file=sys.stderr)
-    from util.job import is_finished
     from util.local import run_here, run_side_by_side
 
-    if len(configs) > 1:  # of a sweep, what is missing
-        configs = [cfg for cfg in configs if not is_finished(cfg)]
     if cfg.env.parallel > 1 and len(configs) > 1:
         return run_side_by_side(configs, cfg.env.parallel)
     exit_codes = [0]

@@ -36,6 +36,7 @@ from util.loop import Line, Loop, Task, job_folder, print_error, sum_over_proces
 from util.metrics import dense_peak, describe_nodes, memory_in_use
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
+from util.results import read_result
 from util.streams import Stream, seed_of
 
 SHOWN = 6  # images in TensorBoard
@@ -238,14 +239,17 @@ class Pretraining(Task):
 
     def finish(self, loop: Loop) -> None:
         """What the run has come to and what it took: results/JOB.json, and where the rest is."""
-        if loop.nothing_is_left:
+        path = loop.job / "results" / f"{self.cfg.job_name}.json"
+        is_late = loop.nothing_is_left  # an earlier start has trained it all
+        steps = max(loop.first_step, loop.total_steps)
+        if is_late and on_main(lambda: read_result(path).get("steps") == steps, self.ranks):
             return
         nodes = describe_nodes(self.ranks)
         if not self.ranks.is_main:
             return
-        seconds = time.perf_counter() - loop.start
+        seconds = loop.log.seconds() if is_late else time.perf_counter() - loop.start
         found = loop.log.records_with("nn_accuracy")
-        before, after = (found.get(at, {}).get("nn_accuracy") for at in (0, loop.total_steps))
+        before, after = (found.get(at, {}).get("nn_accuracy") for at in (0, steps))
         watched = loop.log.records_with("rankme")
         judged = judge(watched, loop.planned_steps)
         result = {
@@ -254,21 +258,23 @@ class Pretraining(Task):
             "seconds": round(seconds, 1),
             "seed": self.cfg.seed,
             "protocol": "nearest neighbour, leave-one-out inside the evaluation images, percent",
-            "steps": loop.total_steps,
+            "steps": steps,
             **(judged._asdict() if judged else {}),
+            **({"made_on_resume": True} if is_late else {}),
         }
-        path = loop.job / "results" / f"{self.cfg.job_name}.json"
         write_json(path, result)
         if before is not None and after is not None:
             took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
             loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")
         last = list_checkpoints(loop.job / "checkpoints")[0]
-        speed = loop.last_speed
+        speed = "nothing was left to train"
+        if not is_late:
+            rate, wait = loop.last_speed["images_per_second"], loop.last_speed["data_wait"]
+            speed = f"{rate:.0f} images/s, waiting for data {wait:.0%}, at the end"
         loop.log.say(
             f"nodes        {nodes}\n"
             f"features     {judged or 'not watched'}\n"
-            f"speed        {speed['images_per_second']:.0f} images/s, "
-            f"waiting for data {speed['data_wait']:.0%}, at the end\n"
+            f"speed        {speed}\n"
             f"checkpoint   {last} ({last.stat().st_size / 1e9:.3g} GB; "
             f"{shutil.disk_usage(loop.job).free / 1e9:.3g} GB are free)\n"
             f"log          {loop.job / 'log.txt'}\n"

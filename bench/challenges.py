@@ -7,7 +7,6 @@ python launcher.py --config-name=laboratory env.parallel=2     # docs/laboratory
 Started again it goes on where it was. Curves of all runs: output_dir/job_name/report.html.
 """
 
-import json
 import math
 import shutil
 import sys
@@ -28,10 +27,11 @@ from util import report
 from util.command import run_worker
 from util.config import CONFIG_DIR, compose_config, job_directory
 from util.files import read_records, write_whole
-from util.job import git, is_finished
+from util.job import git, list_checkpoints
 from util.loaders import open_split
 from util.local import run_side_by_side
 from util.report import spread
+from util.results import is_finished, read_result, sha256_of
 from util.sweep import compose_all
 from util.validate import check_config
 
@@ -70,9 +70,18 @@ class Run(NamedTuple):
         return job_directory(self.cfg)
 
     @property
-    def results(self) -> Path:
-        """Of its evaluations."""
-        return self.folder.with_name(f"{self.folder.name}-evaluated") / "results/evaluate.json"
+    def evaluated(self) -> Path:
+        """The folder of its evaluations."""
+        return self.folder.with_name(f"{self.folder.name}-evaluated")
+
+    def results(self) -> dict:
+        """Of the evaluations of its last checkpoint; empty where there are none."""
+        sha256 = sha256_of(list_checkpoints(self.folder / "checkpoints")[0])
+        for found in map(read_result, self.evaluated.glob("results/evaluate-*.json")):
+            is_whole = evaluations_of(self.recipe).keys() <= found["evaluations"].keys()
+            if is_whole and found["backbone"]["sha256"] == sha256:
+                return found["evaluations"]
+        return {}
 
 
 def main(cfg: DictConfig) -> None:
@@ -82,9 +91,9 @@ def main(cfg: DictConfig) -> None:
     named = {run.folder: run for runs in plans.values() for own in runs.values() for run in own}
     runs = [*named.values()]
     finish(cfg, [run.cfg for run in runs if not is_finished(run.cfg)])
-    finish(cfg, [evaluation(run) for run in runs if not run.results.is_file()])
+    finish(cfg, [evaluation(run) for run in runs if not run.results()])
     pictures = draw(cfg, plans.get("textures", {}))
-    jobs = [*map(str, named), *(str(run.results.parents[1]) for run in runs)]
+    jobs = [*map(str, named), *(str(run.evaluated) for run in runs)]
     keys = [f"output_dir={cfg.output_dir}", f"job_name={cfg.job_name}", f"jobs=[{','.join(jobs)}]"]
     report.main(compose_config("report", keys))
     text = "\n\n".join(describe(cfg, plans, pictures))
@@ -123,11 +132,15 @@ def plan(cfg: DictConfig, name: str, overrides: list[str]) -> dict[str, list[Run
     return found
 
 
+def evaluations_of(recipe: str) -> dict[str, None]:
+    """In the order of its columns."""
+    return dict.fromkeys(path.split("/")[0] for path in RECIPES[recipe][1].values())
+
+
 def evaluation(run: Run) -> DictConfig:
-    names = dict.fromkeys(path.split("/")[0] for path in RECIPES[run.recipe][1].values())
-    folder = run.results.parents[1]
+    names, folder = ",".join(evaluations_of(run.recipe)), run.evaluated
     keys = {"pretrained": run.folder, "output_dir": folder.parent, "job_name": folder.name}
-    keys |= {"dataset": run.cfg.dataset.name, "evals": f"[{','.join(names)}]"}
+    keys |= {"dataset": run.cfg.dataset.name, "evals": f"[{names}]"}
     keys["seed"] = run.cfg.seed  # of the random weights, too
     cfg = compose_config("evaluate", [f"{key}={value}" for key, value in keys.items()])
     cfg.dataset, cfg.beside_random_init = run.cfg.dataset, not run.label
@@ -163,7 +176,7 @@ def describe(
     """The parts of the page."""
     yield f"# {cfg.title}\n\n```bash\n{cfg.command}\n```"
     runs = {run.folder: run for own in plans.values() for row in own.values() for run in row}
-    seconds = sum(read_result(run)["seconds"] for run in runs.values())
+    seconds = sum(trained(run)["seconds"] for run in runs.values())
     settings = "; ".join(f"{name}: {' '.join(cfg[name])}" for name in plans)
     yield (
         f"{date.today()}, commit {git('rev-parse', '--short', 'HEAD')}: {len(runs)} runs, "
@@ -208,7 +221,7 @@ def describe_rows(name: str, experiment: str, runs: list[Run]) -> Iterator[str]:
     lines.append(["random weights", *(spread(random[title], 0) for title in titles), *"––––"])
     seen = []
     for label, numbers in measured.items():
-        verdicts = Counter(read_result(run)["verdict"] for run in rows[label])
+        verdicts = Counter(trained(run)["verdict"] for run in rows[label])
         lines.append(
             [
                 f"`{label}`" if label else "recipe",
@@ -228,7 +241,7 @@ def describe_rows(name: str, experiment: str, runs: list[Run]) -> Iterator[str]:
 
 def numbers_of(runs: list[Run], weights: str) -> dict[str, np.ndarray]:
     """By title, one number per run."""
-    evaluated = [json.loads(run.results.read_bytes())["evaluations"] for run in runs]
+    evaluated = [run.results() for run in runs]
     numbers = {}
     for title, path in RECIPES[runs[0].recipe][1].items():
         name, metric = path.split("/", 1)
@@ -241,8 +254,9 @@ def numbers_of(runs: list[Run], weights: str) -> dict[str, np.ndarray]:
     return {title: np.array(found) for title, found in numbers.items()}
 
 
-def read_result(run: Run) -> dict:
-    return json.loads((run.folder / "results" / f"{run.cfg.job_name}.json").read_bytes())
+def trained(run: Run) -> dict:
+    """What its training has come to."""
+    return read_result(run.folder / "results" / f"{run.cfg.job_name}.json")
 
 
 def compare(base: np.ndarray, values: np.ndarray, is_claimed: bool) -> str:

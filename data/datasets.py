@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data import davis, imagenet, images, masks, tar
 from data.base import ArrayDataset, DataError, ImageDataset
-from data.files import build_folder, existing_folder
+from data.files import FOLDER_LAYOUT, build_folder, existing_folder
 from data.imagenet import build_imagefolder, build_imagenet100
 from data.images import build_images
 from data.masks import build_masks, build_voc
@@ -21,6 +22,7 @@ ARCHIVES = {  # what torchvision reads: the folder, and the archive that it come
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
     "stl10": ("stl10_binary", "stl10_binary.tar.gz"),
 }
+UNPACKED = "a folder that contains {}/ (unpacked from {})"
 
 
 def build_digits(split: str, data_path: str | None) -> ArrayDataset:
@@ -55,9 +57,8 @@ def open_archive(name: str, data_path: str | None, **arguments):
     """torchvision's data set; it compares the files with their published checksums."""
     from torchvision import datasets
 
-    folder, archive = ARCHIVES[name]
-    expected = f"a folder that contains {folder}/ (unpacked from {archive})"
-    root = existing_folder(name, data_path, expected, folder)
+    folder = ARCHIVES[name][0]
+    root = existing_folder(name, data_path, LAYOUTS[name], folder)
     try:
         return getattr(datasets, name.upper())(root, download=False, **arguments)
     except RuntimeError as error:
@@ -81,6 +82,17 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "masks": build_masks,
     "voc": build_voc,
 }
+# What data_path has to be; the others need none.
+LAYOUTS = {
+    **dict.fromkeys(("imagefolder", "imagenet", "imagenet100"), imagenet.EXPECTED),
+    **{name: UNPACKED.format(*archive) for name, archive in ARCHIVES.items()},
+    "tar": tar.EXPECTED,
+    "folder": FOLDER_LAYOUT,
+    "images": images.EXPECTED,
+    "masks": masks.MASKS_LAYOUT,
+    "voc": masks.VOC_LAYOUT,
+    "DAVIS-2017": davis.LAYOUT,
+}
 # One process lists their files for all. Tars have an index, which the first one to need it makes.
 LISTED = ("imagefolder", "folder", "imagenet", "imagenet100")
 
@@ -97,3 +109,10 @@ def build_dataset(
         problem = f"{name} has no such option; expected one of {', '.join(valid) or 'none'}"
         raise DataError(f"dataset.options.{unknown[0]}: {problem}")
     return builder(split, data_path, **options)
+
+
+def check_data_path(name: str, data_path: str | None) -> None:
+    """Whether it is there at all. Raises what the data set itself would say."""
+    is_tar = name == "images" and Path(data_path or "").expanduser().is_file()
+    if name in LAYOUTS and not is_tar:
+        existing_folder(name, data_path, LAYOUTS[name])

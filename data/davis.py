@@ -9,7 +9,6 @@ from PIL import Image
 from data.base import DataError, readable
 from data.files import existing_folder, list_folder, require_files
 from data.masks import opened, read_mask, read_names, require_same_size
-from data.picture import decode_with_pillow
 
 LAYOUT = "a folder with JPEGImages/480p/, Annotations/480p/ and ImageSets/2017/"
 VOID = 255  # belongs neither to an object nor to the background
@@ -23,6 +22,8 @@ class Video:
     annotations: list[Path]  # one per frame
 
     def frame(self, index: int, max_value: float | None = None) -> Image.Image:
+        from data.picture import decode_with_pillow
+
         path = self.frames[index]
         with readable(path):
             return decode_with_pillow(path.read_bytes(), max_value, str(path))

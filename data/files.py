@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 ENDINGS = f"expected files ending in {' '.join(EXTENSIONS)}"
+FOLDER_LAYOUT = "a folder with images, at any depth"
 EVAL_FOLDERS = ("val", "validation", "test")
 # Listing folders waits for the file server, not for the processor.
 SCAN_THREADS = 16
@@ -143,7 +144,7 @@ def build_folder(
     split: str, data_path: str | None, *, decoder: str = "fast", max_value: float | None = None
 ) -> FileDataset:
     """All images below data_path, without labels; both splits are the same images."""
-    paths = images_below("folder", data_path, "a folder with images, at any depth")
+    paths = images_below("folder", data_path, FOLDER_LAYOUT)
     return FileDataset(paths, decoder=decoder, max_value=max_value)
 
 

@@ -15,6 +15,7 @@ from eval import families
 from eval.families import FAMILIES, SIZES, BackboneError, StateDict
 from models.vit import Encoder
 from util.checkpoint import first_words, load_weights, without_module_prefix
+from util.places import missing_backbone
 
 Colour = tuple[float, float, float]
 
@@ -179,12 +180,10 @@ class TimmBackbone(Backbone):
 def load_backbone(cfg: DictConfig, contents: dict | None = None) -> Backbone:
     """By the keys of configs/backbone/. pretrained: a checkpoint of this project, the published
     one, timm:NAME, or FAMILY:FILE. contents: of this project's, where the caller has read it."""
-    family, colon, rest = (cfg.pretrained or "").partition(":")
+    if problem := missing_backbone(cfg.pretrained):
+        raise BackboneError(problem)
+    family, colon, rest = cfg.pretrained.partition(":")
     is_other = colon and family in ("timm", *FAMILIES)
-    if cfg.pretrained is None or (colon and not is_other and not Path(cfg.pretrained).exists()):
-        files = ", ".join(f"{family}:FILE" for family in FAMILIES)
-        valid = f"a checkpoint or job folder, timm:NAME, {files}"
-        raise BackboneError(f"pretrained={cfg.pretrained or 'null'}: expected {valid}")
     if cfg.pretrained_weights is not None and family != "timm":
         valid = "expected with pretrained=timm:NAME only"
         raise BackboneError(f"pretrained_weights={cfg.pretrained_weights}: {valid}")

@@ -1,5 +1,6 @@
 """What all evaluations share: processes, data, the backbone, and what they leave behind."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -19,7 +20,12 @@ from eval.families import BackboneError
 from util.config import job_directory
 from util.distributed import Ranks, all_reduce, join_processes, leave_processes, on_main
 from util.files import write_json
-from util.job import describe_environment, prepare_job_directory, record_start
+from util.job import (
+    describe_environment,
+    prepare_job_directory,
+    record_start,
+    refuse_folder_of_another,
+)
 from util.loaders import eval_loader, open_split
 from util.lock import unlock
 from util.loop import Loop, Task, newest_for_all, train
@@ -27,6 +33,7 @@ from util.metrics import readable_time
 from util.precision import choose_precision
 from util.preemption import stoppable
 from util.record import TensorBoardFile
+from util.results import other_backbone, result_path
 from util.resuming import CheckpointError
 
 PROGRESS_SECONDS = 5
@@ -34,19 +41,22 @@ PROGRESS_SECONDS = 5
 
 class EvalRun:
     """What an evaluation works with, how it encodes images, and what it leaves behind: the console,
-    results/NAME.json and TensorBoard, to which only the first process writes."""
+    a file in results/ and TensorBoard, to which only the first process writes."""
 
     def __init__(self, cfg: DictConfig, ranks: Ranks, name: str, backbone: Backbone):
         self.cfg, self.ranks, self.name, self.backbone = cfg, ranks, name, backbone
         self.start = self.last_progress = time.monotonic()
         self.job = job_directory(cfg)
-        self.report: dict = {}  # what the first process has written to results/NAME.json
+        self.trained_in: float | None = None  # seconds of an earlier start, which trained it all
+        self.report: dict = {}  # what the first process has written to results/
 
     def prepare(self) -> None:
         """The folder, and what runs in it."""
         if "resume" in self.cfg:
             on_main(lambda: prepare_job_directory(self.cfg), self.ranks)
-        elif self.ranks.is_main:
+            return
+        refuse_folder_of_another(self.cfg)
+        if self.ranks.is_main:
             (self.job / "results").mkdir(parents=True, exist_ok=True)
             record_start(self.cfg, self.job)
 
@@ -96,10 +106,14 @@ class EvalRun:
                 self.say(f"  {self.name}: {what} {done}/{len(pieces)}  {elapsed}")
             yield piece
 
+    def result_path(self) -> Path:
+        sha256, processes = self.backbone.fingerprint, self.ranks.world_size
+        return result_path(self.cfg, self.name, sha256, processes)
+
     def finish(
         self, results: dict[str, float], *, protocol: str, images: int, extra: dict | None = None
     ) -> None:
-        """One line, results/NAME.json and a TensorBoard scalar per number."""
+        """One line, a file in results/ and a TensorBoard scalar per number."""
         if not self.ranks.is_main:
             return
         seconds = time.monotonic() - self.start
@@ -118,13 +132,17 @@ class EvalRun:
             "seed": self.cfg.seed,
             "processes": self.ranks.world_size,
             "device": str(self.ranks.device),
-            "seconds": round(seconds, 2),
+            "seconds": round(seconds if self.trained_in is None else self.trained_in, 2),
             "versions": environment["packages"] | {"python": environment["python"]},
             "git_commit": environment["git_commit"],
+            **({"made_on_resume": True} if self.trained_in is not None else {}),
             **(extra or {}),
         }
-        write_json(self.job / "results" / f"{self.name}.json", self.report)
-        with closing(TensorBoardFile(self.job / "tensorboard")) as file:
+        path = self.result_path()
+        write_json(path, self.report)
+        board = self.job / "tensorboard" / path.stem  # of this result alone
+        shutil.rmtree(board, ignore_errors=True)
+        with closing(TensorBoardFile(board)) as file:
             file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
 
 
@@ -208,6 +226,8 @@ class Classification(Task):
     def finish(self, loop: Loop) -> None:
         if self.accuracies is None:  # the run that is resumed had come to its end
             self.evaluate()
+            if self.ranks.is_main:
+                self.run.trained_in = loop.log.seconds()
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -241,7 +261,4 @@ def check_same_backbone(resumed: dict, backbone: Backbone) -> None:
     before = resumed["backbone"]
     for key, value in backbone.describe().items():
         if before.get(key) != value:
-            change = f"{key} {before.get(key)} is now {value}"
-            hint = "choose that one, overwrite=True or another job_name"
-            other = "the checkpoint to resume belongs to another backbone"
-            raise CheckpointError(f"{other} ({change}): {hint}")
+            raise CheckpointError(other_backbone(key, before.get(key), value))

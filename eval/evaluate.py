@@ -4,7 +4,7 @@ python launcher.py --config-name=evaluate pretrained=checkpoints/lmim-vit_base \
     'evals=[nn,linear_probe,few_shot,collapse]' data_path=/path/to/imagenet
 
 Each of them runs with its own config; `settings` changes keys of these. The results of each are in
-output_dir/job_name/NAME/results, the table in output_dir/job_name/results/evaluate.{md,json}.
+output_dir/job_name/NAME/results, the table in output_dir/job_name/results/evaluate-*.{md,json}.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from eval.common import EvalRun, run_evaluation, run_joined
 from util.command import run_worker
 from util.config import ConfigError, compose_config
-from util.files import write_json
+from util.files import write_json, write_whole
 from util.job import is_restart
 from util.validate import check_config
 
@@ -75,11 +75,12 @@ def evaluate(run: EvalRun) -> None:
     if not run.ranks.is_main:
         return
     text = markdown(found) + ("\n" + PUBLISHED) * (cfg.dataset.name == "imagenet")
-    path = run.job / "results" / "evaluate.md"
-    path.write_text(text + "\n")
     contents = {"backbone": run.backbone.describe(), "dataset": cfg.dataset.name}
-    write_json(path.with_suffix(".json"), contents | {"evaluations": found})
-    run.say(f"\n{text}\n\ntable  {path}")
+    path = run.result_path()
+    page = path.with_name(f"{path.stem}.md")
+    write_whole(page, f"{text}\n".encode())
+    write_json(path, contents | {"evaluations": found})
+    run.say(f"\n{text}\n\ntable  {page}")
 
 
 def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:

@@ -29,6 +29,7 @@ from util.files import remove_unfinished, write_json, write_whole
 from util.job import describe_environment
 from util.loaders import open_split
 from util.lock import lock
+from util.results import read_result
 
 Vectors = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] on the device -> [B, width]
 Pair = tuple[Tensor, Tensor]
@@ -206,7 +207,11 @@ def claim(job: Path) -> None:
     (job / "logs").mkdir(exist_ok=True)
     lock(job)
     remove_unfinished(job / "results")
-    (job / "results" / "meta.json").unlink(missing_ok=True)
+    meta = job / "results" / "meta.json"
+    if earlier := read_result(meta).get("backbone"):
+        name = f"{earlier['family']} {earlier['name']}"
+        print(f"features: replacing those of {name} (sha256 {earlier['sha256'][:8]})", flush=True)
+    meta.unlink(missing_ok=True)
 
 
 def save_rows(run: EvalRun, dataset: ImageDataset, vectors: Vectors, shape: tuple) -> Path:

@@ -38,6 +38,7 @@ from util.command import run_worker
 from util.config import ConfigError, compose_config, flatten, quote
 from util.distributed import Ranks, join_processes, leave_processes
 from util.files import write_json
+from util.results import read_result
 
 MOST_PATCHES = 16384  # of one image: clustering keeps a distance for each pair, 1 GB
 PERPLEXITY = 30
@@ -124,6 +125,12 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     )
     lines.append(command_of(cfg))
     folder, sheet, files = run.job / "results" / "pictures", [], []
+    report_file = run.job / "results" / "visualize.json"
+    if earlier := read_result(report_file).get("pictures"):
+        run.say(f"visualize: replacing {len(earlier)} pictures of an earlier run in {folder}/")
+        for name in [*earlier, "all"]:
+            for ending in ("png", "pdf"):
+                (folder / f"{name}.{ending}").unlink(missing_ok=True)
     folder.mkdir(exist_ok=True)
     for index in run.tracked(range(len(paths)), "images drawn:"):
         path, seen = paths[index], views[index]
@@ -138,7 +145,7 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
         sheet.append(Row(path, overview))
     draw(folder / "all", sheet, lines)
     report = {"command": lines[-1], "caption": lines, "methods": reports, "images": paths}
-    write_json(run.job / "results" / "visualize.json", report | {"pictures": files})
+    write_json(report_file, report | {"pictures": files})
     run.say(f"visualize: {len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/")
 
 

@@ -110,8 +110,9 @@ def report_of(job: Path) -> dict:
 
 
 def scalars(job: Path) -> dict[str, float]:
-    """What TensorBoard shows of an evaluation."""
-    board = EventAccumulator(str(job / "tensorboard"))
+    """What TensorBoard shows of the one evaluation of a job."""
+    (folder,) = (job / "tensorboard").glob("*/")
+    board = EventAccumulator(str(folder))
     board.Reload()
     events = {name: board.Scalars(name) for name in board.Tags()["scalars"]}
     assert all([event.step for event in own] == [0] for own in events.values())

@@ -30,8 +30,10 @@ def launch(name: str, pretrained: Path, folder: Path, *overrides: str) -> tuple[
     return finish(start_process([*LAUNCHER, *arguments(name, pretrained, folder, *overrides)]))
 
 
-def results(folder: Path, name: str) -> dict:
-    return json.loads((folder / name / "results" / f"{name}.json").read_text())
+def results(folder: Path, name: str, job_name: str = "") -> dict:
+    """Of the evaluation that left the one result in the folder of this job."""
+    (path,) = (folder / (job_name or name) / "results").glob(f"{name}-*.json")
+    return json.loads(path.read_text())
 
 
 def unlabelled_folder(folder: Path) -> list[str]:

@@ -1,15 +1,19 @@
 """A worker of the project's own in which something fails: FAIL="RANK STEP KIND".
 
 In step STEP (from 0): bug, memory, inside (the optimiser), gone (the folder VAL, for good). Or,
-after so many steps, in what follows them: evaluate, watch, log_line, picture."""
+after so many steps, in what follows them: evaluate, watch, log_line, picture. Or, between the last
+checkpoint and the result, killed, or a folder whose disk is full then."""
 
 import os
 import shutil
+import signal
+from pathlib import Path
 
 import torch
 
 import engine_pretrain
 import main_lmim
+from tests.test_full_disk import fill
 from util.loop import Loop
 
 ERRORS = {
@@ -57,4 +61,13 @@ def main(cfg):
     if kind in BETWEEN_STEPS:
         method = fails_between_steps(getattr(main_lmim.Pretraining, kind))
         setattr(main_lmim.Pretraining, kind, method)
+    if kind == "killed":
+        main_lmim.Pretraining.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    if os.path.isdir(kind):
+
+        def finish(task, loop, finish=main_lmim.Pretraining.finish):
+            fill(Path(kind))
+            finish(task, loop)
+
+        main_lmim.Pretraining.finish = finish
     main_lmim.main(cfg)

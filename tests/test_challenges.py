@@ -1,5 +1,6 @@
 """bench/challenges.py: the paper's argument in numbers."""
 
+import hashlib
 import json
 import os
 import re
@@ -94,8 +95,12 @@ def write_runs(tmp_path):
             ]
             lines.append({"step": 2, "rankme": 1.0})
             verdict = {"verdict": "partial" if number == 3 else "healthy", "seconds": 60}
+            weights_of_run = f"weights {number}"
+            backbone = {"sha256": hashlib.sha256(weights_of_run.encode()).hexdigest()}
+            table = {"evaluations": results, "backbone": backbone}
             for path, text in (
-                (run.results, json.dumps({"evaluations": results})),
+                (run.folder / "checkpoints/step-00000002.pth", weights_of_run),
+                (run.evaluated / "results/evaluate-0.json", json.dumps(table)),
                 (run.folder / "results" / f"{cfg.job_name}.json", json.dumps(verdict)),
                 (run.folder / "log.txt", "".join(json.dumps(line) + "\n" for line in lines)),
             ):
@@ -190,6 +195,19 @@ def test_what_is_drawn(monkeypatch, tmp_path):
     assert Image.open(tmp_path / "mosaics/2.png").getpixel((0, 0)) == (2, 0, 0)
 
 
+def test_an_evaluation_of_other_weights_or_of_fewer_columns_is_made_again(write_runs):
+    run, *_ = write_runs("target-joint")
+    (file,) = run.evaluated.glob("results/*.json")
+    table = json.loads(file.read_text())
+    assert run.results() == table["evaluations"]
+    (run.folder / "checkpoints/step-00000003.pth").write_text("trained again")
+    assert run.results() == {}
+    (run.folder / "checkpoints/step-00000003.pth").unlink()
+    del table["evaluations"]["collapse"]
+    file.write_text(json.dumps(table))
+    assert run.results() == {}
+
+
 @pytest.mark.parametrize("name", ["challenges", "laboratory"])
 def test_a_page_has_the_words_of_its_configs(name):
     """All but what comes from results: tables, pictures, and what is seen in them."""
@@ -256,7 +274,7 @@ def test_from_runs_to_the_page(tmp_path):
         ("`lab_lejepa`", "-experiment-lab_lejepa", "trained"),
     ):
         jobs = [f"textures-seed{seed}{label}" for seed in (0, 1)]
-        found = [runs / f"{job}-evaluated/results/evaluate.json" for job in jobs]
+        found = [next(runs.glob(f"{job}-evaluated/results/evaluate-*.json")) for job in jobs]
         found = [json.loads(path.read_text())["evaluations"] for path in found]
         for column, (name_of, measure) in {
             1: ("patches_linear", "pixel_accuracy"),

@@ -1,7 +1,5 @@
 """Several evaluations, one table."""
 
-import json
-
 import pytest
 import yaml
 
@@ -40,7 +38,7 @@ def test_a_table_by_hand(tmp_path, capsys):
     expected = {"knn": knn, "nn": nn}
     assert knn["trained"] != knn["random init"] and nn["trained"] != nn["random init"]
     job = tmp_path / "table"
-    contents = json.loads((job / "results" / "evaluate.json").read_text())
+    contents = by_hand.report_of(job)
     assert contents["dataset"] == "imagefolder" and contents["backbone"]["layer"] == 1
     found = contents["evaluations"]
     assert {name: list(variants) for name, variants in found.items()} == {
@@ -67,7 +65,8 @@ def test_a_table_by_hand(tmp_path, capsys):
         "without final norm, percent",
     ]
     text = "\n".join([*header, *rows, "", *protocols])
-    assert (job / "results" / "evaluate.md").read_text() == text + "\n"
+    (page,) = (job / "results").glob("evaluate-imagefolder-*.md")
+    assert page.read_text() == text + "\n"
     assert text in capsys.readouterr().out
     # Two splits and one of each of two networks.
     assert len(list((tmp_path / "cache").iterdir())) == 6
@@ -79,7 +78,8 @@ def test_a_table_by_hand(tmp_path, capsys):
         ["| evaluation | metric | random init |", "| --- | ---: | ---: |"]
         + [f"| nn | top1 | {nn['random init']['top1']:.4g} |", "", protocols[1], PUBLISHED]
     )
-    assert (job / "results" / "evaluate.md").read_text() == text + "\n"
+    (page,) = (job / "results").glob("evaluate-imagenet-*-random-init-*.md")
+    assert page.read_text() == text + "\n"
 
 
 # Of each key that the evaluations share: what is not its default.

@@ -1,7 +1,5 @@
 """Nearest neighbours against brute force and scikit-learn, with ties, in one process and in two."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -221,7 +219,7 @@ def test_leave_one_out_of_fresh_weights_by_hand(tmp_path):
 
 
 def results(tmp_path) -> dict[str, float]:
-    return json.loads((tmp_path / "nn" / "results" / "nn.json").read_text())["results"]
+    return by_hand.report_of(tmp_path / "nn")["results"]
 
 
 @pytest.mark.slow

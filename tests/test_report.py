@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import launcher
+from tests.evaluations import results
 from tests.runs import LAUNCHER, finish, records, start_process, succeed
 from util.command import run_command_line
 from util.config import compose_config
@@ -464,7 +465,7 @@ def test_of_a_real_run_and_its_evaluation(page_of, tmp_path):
     expected = logged([tmp_path / "demo"], "loss")
     assert len(expected) == 12
     assert page.numbers["main_lmim loss"]["demo"]["mean"] == [loss for (loss,) in expected.values()]
-    result = json.loads((tmp_path / "nn/results/nn.json").read_text())
+    result = results(tmp_path, "nn")
     name, value = next(iter(result["results"].items()))
     assert page.rows("nn")["demo"][name] == f"{value:.4g}"
     assert "since step" in page.rows("Runs")["demo"]["features"]

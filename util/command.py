@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from util.config import ConfigError, UserError, job_directory, parse_command_line
 from util.console import open_streams
 from util.job import is_restart
+from util.places import check_places
 from util.sweep import compose_all
 from util.validate import MODULE, check_config
 
@@ -51,8 +52,12 @@ def run_command_line(
             print("---\n".join(OmegaConf.to_yaml(cfg) for cfg in configs), end="", flush=True)
         for cfg in configs:
             check_config(cfg)
-        return 0 if command.cfg else run(configs)
-    except ConfigError as error:
+        if command.cfg:
+            return 0
+        for cfg in configs:
+            check_places(cfg)
+        return run(configs)
+    except UserError as error:
         say_error(error)
         return error.exit_code
     except KeyboardInterrupt:  # before there was anything to save

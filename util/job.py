@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from util.config import ConfigError, job_directory
 from util.files import remove_unfinished, write_json, write_whole
@@ -32,6 +33,11 @@ def is_restart() -> bool:
     return any(int(os.environ.get(name, 0)) > 0 for name in counts)
 
 
+def is_one_of_several() -> bool:
+    """torchrun or srun has started other processes of this run."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     if not folder.is_dir():
@@ -44,16 +50,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """How many steps it holds, by its name."""
     return int(checkpoint.stem.rpartition("-")[2])
-
-
-def is_finished(cfg: DictConfig) -> bool:
-    """Says so if it is. An evaluation that trains nothing never is."""
-    if "resume" not in cfg or cfg.overwrite:
-        return False
-    last = last_checkpoint(job_directory(cfg), cfg.epochs)
-    if last is not None:
-        print(f"{cfg.job_name}: already finished ({last})", flush=True)
-    return last is not None
 
 
 def last_checkpoint(job: Path, epochs: int) -> Path | None:
@@ -69,6 +65,19 @@ def refuse_to_start_over(cfg: DictConfig) -> None:
         raise ConfigError(f"{job_directory(cfg)} already holds {existing[0].name}: {choices}")
 
 
+def refuse_folder_of_another(cfg: DictConfig) -> None:
+    """A folder belongs to one worker: config.yaml, logs and results of two would mix."""
+    job = job_directory(cfg)
+    try:
+        owner = OmegaConf.load(job / "config.yaml").get("worker", cfg.worker)
+    except (OSError, ValueError, YAMLError, AttributeError):  # none yet, or no YAML of keys
+        return
+    # With a training a worker of the user's own may go on: resuming compares the rest.
+    if owner != cfg.worker and any(str(name).startswith("eval.") for name in (owner, cfg.worker)):
+        valid = f"another name for {cfg.worker}, because {job} belongs to {owner}"
+        raise ConfigError(f"job_name={cfg.job_name}: expected {valid}")
+
+
 def prepare_job_directory(cfg: DictConfig) -> Path:
     """Make the folder, and try whether files can be written there. For one process of the job."""
     job = job_directory(cfg)
@@ -78,6 +87,7 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
     open(job / "log.txt", "ab").close()
     lock(job)
     try:
+        refuse_folder_of_another(cfg)
         refuse_to_start_over(cfg)
         for folder in (job, job / "logs", job / "results", job / "checkpoints"):
             remove_unfinished(folder)

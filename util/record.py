@@ -116,6 +116,10 @@ class RunLog:
         records = read_records(self.lines.path)
         return {record["step"]: record for record in records if name in record}
 
+    def seconds(self) -> float:
+        """Of the start that wrote the last line of log.txt, up to it. For the first process."""
+        return [0.0, *(line["seconds"] for line in self.records_with("seconds").values())][-1]
+
     def progress(self, step: int, text: str = "") -> None:
         """text: what stands in front of the bar from now on"""
         if text:

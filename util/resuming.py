@@ -1,7 +1,7 @@
-"""May a run go on from a checkpoint, with this config and these images? And is it finished?
+"""May a run go on from a checkpoint, with this config and these images?
 
-One comparison for the run that resumes and for the launcher, which decides before it starts or
-submits anything: so this imports no torch.
+One comparison for the run that resumes and for the launcher, which asks before it starts or submits
+anything (util/results.py): so this imports no torch.
 """
 
 import hashlib
@@ -45,20 +45,34 @@ def training_batch_size(cfg: DictConfig, images: int, processes: int) -> int:
 
 
 def describe(dataset: ImageDataset, batch_size: int, images_per_step: int) -> dict[str, object]:
-    """What a run depends on besides its config. Of the images their names and labels: reading them
-    would take too long."""
+    """What a run depends on besides its config."""
+    return describe_images(dataset) | describe_steps(len(dataset), batch_size, images_per_step)
+
+
+def describe_images(dataset: ImageDataset) -> dict[str, object]:
+    """Their names and labels: reading the images themselves would take too long."""
     names = [dataset.describe(index) for index in range(len(dataset))]
     folder = os.path.commonprefix([min(names), max(names)]).rpartition("/")[0]  # it may be moved
     digest = hashlib.sha256(os.fsencode("\0".join(name[len(folder) :] for name in names)))
     if dataset.labels is not None:
         digest.update(np.asarray(dataset.labels, dtype=np.int64).tobytes())
+    return {"images": len(names), "image_list": digest.hexdigest()[:16]}
+
+
+def describe_steps(images: int, batch_size: int, images_per_step: int) -> dict[str, object]:
+    """Of a loader of so many images."""
     return {
-        "images": len(names),
-        "image_list": digest.hexdigest()[:16],
         "images_per_step": images_per_step,
-        "steps_per_epoch": len(names) // images_per_step,
+        "steps_per_epoch": images // images_per_step,
         "batch_size": batch_size,
     }
+
+
+def facts_in(contents: dict) -> dict:
+    """What describe() said when this checkpoint was made, as far as it was written down."""
+    steps = contents.get("steps_per_epoch") or contents["windows_per_epoch"]  # its older name
+    known = {"steps_per_epoch": steps, "batch_size": contents["config"]["batch_size"]}
+    return known | contents.get("made_from", {})
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple[object, object]]:
@@ -75,11 +89,9 @@ def accept(path: Path, contents: dict, cfg: DictConfig, facts: dict) -> list[str
     """-> what the log should say. Raises where the run may not go on from this checkpoint. facts:
     from describe()."""
     config = contents["config"]
-    steps = contents.get("steps_per_epoch") or contents["windows_per_epoch"]  # its older name
-    made_from = {"steps_per_epoch": steps} | contents.get("made_from", {})
     # What one side lacks, being of another version.
     defaults = (shipped_keys(cfg.worker) or shipped_keys()) | facts
-    old = defaults | flatten(config) | made_from
+    old = defaults | flatten(config) | facts_in(contents)
     found = differences(old, defaults | flatten(OmegaConf.to_container(cfg)))
     changed, least = cfg.resume == "changed", math.ceil(contents["step"] / facts["steps_per_epoch"])
     if least > cfg.epochs and (changed or "steps_per_epoch" not in found):
@@ -89,7 +101,10 @@ def accept(path: Path, contents: dict, cfg: DictConfig, facts: dict) -> list[str
         if "target_mom" in found and old["target_mom"] == 0.996:
             text += ". It was 0.996 by default once: target_mom=0.996 goes on with that"
         valid = f"the settings and images of {path}, or resume=changed"
-        raise CheckpointError(f"resume=True: expected {valid}; differences: {text}")
+        if cfg.resume:
+            raise CheckpointError(f"resume=True: expected {valid}; differences: {text}")
+        valid += ", overwrite=True or another job_name"
+        raise CheckpointError(f"job_name={cfg.job_name}: expected {valid}; differences: {text}")
     said = [f"resume=changed: {text}"] if found else []
     if cfg.epochs > config["epochs"]:
         said.append(f"epochs {config['epochs']} -> {cfg.epochs}: the schedules are stretched")

@@ -25,8 +25,9 @@ from submitit.core.utils import FailedJobError
 
 from util.config import ConfigError, TrainingStopped, job_directory, processes_per_node
 from util.files import write_json
-from util.job import is_finished, is_restart, refuse_to_start_over
+from util.job import is_restart, refuse_to_start_over
 from util.lock import JobBusy
+from util.results import is_finished
 from util.slurm_queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -102,21 +102,22 @@ def is_finished(job: Path) -> bool:
     try:
         cfg = OmegaConf.load(job / "config.yaml")
         if "epochs" in cfg:
-            return last_checkpoint(job, cfg.epochs) is not None
+            has_result = any((job / "results").glob("*.json"))
+            return has_result and last_checkpoint(job, cfg.epochs) is not None
         return bool(evaluations(job))
     except (OSError, ValueError, YAMLError):
         return False
 
 
 def evaluations(job: Path) -> list[str]:
-    """Those whose results are in the folder."""
-    found = []
+    """Those whose results are in the folder, each once."""
+    found: dict[str, None] = {}
     for path in sorted((job / "results").glob("*.json")):
         try:
-            found.append(json.loads(path.read_text())["evaluation"])
+            found[json.loads(path.read_text())["evaluation"]] = None
         except (OSError, ValueError, LookupError, TypeError):
             continue  # of pre-training, or no result
-    return found
+    return [*found]
 
 
 def last_number(records: list[dict], name: str, shown: str, form: str) -> str:

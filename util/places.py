@@ -1,0 +1,59 @@
+"""What a command reads and where it writes, looked at before torch is imported: that takes long."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from util.config import ConfigError
+from util.job import list_checkpoints, refuse_folder_of_another
+
+FAMILIES = ("mae", "ijepa", "dino", "ibot", "dinov2")  # of official files: eval/families.py
+IGNORE_DATA_PATH = ("eval.export", "eval.visualize")
+
+
+def check_places(cfg: DictConfig) -> None:
+    """On Slurm what is read may be there on the nodes alone."""
+    if "job_name" in cfg:
+        refuse_folder_of_another(cfg)
+    is_ours = cfg.worker == "main_lmim" or cfg.worker.startswith("eval.")
+    if not is_ours or cfg.env.slurm:
+        return
+    if "pretrained" in cfg:
+        given = cfg.pretrained if OmegaConf.is_list(cfg.pretrained) else [cfg.pretrained]
+        for pretrained in given:
+            if problem := missing_backbone(pretrained):
+                raise ConfigError(problem)
+    check_images(cfg)
+
+
+def missing_backbone(pretrained: str | None) -> str | None:
+    """What is wrong with pretrained=, as far as names of files tell."""
+    family, colon, rest = (pretrained or "").partition(":")
+    is_other = bool(colon) and family in ("timm", *FAMILIES)
+    if pretrained is None or (colon and not is_other and not Path(pretrained).exists()):
+        files = ", ".join(f"{family}:FILE" for family in FAMILIES)
+        valid = f"a checkpoint or job folder, timm:NAME, {files}"
+        return f"pretrained={pretrained or 'null'}: expected {valid}"
+    if is_other and family == "timm":
+        return None
+    path = Path(rest if is_other else pretrained)
+    if path.is_dir() and not is_other:
+        inside = path / "checkpoints"
+        holds = list_checkpoints(inside if inside.is_dir() else path)
+        return None if holds else f"pretrained={path}: this folder holds no checkpoint"
+    return None if path.is_file() else f"pretrained: expected a file, but there is no {path}"
+
+
+def check_images(cfg: DictConfig) -> None:
+    from data.base import DataError
+    from data.datasets import check_data_path
+    from data.files import given_images
+
+    try:
+        if cfg.get("images") is not None:
+            given_images(cfg.images)
+        elif cfg.worker not in IGNORE_DATA_PATH:
+            name = "DAVIS-2017" if cfg.worker == "eval.video" else cfg.dataset.name
+            check_data_path(name, cfg.data_path)
+    except DataError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,212 @@
+"""Results of runs: which file they are in, and whether a job that trains has come to its own.
+
+Imports no torch: the launcher asks before it starts or submits anything.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from functools import cache
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from data.base import DataError, LabelledImages
+from data.datasets import build_dataset
+from util.config import flatten, job_directory, processes_per_node
+from util.job import list_checkpoints
+from util.resuming import (
+    MAY_DIFFER,
+    CheckpointError,
+    accept,
+    describe_images,
+    describe_steps,
+    facts_in,
+    training_batch_size,
+)
+
+LONGEST = 150  # bytes of a name, to which an ending is added
+
+
+def result_path(cfg: DictConfig, evaluation: str, sha256: str, processes: int) -> Path:
+    """Of an evaluation: its kind, protocol, data set and checkpoint in words, and a digest of all
+    that the numbers depend on. So a result replaces none but one of the very same thing. sha256: of
+    the weights."""
+    kind = cfg.get("protocol") or cfg.get("method") or ""
+    words = [evaluation, kind, cfg.dataset.name, *words_of(cfg.pretrained or "")]
+    words += ["random-init"] if cfg.random_init else []
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(filter(None, words)), flags=re.ASCII)[:LONGEST]
+    digest = digest_of(cfg, evaluation, sha256, processes)
+    return job_directory(cfg) / "results" / f"{name}-{digest}.json"
+
+
+def words_of(pretrained: str) -> list[str]:
+    """Of JOB/checkpoints/FILE the job and the file, else of FAMILY:FILE both."""
+    family, _, rest = pretrained.rpartition(":")
+    if family == "timm":
+        return [rest]
+    path = Path(rest)
+    job = path.parent.parent.name if path.parent.name == "checkpoints" else ""
+    return [family, job, path.stem]
+
+
+def digest_of(cfg: DictConfig, evaluation: str, sha256: str, processes: int) -> str:
+    config = flatten(OmegaConf.to_container(cfg))
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in MAY_DIFFER and not key.startswith("env.")
+    }
+    if "accum_iter" in cfg:  # it is trained
+        kept["images_per_step"] = cfg.batch_size * cfg.accum_iter * processes
+    if cfg.data_path is not None:
+        kept["data_path"] = os.path.realpath(cfg.data_path)
+    text = json.dumps([evaluation, sha256, kept], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def read_result(path: Path) -> dict:
+    """Empty where there is none, or none that can be read."""
+    try:
+        contents = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return contents if isinstance(contents, dict) else {}
+
+
+# ---- Finished? -----------------------------------------------------------------------------------
+
+# What is trained, and whether on labelled images alone.
+TRAININGS = {"main_lmim": False, "eval.linear_probe": True, "eval.finetune": True}
+
+
+def is_finished(cfg: DictConfig) -> bool:
+    """Whether nothing is left to do, which is said: the last checkpoint is there, made with these
+    settings, images and backbone, and so is its result. Raises what differs. What cannot be found
+    out here the run itself compares, when it resumes; there it makes a missing result, too."""
+    if "resume" not in cfg:
+        return False  # an evaluation that trains nothing may always run again
+    if cfg.overwrite or cfg.resume == "changed":
+        return False
+    path = next(iter(list_checkpoints(job_directory(cfg) / "checkpoints")), None)
+    contents = read_outline(path) if path else {}
+    if path is None or not has_ended(cfg, contents):
+        return False
+    facts = facts_here(cfg)
+    accept(path, contents, cfg, facts or facts_in(contents))
+    is_known = facts is not None and is_same_backbone(cfg, contents)
+    if is_known and has_result(cfg, contents):
+        print(f"{cfg.job_name}: already finished ({path})", flush=True)
+        return True
+    cfg.resume = True
+    return False
+
+
+class Outline(pickle.Unpickler):
+    """Of a file of torch.save all but its tensors. Runs nothing that the file names."""
+
+    def find_class(self, module: str, name: str) -> object:
+        return OrderedDict if name == "OrderedDict" else lambda *arguments: None
+
+    def persistent_load(self, identity: object) -> None:
+        return None
+
+
+def read_outline(path: Path) -> dict:
+    """Empty where it cannot be read: the run says what is wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            contents = Outline(io.BytesIO(archive.read(name))).load()
+        facts_in(contents)
+    except Exception:  # a damaged file fails in many ways
+        return {}
+    return contents
+
+
+def has_ended(cfg: DictConfig, contents: dict) -> bool:
+    """Whether the planned steps are done, and what follows the last of them."""
+    if not isinstance(contents.get("step"), int) or contents.get("unfinished"):
+        return False
+    planned = cfg.epochs * facts_in(contents)["steps_per_epoch"]
+    return contents["step"] >= min(planned, cfg.get("max_steps") or planned)
+
+
+def facts_here(cfg: DictConfig) -> dict | None:
+    """What resuming would compare besides the config. None: the images are not on this machine, or
+    only the run itself knows."""
+    processes = count_processes(cfg)
+    if cfg.worker not in TRAININGS or processes is None:
+        return None
+    if cfg.data_path is not None and cfg.data_path.startswith("$"):
+        return None  # the node's
+    options = json.dumps(OmegaConf.to_container(cfg.dataset.options))
+    try:
+        images = listed(cfg.dataset.name, cfg.data_path, options, TRAININGS[cfg.worker])
+    except (DataError, OSError):
+        return None
+    batch_size = training_batch_size(cfg, images["images"], processes)
+    images_per_step = batch_size * cfg.accum_iter * processes
+    if images_per_step > images["images"]:
+        return None
+    return images | describe_steps(images["images"], batch_size, images_per_step)
+
+
+@cache
+def listed(name: str, data_path: str | None, options: str, only_labelled: bool) -> dict:
+    """Once for all runs of a sweep."""
+    dataset = build_dataset(name, "train", data_path, json.loads(options))
+    is_part = only_labelled and dataset.labels is not None
+    return describe_images(LabelledImages(dataset) if is_part else dataset)
+
+
+def count_processes(cfg: DictConfig) -> int | None:
+    """None: as many as there are GPUs, which only torch knows."""
+    if cfg.env.ngpu is None:
+        return None if cfg.env.distributed else 1
+    return processes_per_node(cfg) * cfg.env.world_size
+
+
+def is_same_backbone(cfg: DictConfig, contents: dict) -> bool:
+    """False where that is not known. Raises where it is another one."""
+    if "backbone" not in contents:
+        return True
+    before, now = contents["backbone"].get("sha256"), sha256_here(cfg)
+    if now is not None and now != before:
+        raise CheckpointError(other_backbone("sha256", before, now))
+    return now is not None
+
+
+def other_backbone(key: str, before: object, now: object) -> str:
+    change = f"{key} {before} is now {now}"
+    hint = "choose that one, overwrite=True or another job_name"
+    return f"the checkpoint to resume belongs to another backbone ({change}): {hint}"
+
+
+def sha256_here(cfg: DictConfig) -> str | None:
+    """Of the file that the weights come from. None: they come from none, or not from here."""
+    path = Path(cfg.pretrained_weights or (cfg.pretrained or "").rpartition(":")[2])
+    if path.is_dir():
+        inside = path / "checkpoints"
+        path = next(iter(list_checkpoints(inside if inside.is_dir() else path)), path)
+    return sha256_of(path) if path.is_file() and not cfg.random_init else None
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as contents:
+        return hashlib.file_digest(contents, "sha256").hexdigest()
+
+
+def has_result(cfg: DictConfig, contents: dict) -> bool:
+    """Of the newest checkpoint, not of fewer epochs."""
+    folder = job_directory(cfg) / "results"
+    if "backbone" not in contents:
+        return read_result(folder / f"{cfg.job_name}.json").get("steps") == contents["step"]
+    evaluation, processes = cfg.worker.rpartition(".")[2], count_processes(cfg) or 1
+    digest = digest_of(cfg, evaluation, contents["backbone"]["sha256"], processes)
+    return any(read_result(path) for path in folder.glob(f"*-{digest}.json"))
