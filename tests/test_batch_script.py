@@ -86,8 +86,8 @@ def test_every_key_is_asked_for(programs, tmp_path):
         "trap 'setup_failed $? $LINENO ${#BASH_SOURCE[@]}' ERR",
         "module load cuda",
         "export A=1",
-        f"cd {code}",
         "trap - ERR; set +eu",
+        f'cd {code} || end_job 4 0 "{slurm.CODE_IS_GONE}"',
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         "export NCCL_DEBUG=INFO",
@@ -104,7 +104,7 @@ def test_what_is_asked_for_without_being_set(programs, tmp_path):
     assert "#SBATCH --requeue\n" in text and "#SBATCH --gpus-per-node=2\n" in text
     assert f" {sys.executable} -u -m submitit" in text
     (code,) = tmp_path.glob("code-*")  # the snapshot
-    assert f"\ncd {code}\n" in text and (code / "launcher.py").exists()
+    assert f"\ncd {code} || end_job 4 0 " in text and (code / "launcher.py").exists()
     for key in ("account", "partition", "qos", "gres", "mem", "wckey", "nodelist", "exclude"):
         assert f"--{key}" not in text
 
@@ -246,6 +246,14 @@ def test_a_line_of_setup_that_fails_ends_the_job(programs, tmp_path, line, statu
     reason = f"expected lines that succeed, but exit status {status} is that of: {line}"
     assert ran.said.splitlines()[-1] == f"error: env.setup: {reason}"
     assert Ran(programs, tmp_path, setup=lines, preempted=AT).is_requeued
+
+
+def test_a_job_whose_code_is_gone_runs_no_other(programs, tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "REPOSITORY", tmp_path / "gone")
+    ran = Ran(programs, tmp_path)
+    assert (ran.status, ran.is_requeued, ran.is_over) == (4, False, True)
+    assert ran.said.splitlines()[-1] == f"error: {slurm.CODE_IS_GONE}"
+    assert not (programs / "environment").exists(), "the program has begun"
 
 
 def test_as_many_gpus_as_gres_says():

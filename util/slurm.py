@@ -32,6 +32,7 @@ from util.slurm_queue import OVER, USUAL, job_state, read_note, read_queue, why_
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH = Path(__file__).with_name("batch.sh")
+CODE_IS_GONE = "the copy of the code is gone; a later submission in the same folder replaces it"
 CODE = "*.py Makefile requirements.txt bench configs data eval models util".split()
 CODE_FILES = {".py", ".yaml", ".yml", ".json", ".toml", ".txt", ".csv", ".npz", ".so", ".cu", ".sh"}
 # Of what the surrounding job (salloc, Jupyter) has set, only this reaches Slurm.
@@ -194,8 +195,8 @@ def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
             # Bash decides what fails, as for `set -e`: conditions stay conditions.
             "trap 'setup_failed $? $LINENO ${#BASH_SOURCE[@]}' ERR",
             *cfg.env.setup,
-            f"cd {shlex.quote(str(code))}",
             "trap - ERR; set +eu",
+            f'cd {shlex.quote(str(code))} || end_job {JobBusy.exit_code} 0 "{CODE_IS_GONE}"',
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
             "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # Slurm does not pass it on by itself
             *(f"export {name}={shlex.quote(str(value))}" for name, value in cfg.env.nccl.items()),
