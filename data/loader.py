@@ -7,7 +7,9 @@ accumulation steps changes the images of a step.
 
 import atexit
 import logging
+import math
 import multiprocessing
+import os
 import signal
 import threading
 from collections import deque
@@ -41,6 +43,8 @@ FOREVER = 1e8  # seconds
 # from schedulers that were asked for it.
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 NO_LABEL = -1
+SHARED_MEMORY = "/dev/shm"
+QUEUE_BYTES = 2**16  # more than a worker's queue takes in it, without any image
 Augmentation = Callable[[Picture, int, int], Tensor]  # of a picture, its epoch and its index
 Loaded = tuple[Tensor, Tensor, tuple]  # images, labels, and of each image what else is known
 
@@ -309,9 +313,29 @@ def _load(
         generator=torch.Generator(),
     )
     batches = map(_raise_error, _in_time(loader, timeout or FOREVER, samples))
-    for batch in batches if device.type == "cpu" else _one_ahead(batches, device):
-        samples.warn_if_dark()
-        yield batch
+    try:
+        if num_workers > 0 and _free_shared_memory() < (num_workers + 1) * QUEUE_BYTES:
+            raise DataError(_no_shared_memory(num_workers))
+        for batch in batches if device.type == "cpu" else _one_ahead(batches, device):
+            samples.warn_if_dark()
+            yield batch
+    except RuntimeError as error:
+        if num_workers > 0 and "shared memory" in str(error):  # torch's words, also of a bus error
+            raise DataError(_no_shared_memory(num_workers)) from error
+        raise
+
+
+def _free_shared_memory() -> float:
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:  # another system, which has it elsewhere
+        return math.inf
+    return status.f_bavail * status.f_frsize
+
+
+def _no_shared_memory(num_workers: int) -> str:
+    valid = f"0, or more room in {SHARED_MEMORY}, through which loaders hand over images"
+    return f"num_workers={num_workers}: expected {valid} (docker run --shm-size=8g)"
 
 
 def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Iterator:

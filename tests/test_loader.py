@@ -1,5 +1,6 @@
 """The loaders' promises: the same batches for any workers, any split into processes, any resume."""
 
+import ctypes
 import gc
 import logging
 import multiprocessing
@@ -340,6 +341,39 @@ print(next(stream).unreadable)
 
 
 @pytest.mark.slow
+def load_with_shared_memory_of(size: str, num_workers: int, answer) -> None:
+    ctypes.CDLL(None).unshare(0x20000)  # CLONE_NEWNS: what is mounted here is seen here alone
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"], check=True)
+    transform = TrainTransform(side=200, min_crop=0.2, flip=True, seed=3)  # 480 kB a batch
+    try:
+        batches = list(train_loader(transform=transform, num_workers=num_workers).stream(0, 8))
+        answer.write_text(f"{len(batches)} batches")
+    except DataError as error:
+        answer.write_text(str(error))
+    os._exit(0)  # as a command does: the workers ignore the TERM that multiprocessing sends
+
+
+@pytest.mark.parametrize(("size", "num_workers"), [("64k", 2), ("512k", 2), ("64k", 0)])
+def test_too_little_shared_memory_is_one_sentence(size, num_workers, tmp_path):
+    """As in containers, which have a /dev/shm of their own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    answer = tmp_path / "answer"
+    arguments = [size, num_workers, answer]
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=load_with_shared_memory_of, args=arguments)
+    process.start()
+    process.join()
+    if num_workers == 0:
+        assert answer.read_text() == "8 batches"
+    else:
+        assert answer.read_text() == (
+            "num_workers=2: expected 0, or more room in /dev/shm, through which loaders hand over "
+            "images (docker run --shm-size=8g)"
+        )
+
+
 def test_a_process_ends_although_something_holds_its_workers():
     command = [sys.executable, "-c", HOLDS_ITS_WORKERS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
