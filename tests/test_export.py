@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from eval.export import describe, main
+from eval.export import describe, main, timm_weights
 from models.vit import Encoder
 from tests import eval_by_hand as by_hand
 from tests.backbones import digits_checkpoint, load_backbone, run_command
@@ -86,6 +86,17 @@ def test_a_whole_run_by_hand(tmp_path, monkeypatch, random_init):
     expected = by_hand.encode(weights, torch.ones(1, 3, 20, 20), 2, norm=True)
     torch.testing.assert_close(found["features"], expected[:, 1:].mean(dim=1), rtol=0, atol=1e-5)
     assert f"[1, {found['features'].shape[1]}], mean" in snippet
+
+
+def test_a_file_that_gives_other_tokens_is_an_error(tmp_path, monkeypatch):
+    def shifted(*arguments) -> dict[str, torch.Tensor]:
+        weights = timm_weights(*arguments)
+        return weights | {"norm.bias": weights["norm.bias"] + 1e-4}
+
+    monkeypatch.setattr("eval.export.timm_weights", shifted)
+    cfg = config("export", by_hand.write_checkpoint(tmp_path), tmp_path)
+    with pytest.raises(AssertionError, match="timm's features differ from ours by 0.00010"):
+        main(cfg)
 
 
 @pytest.mark.parametrize(
