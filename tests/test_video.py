@@ -347,7 +347,7 @@ def write_noisy_video(root: Path, numbers: list[int]) -> tuple[list[Image.Image]
             window = np.s_[top : top + 10, left : left + 11]
             annotations[frame][window] = number
             pixels[window] += np.array([[120, -60, 0], [-120, 0, 60]])[place]
-        annotations[frame, :4, 30:] = VOID
+        annotations[frame, 8:12, 6:14] = VOID
         frames.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
         for part, image in (("JPEGImages", frames[-1]), ("Annotations", annotations[frame])):
             folder = root / part / "480p" / "noisy"

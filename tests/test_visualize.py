@@ -240,7 +240,8 @@ def test_a_drawing_shows_each_panel_where_it_belongs(tmp_path):
     panels = {
         "input": Panel(quarters.repeat(20, axis=1), mark=[0.75, 0.25]),
         "map": Panel(np.array([[0.2, 0.9]])),
-        "places": Panel(np.array([red, blue]) / 255, places=np.array([[0, 0], [1, 2]])),
+        "places": Panel(np.array([red, blue]) / 255, places=np.array([[0, 1], [2, 0]])),
+        "fine": Panel(np.indices((520, 1040)).sum(axis=0)[..., None] % 2 * np.ones(3)),
     }
     for name in ("first", "second"):
         draw(tmp_path / name, [Row("label", panels)], ["caption"])
@@ -253,10 +254,12 @@ def test_a_drawing_shows_each_panel_where_it_belongs(tmp_path):
     assert [at(0, x, y) for y in (0.1, 0.9) for x in (0.1, 0.9)] == [red, green, blue, white]
     assert at(0, 0.75, 0.25) == (0, 0, 0) and at(0, 0.25, 0.75) == blue  # the mark
     assert [at(1, x, 0.5) for x in (0.25, 0.75)] == [(68, 1, 84), (253, 231, 36)]  # of viridis
-    assert at(2, 0.045, 0.955) == red and at(2, 0.955, 0.045) == blue  # upwards
+    assert at(2, 0.045, 0.045) == red and at(2, 0.955, 0.955) == blue  # upwards
+    assert all(100 < value < 155 for value in at(3, 0.5, 0.5))  # black and white, blended
     for ending in ("png", "pdf"):
         first, second = (tmp_path / f"{name}.{ending}" for name in ("first", "second"))
         assert first.read_bytes() == second.read_bytes()
+    assert b"CreationDate" not in first.read_bytes()
 
 
 # ---- The command. --------------------------------------------------------------------------------
