@@ -15,15 +15,19 @@ from util.lock import Owner, this_process
 
 @pytest.fixture
 def make(tmp_path):
-    """A job's folder, with checkpoints of these names."""
+    """A job's folder, with checkpoints of these names, and with a result unless there is none."""
 
-    def make_job(name: str, *checkpoints: str, owner: Owner | None = None, job_id="") -> Path:
+    def make_job(
+        name: str, *checkpoints: str, owner: Owner | None = None, job_id="", has_result=True
+    ) -> Path:
         job = tmp_path / "jobs" / name
         for folder in ("logs", "checkpoints", "results"):
             (job / folder).mkdir(parents=True)
         (job / "config.yaml").write_text("epochs: 3\n")
         for checkpoint in checkpoints:
             (job / "checkpoints" / checkpoint).touch()
+        if has_result:
+            (job / "results" / f"{name}.json").write_text('{"before": 1}')
         if owner is not None:
             (job / "logs" / "running-x-1.json").write_text(json.dumps(asdict(owner)))
         if job_id:
@@ -75,16 +79,16 @@ def test_of_what_runs_without_slurm(make, rows):
     make("e", "epoch-0003-step-00000030.pth", owner=elsewhere)
     (d / "log.txt").write_text('{"step": 30, "nn_accuracy": 61.25}\n')
     (d / "results" / "nn.json").write_text('{"evaluation": "nn"}')
-    (d / "results" / "d.json").write_text('{"before": 1}')
+    make("f", "epoch-0003-step-00000030.pth", has_result=False)
     found = rows()
     states = {name: cells[1] for name, cells in found.items()}
     here = {"a": "running", "b": "dead", "c": "stopped", "d": "finished"}
-    assert states == here | {"e": "running on elsewhere"}
+    assert states == here | {"e": "running on elsewhere", "f": "stopped"}
     assert found["d"][5:8] == ["61.25", "-", "nn"]
     newest = {name: cells[8] for name, cells in found.items()}
     last = "epoch-0003-step-00000030.pth"
     own = {"a": "step-00000012.pth", "b": "step-00000007.pth", "c": "-"}
-    assert newest == own | {"d": last, "e": last}
+    assert newest == own | {"d": last, "e": last, "f": last}
 
 
 def test_of_jobs_that_slurm_has_forgotten(make, rows, scontrol):
