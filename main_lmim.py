@@ -68,7 +68,7 @@ class Pretraining(Task):
         self.loader = train_loader(cfg, ranks, self.dataset, crops)
         centre = EvalTransform(self.geometry.side_without_gaps, cfg.dataset.crop_ratio)
         checked = open_split(cfg, "eval", ranks)
-        self.evaluation = eval_loader(cfg, ranks, checked, centre, tolerant=True)
+        self.evaluation = eval_loader(cfg, ranks, checked, centre)
         self.collapse_watch = CollapseWatch(cfg, ranks, self.evaluation)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg).to(ranks.device)
@@ -212,7 +212,7 @@ class Pretraining(Task):
         with torch.compiler.set_stance("force_eager"):
             how = (self.evaluation, self.normalised, self.ranks)
             accuracy, images = leave_one_out_accuracy(self.model.encoder, *how)
-        self.loader.bad_images |= {*map(checked.describe, self.evaluation.unreadable)}
+        self.loader.bad_images |= self.evaluation.bad_images
         protocol = f"leave-one-out inside the {images} evaluation images"
         return {"nn_accuracy": accuracy}, f"nearest neighbour {accuracy:.2f} % ({protocol})"
 

@@ -145,22 +145,23 @@ class TrainLoader(StepOrder):
 
     def check_bad_images(self) -> None:
         """Stop the training if too many different images could not be read."""
-        total = len(self.bad_images)
-        if total > self.max_bad_images * len(self.dataset):
-            names = first_few(sorted(self.bad_images), 20)
-            allowed = f"max_bad_images={self.max_bad_images} allows: {names}"
-            found = f"{total} of {len(self.dataset)} images could not be read"
-            raise TooManyUnreadable(f"{found}, more than {allowed}")
+        check_bad_images(self.bad_images, len(self.dataset), self.max_bad_images)
+
+
+def check_bad_images(names: set[str], images: int, max_bad_images: float) -> None:
+    """Raise where more than this share of the images could not be read, or none could: names."""
+    if len(names) > max_bad_images * images or len(names) == images:
+        allowed = f"max_bad_images={max_bad_images} allows: {first_few(sorted(names), 20)}"
+        found = f"{len(names)} of {images} images could not be read"
+        raise TooManyUnreadable(f"{found}, more than {allowed}")
 
 
 class EvalLoader:
     """This process's part of all images, or of those with these indices, in order and each exactly
-    once.
+    once, but for those that cannot be read: they are named and left out, up to max_bad_images.
 
     It is a contiguous part, of whole batches: a batch holds the same images however many processes
-    there are, so that its arithmetic is the same to the last bit.
-
-    tolerant: an unreadable image is noted and replaced by its neighbour."""
+    there are, so that its arithmetic is the same to the last bit."""
 
     def __init__(
         self,
@@ -173,12 +174,12 @@ class EvalLoader:
         device: torch.device | str,
         indices: Sequence[int] | None = None,
         data_timeout: float = 0,
-        tolerant: bool = False,
+        max_bad_images: float = 1,
     ) -> None:
         self.dataset = dataset
         self.samples, self.batch_size = _EvalSamples(dataset, transform), batch_size
-        self.samples.most = MOST_NEIGHBOURS if tolerant else 1
-        self.unreadable: set[int] = set()
+        self.max_bad_images = max_bad_images
+        self.bad_images: set[str] = set()  # those of this process, until others are added
         indices = range(len(dataset)) if indices is None else indices
         starts = range(0, len(indices), batch_size)
         own = starts[share_of(len(starts), rank, world_size)]
@@ -191,12 +192,23 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         for images, labels, rest in _load(self.samples, self.batches, *self.workers):
-            indices = [index for index, _ in rest]
-            for index in {index for index, loaded in rest if index != loaded} - self.unreadable:
-                self.unreadable.add(index)
-                logger.warning("unreadable image, left out: %s", self.dataset.describe(index))
-            labels = None if self.dataset.labels is None else labels
-            yield EvalBatch(images, labels, torch.tensor(indices).to(self.device))
+            indices = torch.tensor([index for index, _ in rest]).to(self.device)
+            if bad := [index for index, unreadable in rest if unreadable]:
+                self.leave_out(bad)
+                is_read = ~torch.isin(indices, torch.tensor(bad).to(self.device))
+                images, labels, indices = images[is_read], labels[is_read], indices[is_read]
+            if len(indices):
+                yield EvalBatch(images, None if self.dataset.labels is None else labels, indices)
+
+    def leave_out(self, indices: Sequence[int]) -> None:
+        for name in map(self.dataset.describe, indices):
+            if name not in self.bad_images:
+                self.bad_images.add(name)
+                logger.warning("unreadable image, left out: %s", name)
+        self.check_bad_images()
+
+    def check_bad_images(self) -> None:
+        check_bad_images(self.bad_images, len(self.dataset), self.max_bad_images)
 
 
 class _Samples(Dataset):
@@ -219,6 +231,23 @@ class _Samples(Dataset):
             self.dark[0] = index
         return picture
 
+    def first_readable(self, index: int, *place: int) -> tuple[Tensor, int, list[str]] | DataError:
+        """Of this image and the next ones, after the transform (place: what else that takes): the
+        image, its label, the names of those before it."""
+        unreadable = []
+        for neighbour in range(index, index + MOST_NEIGHBOURS):
+            position = neighbour % len(self.dataset)
+            try:
+                image = self.transform(self.load(position), *place)
+                return image, self.label(position), unreadable
+            except DataError as error:
+                return error  # it says itself what is wrong
+            except UNREADABLE as error:
+                unreadable.append(self.dataset.describe(position))
+                reason = error
+        last = f"the last one being {unreadable[-1]}: {type(reason).__name__}: {reason}"
+        return DataError(f"{MOST_NEIGHBOURS} images in a row could not be read, {last}")
+
     def warn_if_dark(self) -> None:
         """In the main process: workers have consoles of their own."""
         if (index := int(self.dark[0])) >= 0:
@@ -233,40 +262,21 @@ class _TrainSamples(_Samples):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]] | DataError:
         """(image, label, unreadable); an unreadable image is replaced by the next one."""
-        epoch, index = key
-        unreadable = []
-        for neighbour in range(index, index + MOST_NEIGHBOURS):
-            position = neighbour % len(self.dataset)
-            try:
-                # Crop with the numbers of the image asked for: the neighbour itself may have its
-                # own turn in this epoch, with another crop.
-                image = self.transform(self.load(position), epoch, index)
-                return image, self.label(position), unreadable
-            except DataError as error:
-                return error  # it says itself what is wrong
-            except UNREADABLE as error:
-                unreadable.append(self.dataset.describe(position))
-                reason = error
-        last = f"the last one being {unreadable[-1]}: {type(reason).__name__}: {reason}"
-        return DataError(f"{MOST_NEIGHBOURS} images in a row could not be read, {last}")
+        # Crop with the numbers of the image asked for: the neighbour itself may have its own turn
+        # in this epoch, with another crop.
+        return self.first_readable(key[1], *key)
 
 
 class _EvalSamples(_Samples):
     """Addressed by index."""
 
-    most: int  # images that are tried, in a row
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, tuple[int, int]] | DataError:
-        """(image, label, (index, that of the image))"""
-        for neighbour in range(index, index + self.most):
-            try:
-                image = self.transform(self.load(neighbour % len(self.dataset)))
-                return image, self.label(index), (index, neighbour)
-            except DataError as error:
-                return error  # it says itself what is wrong
-            except UNREADABLE as error:
-                reason = f"an evaluation leaves no image out: {type(error).__name__}: {error}"
-        return DataError(f"cannot read {self.dataset.describe(index)}, and {reason}")
+    def __getitem__(self, index: int) -> tuple[Tensor, int, tuple[int, bool]] | DataError:
+        """(image, label, (index, whether it could not be read)); then the image is another one."""
+        found = self.first_readable(index)
+        if isinstance(found, DataError):
+            return found
+        image, label, unreadable = found
+        return image, label, (index, bool(unreadable))
 
 
 def _collate(samples: list) -> Loaded | DataError:

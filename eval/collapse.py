@@ -20,6 +20,7 @@ python launcher.py --config-name=collapse pretrained=checkpoints/lmim-vit_base \
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +49,13 @@ def evaluate(run: EvalRun) -> None:
         raise DataError(f"split={cfg.split}: expected 4 images or more, it has {len(dataset)}")
     pooled = extract(run, dataset, cfg.split, cfg.pooling, normalised=False).features
     generator = torch.Generator().manual_seed(cfg.seed)
-    chosen = torch.randperm(len(dataset), generator=generator)[: cfg.probe_images].tolist()
+    drawn, left_out = torch.randperm(len(dataset), generator=generator), run.bad_images[dataset]
+    readable = (index for index in drawn.tolist() if dataset.describe(index) not in left_out)
+    chosen = list(islice(readable, cfg.probe_images))
 
     @torch.inference_mode()
     def tokens_of(indices: list[int]) -> Iterator[Tensor]:
-        for batch in run.tracked(run.loader(dataset, indices), "batches probed:"):
+        for batch in run.batches(run.loader(dataset, indices), "batches probed:"):
             yield run.tokens(batch.images).patches.float()
 
     fitted, tested = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
@@ -62,7 +65,7 @@ def evaluate(run: EvalRun) -> None:
     run.finish(
         {"rankme": rank_me(pooled), **cosine_and_std(pooled), **tokens},
         protocol=f"{cfg.split} split, pooling {cfg.pooling}, tokens of {len(chosen)} images",
-        images=len(dataset),
+        images=len(pooled),
     )
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -18,7 +19,14 @@ from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone
 from eval.families import BackboneError
 from util.config import job_directory
-from util.distributed import Ranks, all_reduce, join_processes, leave_processes, on_main
+from util.distributed import (
+    Ranks,
+    all_reduce,
+    gather_objects,
+    join_processes,
+    leave_processes,
+    on_main,
+)
 from util.files import write_json
 from util.job import (
     describe_environment,
@@ -48,6 +56,8 @@ class EvalRun:
         self.start = self.last_progress = time.monotonic()
         self.job = job_directory(cfg)
         self.trained_in: float | None = None  # seconds of an earlier start, which trained it all
+        # Of each data set the images that could not be read, by name.
+        self.bad_images: dict[ImageDataset, set[str]] = defaultdict(set)
         self.report: dict = {}  # what the first process has written to results/
 
     def prepare(self) -> None:
@@ -65,7 +75,29 @@ class EvalRun:
     def loader(self, dataset: ImageDataset, indices: Sequence[int] | None = None) -> EvalLoader:
         """This process's part of all images, or of those with these indices."""
         transform = EvalTransform(self.backbone.image_side, self.cfg.dataset.crop_ratio)
-        return eval_loader(self.cfg, self.ranks, dataset, transform, indices)
+        most = self.cfg.max_bad_images
+        loader = eval_loader(self.cfg, self.ranks, dataset, transform, indices, most)
+        loader.bad_images = self.bad_images[dataset]  # each is named once
+        return loader
+
+    def batches(self, loader: EvalLoader, what: str) -> Iterator:
+        """Those of this process. At their end all processes know what any of them left out."""
+        yield from self.tracked(loader, what)
+        loader.bad_images.update(*gather_objects(loader.bad_images, self.ranks))
+        loader.check_bad_images()
+
+    def leave_out(self, dataset: ImageDataset, indices: list[int]) -> None:
+        """What could not be read outside a loader, on all processes alike."""
+        if not self.ranks.is_main:  # the first one names them
+            self.bad_images[dataset].update(map(dataset.describe, indices))
+        self.loader(dataset).leave_out(indices)
+
+    def count_left_out(self) -> int:
+        return len(set().union(*self.bad_images.values()))
+
+    def left_out_in_words(self) -> str:
+        count = self.count_left_out()
+        return f", {count} unreadable images left out" if count else ""
 
     @cached_property
     def precision(self) -> str:
@@ -118,7 +150,8 @@ class EvalRun:
             return
         seconds = time.monotonic() - self.start
         numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in results.items())
-        self.say(f"{self.name}: {numbers}  ({protocol}; {images} images, {seconds:.1f} s)")
+        seen = f"{images} images{self.left_out_in_words()}"
+        self.say(f"{self.name}: {numbers}  ({protocol}; {seen}, {seconds:.1f} s)")
         environment = describe_environment()
         self.report = {
             "evaluation": self.name,
@@ -129,6 +162,7 @@ class EvalRun:
             "random_init": self.cfg.random_init,
             "dataset": self.cfg.dataset.name,
             "images": images,
+            "left_out": self.count_left_out(),
             "seed": self.cfg.seed,
             "processes": self.ranks.world_size,
             "device": str(self.ranks.device),
@@ -207,6 +241,7 @@ class Classification(Task):
     """Trains `model`, all of it or parts of it, to name the classes of images."""
 
     names: Sequence[str]  # of what predicts in the model, each for itself
+    evaluated: int  # images that the accuracies are of
 
     def __init__(self, run: EvalRun):
         self.run, self.cfg, self.ranks = run, run.cfg, run.ranks
@@ -234,10 +269,13 @@ class Classification(Task):
         """The accuracies on the evaluation images of all processes."""
         self.model.eval()
         hits = torch.zeros(len(self.names), 2, dtype=torch.int64, device=self.ranks.device)
+        count = hits.new_zeros(())
         for predicted, labels in self.predictions():
             hits += torch.stack([count_hits(logits, labels) for logits in predicted])
+            count += len(labels)
         self.model.train()
-        self.accuracies = 100 * all_reduce(hits).double() / len(self.evaluation)
+        self.evaluated = int(all_reduce(count))
+        self.accuracies = 100 * all_reduce(hits).double() / self.evaluated
 
     def state(self) -> dict:
         return super().state() | {"backbone": self.run.backbone.describe()}

@@ -31,7 +31,7 @@ PROTOCOLS = {
 # What an evaluation takes over from this config, where it has the key.
 SHARED = (
     "pretrained pretrained_weights which layer image_side precision seed batch_size num_workers "
-    "data_timeout cache_dir data_path dataset env"
+    "data_timeout max_bad_images cache_dir data_path dataset env"
 ).split()
 # Those that fine-tune or augment choose their own batch size and precision.
 OWN = {"linear_probe": {"batch_size", "precision"}, "finetune": {"batch_size", "precision"}}

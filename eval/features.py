@@ -6,6 +6,7 @@ python launcher.py --config-name=features pretrained=checkpoints/lmim-vit_base i
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +57,8 @@ def pooled_width(width: int, pooling: str) -> int:
 def extract(
     run: EvalRun, dataset: ImageDataset, split: str, pooling: str, normalised: bool
 ) -> Features:
-    """Pooled features of all images of a split, on every process. normalised: to length 1.
+    """Pooled features of all images of a split that can be read, on every process. normalised: to
+    length 1.
 
     With cache_dir features are computed once, and read from there by all evaluations and processes.
     """
@@ -71,7 +73,11 @@ def extract(
                 write_whole(path, lambda file: np.save(file, features.numpy()))
             barrier()
         features = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return Features(unit_length(features) if normalised else features, labels_of(dataset))
+    labels, is_read = labels_of(dataset), ~features[:, 0].isnan()
+    if not is_read.all():
+        run.leave_out(dataset, (~is_read).nonzero().flatten().tolist())  # if it is from the cache
+        features, labels = features[is_read], labels[is_read]
+    return Features(unit_length(features) if normalised else features, labels)
 
 
 def extract_labelled(
@@ -101,15 +107,17 @@ def unit_length(features: Tensor) -> Tensor:
     return result
 
 
+@torch.inference_mode()
 def compute(run: EvalRun, dataset: ImageDataset, pooling: str) -> Tensor:
-    """-> float32 [N, D], not normalised"""
+    """-> float32 [N, D], not normalised; NaN are the rows of images that could not be read"""
 
     def vectors(images: Tensor) -> Tensor:
         return pool(run.tokens(images), pooling)
 
     width = pooled_width(run.backbone.embed_dim, pooling)
-    features = encode(run.loader(dataset), vectors, width, run.ranks, run)
+    features, is_read = encode(run.loader(dataset), vectors, width, run.ranks, run)
     check_finite(features, f"precision={run.precision}")
+    features[~is_read] = torch.nan
     return features
 
 
@@ -121,19 +129,22 @@ def check_finite(features: Tensor, settings: str) -> None:
 @torch.inference_mode()
 def encode(
     loader: EvalLoader, vectors: Vectors, width: int, ranks: Ranks, run: EvalRun | None = None
-) -> Tensor:
-    """Each process encodes its part; then all have all. -> float32 [N, width], on the CPU"""
-    features = torch.empty(len(loader.dataset), width)
+) -> Pair:
+    """Each process encodes its part; then all have all. -> float32 [N, width], on the CPU, and
+    which of the images could be read, bool [N]; the rows of the others are zero"""
+    features = torch.zeros(len(loader.dataset), width)
+    is_read = torch.zeros(len(features), dtype=torch.uint8)
     for indices, values in encoded(loader, vectors, run):
-        features[indices] = values
-    share_rows(features, loader.batch_size, ranks)
-    return features
+        features[indices], is_read[indices] = values, 1
+    for rows in (features, is_read):
+        share_rows(rows, loader.batch_size, ranks)
+    return features, is_read.bool()
 
 
 @torch.inference_mode()
 def encoded(loader: EvalLoader, vectors: Vectors, run: EvalRun | None) -> Iterator[Pair]:
     """This process's part, a batch at a time and in order: indices, vectors; both on the CPU."""
-    for batch in loader if run is None else run.tracked(loader, "batches encoded:"):
+    for batch in loader if run is None else run.batches(loader, "batches encoded:"):
         yield batch.indices.cpu(), vectors(batch.images).float().cpu()
 
 
@@ -180,15 +191,19 @@ def save(run: EvalRun) -> None:
         tokens = run.tokens(blank)
         shape = (len(dataset), *chosen(tokens).shape[1:])
     on_main(lambda: claim(run.job), run.ranks)
-    path = save_rows(run, dataset, lambda images: chosen(run.tokens(images)), shape)
+    path, kept = save_rows(run, dataset, lambda images: chosen(run.tokens(images)), shape)
     if not run.ranks.is_main:
         return
-    names = (dataset.describe(index).splitlines() for index in range(len(dataset)))
+    shape = (len(kept), *shape[1:])
+    names = (dataset.describe(index).splitlines() for index in kept)
     lines = (os.fsencode("\\n".join(name)) + b"\n" for name in names)
     write_whole(results / "paths.txt", lambda file: file.writelines(lines))
-    write_whole(results / "labels.npy", lambda file: np.save(file, labels_of(dataset).numpy()))
+    write_whole(
+        results / "labels.npy", lambda file: np.save(file, labels_of(dataset)[kept].numpy())
+    )
     meta = {
         "shape": shape,
+        "left_out": sorted(run.bad_images[dataset]),  # images that could not be read
         "grid": tokens.grid,  # of the patch tokens: rows, columns
         "backbone": run.backbone.describe(),
         "precision": run.precision,
@@ -199,7 +214,7 @@ def save(run: EvalRun) -> None:
         **describe_environment(),
     }
     write_json(results / "meta.json", meta)
-    run.say(f"features: {path}, {cfg.dtype} {list(shape)}")
+    run.say(f"features: {path}, {cfg.dtype} {list(shape)}{run.left_out_in_words()}")
 
 
 def claim(job: Path) -> None:
@@ -214,31 +229,56 @@ def claim(job: Path) -> None:
     meta.unlink(missing_ok=True)
 
 
-def save_rows(run: EvalRun, dataset: ImageDataset, vectors: Vectors, shape: tuple) -> Path:
+def save_rows(
+    run: EvalRun, dataset: ImageDataset, vectors: Vectors, shape: tuple
+) -> tuple[Path, list[int]]:
     """Each process writes its rows into one .npy, as they come. Not through a mapping: its pages
     would count as memory, a full disk would be a bus error, and of a page that two machines share
-    one would lose its rows."""
+    one would lose its rows. -> the file, and the images whose rows it has"""
     dtype, path = np.dtype(run.cfg.dtype), run.job / "results" / "features.npy"
+    size, kept = dtype.itemsize * math.prod(shape[1:]), list(range(len(dataset)))  # bytes of a row
+
+    def write_header(file: BinaryIO, rows: int) -> None:
+        """It is as long for any number of rows."""
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, *shape[1:])}
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
 
     def write(file: BinaryIO | None = None) -> None:
         if file is not None:
-            header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
+            write_header(file, len(kept))
         name, start = broadcast_object(file and (file.name, file.tell()), run.ranks)
         with open(name, "r+b") as rows:
             for indices, values in encoded(run.loader(dataset), vectors, run):
-                rows.seek(start + int(indices[0]) * dtype.itemsize * values[0].numel())
                 values = values.to(getattr(torch, dtype.name))
                 check_finite(values, f"dtype={dtype}, precision={run.precision}")
-                rows.write(values.contiguous().numpy().data)
+                for index, row in zip(indices.tolist(), values.numpy(), strict=True):
+                    rows.seek(start + index * size)
+                    rows.write(np.ascontiguousarray(row).data)
         barrier()
+        if file is not None and (left_out := run.bad_images[dataset]):
+            kept[:] = [index for index in kept if dataset.describe(index) not in left_out]
+            with open(name, "r+b") as rows:
+                close_gaps(rows, start, size, kept)
+            write_header(file, len(kept))
 
     if run.ranks.is_main:
         write_whole(path, write)
     else:
         write()
-    return path
+    return path, kept
+
+
+def close_gaps(file: BinaryIO, start: int, size: int, kept: list[int]) -> None:
+    """Of rows of `size` bytes keep these, in order and without the gaps between them."""
+    for place, row in enumerate(kept):
+        if place != row:
+            file.seek(start + row * size)
+            values = file.read(size)
+            file.seek(start + place * size)
+            file.write(values)
+    file.truncate(start + len(kept) * size)
 
 
 if __name__ == "__main__":

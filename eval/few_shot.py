@@ -34,6 +34,7 @@ def evaluate(run: EvalRun) -> None:
     images = labelled_images(run, "train", "eval")
     check_shots(images["train"].labels, max(cfg.shots))
     train, evaluation = extract_labelled(run, images, cfg.pooling).values()
+    check_shots(train.labels.numpy(), max(cfg.shots))  # some may have been left out
     classes = count_classes(train.labels, evaluation.labels)
 
     # Each process takes some of the draws; every draw is computed by one process as by any other.

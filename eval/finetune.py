@@ -62,7 +62,7 @@ def evaluate(run: EvalRun) -> None:
     run.finish(
         dict(zip(("top1", "top5"), task.accuracies[0].tolist(), strict=True)),
         protocol=f"fine-tuning, {run.cfg.epochs} epochs, top-1 of the last one",
-        images=len(task.evaluation),
+        images=task.evaluated,
     )
 
 
@@ -164,7 +164,7 @@ class Finetuning(Classification):
 
     def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         loader = self.run.loader(self.evaluation)
-        for batch in self.run.tracked(loader, "evaluation batches:"):
+        for batch in self.run.batches(loader, "evaluation batches:"):
             with self.run.autocast():
                 logits = self.model(self.run.normalised(batch.images))
             yield [logits], batch.labels

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as summed_with_gradients
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from data.base import DataError
 from data.loader import StepOrder, share_of
 from data.transforms import TrainTransform
 from eval.backbone import Backbone, Tokens
@@ -55,7 +56,7 @@ def evaluate(run: EvalRun) -> None:
         {"top1": top1[best], "top5": top5[best]} | {f"top1/{name}": top1[name] for name in top1},
         protocol=f"linear probe, {cfg.epochs} epochs of {task.source}, LARS; top1 is the best of "
         f"{len(top1)} heads (pooling/learning rate), chosen on the evaluation images",
-        images=len(task.evaluation),
+        images=task.evaluated,
         extra={"best_head": best, "top5_by_head": top5},
     )
 
@@ -115,7 +116,7 @@ class Probe(Classification):
 
     def evaluation_parts(self) -> Iterator[StepData]:
         loader = self.run.loader(self.evaluation)
-        return map(self.encoded, self.run.tracked(loader, "evaluation batches:"))
+        return map(self.encoded, self.run.batches(loader, "evaluation batches:"))
 
     def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         for part in self.evaluation_parts():
@@ -137,11 +138,16 @@ class CachedProbe(Probe):
         cfg, ranks = self.cfg, self.ranks
         if ATTENTIVE in cfg.poolings:
             raise ConfigError("cached=True: expected poolings without attentive, it needs tokens")
-        sizes = (len(self.images["train"]), cfg.seed, cfg.batch_size, cfg.accum_iter)
-        order = StepOrder(*sizes, ranks.rank, ranks.world_size)
+        sizes = (cfg.seed, cfg.batch_size, cfg.accum_iter, ranks.rank, ranks.world_size)
+        StepOrder(len(self.images["train"]), *sizes)  # complains before the long work
         stored = partial(extract_labelled, self.run, self.images, normalised=False)
         self.features = {pooling: stored(pooling=pooling) for pooling in cfg.poolings}
-        return order
+        counts = [[len(part.labels) for part in parts.values()] for parts in self.features.values()]
+        if any(count != counts[0] for count in counts):
+            raise DataError(
+                "images that could be read for one of the poolings could not for another"
+            )
+        return StepOrder(counts[0][0], *sizes)
 
     def encoded(self, indices: list[int] | Tensor, split: str = "train") -> StepData:
         features = {}
@@ -151,7 +157,7 @@ class CachedProbe(Probe):
         return StepData(features, labels)
 
     def evaluation_parts(self) -> Iterator[StepData]:
-        count = len(self.evaluation)
+        count = len(self.features[self.cfg.poolings[0]]["eval"].labels)
         own = torch.arange(count)[share_of(count, self.ranks.rank, self.ranks.world_size)]
         for indices in own.split(self.cfg.batch_size):
             yield self.encoded(indices, "eval")

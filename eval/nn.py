@@ -21,7 +21,7 @@ from eval.features import Features, encode, extract_labelled, labels_of, unit_le
 from models.vit import Encoder
 from util.command import run_worker
 from util.config import ConfigError
-from util.distributed import Ranks, all_reduce, gather_objects
+from util.distributed import Ranks, all_reduce
 
 QUERIES = 1024  # at a time, the same pieces however many processes share them
 BANK_ROWS = 65536  # bank rows at a time
@@ -132,12 +132,11 @@ def leave_one_out_accuracy(
 
     was_training = encoder.training
     encoder.eval()
-    features = encode(images, vectors, encoder.embed_dim, ranks)
+    features, is_read = encode(images, vectors, encoder.embed_dim, ranks)
     encoder.train(was_training)
-    unreadable = set().union(*gather_objects(images.unreadable, ranks))
-    kept = [index for index in range(len(features)) if index not in unreadable]
-    found = Features(unit_length(features[kept]), labels_of(images.dataset)[kept])
-    return leave_one_out(found, ranks) if len(kept) > 1 else math.nan, len(kept)
+    found = Features(unit_length(features[is_read]), labels_of(images.dataset)[is_read])
+    count = len(found.labels)
+    return leave_one_out(found, ranks) if count > 1 else math.nan, count
 
 
 # --- exact search: largest inner products, in chunks that bound the memory ----------------------

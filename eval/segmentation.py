@@ -65,8 +65,10 @@ def token_batches(run: EvalRun, dataset: MaskedImages, what: str) -> Iterator[Ba
     """This process's part, in order."""
     backbone = run.backbone
     transform = MaskTransform(backbone.image_side, run.cfg.dataset.crop_ratio)
-    loader = eval_loader(run.cfg, run.ranks, WithMasks(dataset), transform)
-    for batch in run.tracked(loader, what):
+    most = run.cfg.max_bad_images
+    loader = eval_loader(run.cfg, run.ranks, WithMasks(dataset), transform, max_bad_images=most)
+    loader.bad_images = run.bad_images[dataset]
+    for batch in run.batches(loader, what):
         images, masks = batch.images[:, :3], batch.images[:, 3].cpu().numpy()
         if run.cfg.features == "pixels":
             patches = extract_patches(run.normalised(images), backbone.patch_size)
@@ -165,7 +167,7 @@ def vote_on_patches(run: EvalRun, dataset: MaskedImages) -> None:
         protocol=f"k-NN of {SEEN[cfg.features]} minus their mean in the bank, k neighbours in "
         f"accuracy_k, votes of exp(cosine / {cfg.temperature}), bank of {len(bank.labels)} "
         f"training patches; of {patches} patches with 90 % of their pixels of one class, percent",
-        images=len(dataset),
+        images=len(dataset) - len(run.bad_images[dataset]),
         extra={"bank": len(bank.labels), "patches": patches},
     )
 
@@ -201,6 +203,7 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     batches = token_batches(run, train_set, "training batches encoded:")
     # What waits for its turn waits in the memory of the host.
     parts = [(tokens._replace(patches=tokens.patches.cpu()), masks) for tokens, masks in batches]
+    trained = len(train_set) - len(run.bad_images[train_set])
     head = train_patch_head(run, parts)
     confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
     for tokens, masks in token_batches(run, dataset, "batches classified:"):
@@ -218,8 +221,8 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     run.finish(
         {"miou": 100 * fmean(ious.values()), "pixel_accuracy": 100 * float(accuracy)},
         protocol=f"frozen linear head on {SEEN[cfg.features]}, {cfg.patch_head.epochs} epochs, "
-        f"{len(train_set)} training images; mIoU over the classes of the evaluation masks, percent",
-        images=len(dataset),
+        f"{trained} training images; mIoU over the classes of the evaluation masks, percent",
+        images=len(dataset) - len(run.bad_images[dataset]),
         extra={"iou_of_class": {str(number): 100 * iou for number, iou in ious.items()}},
     )
 

@@ -25,7 +25,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from data.base import readable
+from data.base import UNREADABLE, DataError
 from data.files import given_images
 from data.photographs import installed
 from data.picture import Picture, crop_and_resize, is_dark, size_of, warn_of_dark
@@ -97,15 +97,20 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     first, max_value = methods[0].run, cfg.dataset.options.get("max_value")
     dataset = given_images(cfg.images or str(installed(SAMPLES)), max_value)
     run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all of them
-    paths = [path if cfg.images else Path(path).name for path in dataset.paths]
     run.prepare()
-    views = []  # of each image, one per method
-    for index in run.tracked(range(len(dataset)), "images encoded:"):
-        with readable(dataset.describe(index)):
+    paths, views = [], []  # of each image; views: one per method
+    for index, path in enumerate(run.tracked(list(dataset.paths), "images encoded:")):
+        try:
             picture = dataset.load(index)
+        except DataError:
+            raise
+        except UNREADABLE:
+            run.leave_out(dataset, [index])
+            continue
+        paths.append(path if cfg.images else Path(path).name)
         if is_dark(picture):
-            warn_of_dark(dataset.describe(index))
-        views.append([see(method, picture, paths[index]) for method in methods])
+            warn_of_dark(path)
+        views.append([see(method, picture, paths[-1]) for method in methods])
     labels, lines, reports, colours = [], [], [], []
     for number, method in enumerate(methods):
         own = [view[number].tokens for view in views]
@@ -145,8 +150,10 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
         sheet.append(Row(path, overview))
     draw(folder / "all", sheet, lines)
     report = {"command": lines[-1], "caption": lines, "methods": reports, "images": paths}
-    write_json(report_file, report | {"pictures": files})
-    run.say(f"visualize: {len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/")
+    rest = {"pictures": files, "left_out": run.count_left_out()}
+    write_json(report_file, report | rest)
+    made = f"{len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/"
+    run.say(f"visualize: {made}{run.left_out_in_words()}")
 
 
 def prepare(method: Method, picture: Picture) -> Tensor:

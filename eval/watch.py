@@ -34,8 +34,8 @@ class CollapseWatch:
         count = min(cfg.watch_images, len(dataset))
         chosen = [len(dataset) * place // count for place in range(count)]  # from all parts of it
         smaller = OmegaConf.merge(cfg, {"batch_size": min(cfg.batch_size, BATCH)})
-        self.loader = eval_loader(smaller, ranks, dataset, transform, chosen, tolerant=True)
-        self.loader.unreadable = images.unreadable  # each is named once
+        self.loader = eval_loader(smaller, ranks, dataset, transform, chosen)
+        self.loader.bad_images = images.bad_images  # each is named once
         self.ranks = ranks
         self.batches: list[Tensor] | None = None  # uint8, on the device
 
@@ -43,12 +43,10 @@ class CollapseWatch:
     def measure(self, encoder: Encoder, normalised: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """As --config-name=collapse, of the tokens before the final norm and their mean."""
         if self.batches is None:
-            self.batches, unreadable = [], self.loader.unreadable
-            for batch in self.loader:
-                kept = [index not in unreadable for index in batch.indices.tolist()]
-                self.batches.append(batch.images[torch.tensor(kept, device=batch.images.device)])
-            unreadable.update(*gather_objects(unreadable, self.ranks))
-        pooled: list[Tensor] = []
+            self.batches = [batch.images for batch in self.loader]
+            bad_images = self.loader.bad_images
+            bad_images.update(*gather_objects(bad_images, self.ranks))
+        pooled = [torch.empty(0, encoder.embed_dim)]
 
         def tokens_of(first: int) -> Iterator[Tensor]:
             for images in self.batches or ():

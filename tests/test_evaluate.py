@@ -87,7 +87,7 @@ SHARED = {
     "pretrained": "timm:vit_tiny_patch16_224",
     **{"pretrained_weights": "tiny.pth", "which": "target", "layer": 1, "image_side": 32},
     **{"precision": "bf16", "seed": 3, "batch_size": 7, "num_workers": 2, "data_timeout": 20},
-    **{"cache_dir": "cache", "data_path": "images"},
+    **{"cache_dir": "cache", "data_path": "images", "max_bad_images": 0.25},
 }
 NOT_SHARED = {"final_norm", "random_init", "output_dir"}  # each evaluation has its own
 TRAININGS = {"batch_size": 512, "precision": "auto"}

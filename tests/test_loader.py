@@ -424,7 +424,23 @@ def test_evaluation_does_not_depend_on_workers_and_can_be_repeated():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_stops_at_an_unreadable_image(damaged_folder, workers):
-    loader = eval_loader(build_dataset("folder", "eval", damaged_folder), num_workers=workers)
-    with pytest.raises(DataError, match="^cannot read .*04.jpg, and an evaluation leaves no image"):
+def test_evaluation_leaves_unreadable_images_out_up_to_max_bad_images(
+    damaged_folder, workers, caplog
+):
+    dataset = build_dataset("folder", "eval", damaged_folder)
+    dataset.labels = np.arange(12) + 1000
+    loader = eval_loader(dataset, batch_size=2, num_workers=workers)
+    loader.max_bad_images = 0.25
+    with caplog.at_level(logging.WARNING, logger="lmim.data"):
+        batches = [*loader, *loader]
+    kept = [0, 1, 2, 3, 6, 7, 8, 9, 10]  # 4 and 5 were a batch
+    assert [index for batch in batches for index in batch.indices.tolist()] == 2 * kept
+    assert [label - 1000 for batch in batches for label in batch.labels.tolist()] == 2 * kept
+    brightness = [float(image[0, 4, 4]) for batch in batches for image in batch.images]
+    assert np.allclose(brightness, [20 * index for index in 2 * kept], atol=3)
+    names = {str(damaged_folder / name) for name in ("04.jpg", "05.jpg", "11.jpg")}
+    assert loader.bad_images == names and len(caplog.records) == 3
+    loader = eval_loader(dataset, batch_size=2, num_workers=workers)
+    loader.max_bad_images = 0.24
+    with pytest.raises(DataError, match=r"^3 of 12 .* max_bad_images=0.24 allows: .*/04.jpg, .*11"):
         list(loader)

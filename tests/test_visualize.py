@@ -329,7 +329,9 @@ def test_bad_input(tmp_path, override):
 def test_an_unreadable_image_is_named(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff nothing")
     cfg = config("visualize", digits_checkpoint(tmp_path), tmp_path, f"images={tmp_path}/a.jpg")
-    assert_bad_input(visualize.main, cfg, DataError, "cannot read .*a.jpg: ")
+    assert_bad_input(
+        visualize.main, cfg, DataError, "1 of 1 images could not be read, more .*a.jpg$"
+    )
 
 
 def test_a_network_that_takes_one_size_only_says_so(tmp_path):

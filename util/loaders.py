@@ -41,9 +41,9 @@ def eval_loader(
     dataset: ImageDataset,
     transform: Callable[..., Tensor],
     indices: Sequence[int] | None = None,
-    tolerant: bool = False,
+    max_bad_images: float = 1,
 ) -> EvalLoader:
-    own = {"indices": indices, "tolerant": tolerant, **for_both(cfg, ranks)}
+    own = {"indices": indices, "max_bad_images": max_bad_images, **for_both(cfg, ranks)}
     return EvalLoader(dataset, transform, **own)
 
 

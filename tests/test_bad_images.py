@@ -1,0 +1,176 @@
+"""Images that cannot be read: an evaluation that leaves them out gives the numbers of one that
+never had them, and says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.backbones import run_command
+from tests.eval_by_hand import report_of, write_checkpoint, write_images
+from tests.runs import run_together
+
+BROKEN = ["val/bee/1.jpg", "val/bee/2.png", "val/gnu/0.png"]
+BROKEN_TRAINING = ["train/ant/0.png", "train/dog/3.jpg"]  # each class keeps five
+MASKED = ["images/train/a4.png", "images/val/a0.png", "images/val/a5.png"]
+
+
+def break_file(path: Path, number: int) -> None:
+    contents = path.read_bytes()
+    path.write_bytes([contents[: len(contents) // 2], b"", b"<html>404</html>"][number % 3])
+
+
+def twice(root: Path, names: list[str]) -> tuple[Path, Path]:
+    """The folder, in which these files are broken, and a copy without them."""
+    without = root.with_name("without")
+    shutil.copytree(root, without)
+    for number, name in enumerate(names):
+        break_file(root / name, number)
+        (without / name).unlink()
+    return root, without
+
+
+@pytest.fixture
+def photos(tmp_path) -> tuple[Path, Path]:
+    return twice(write_images(tmp_path / "photos"), BROKEN + BROKEN_TRAINING)
+
+
+@pytest.fixture
+def masked(tmp_path) -> tuple[Path, Path]:
+    """Two halves of each image, with noise."""
+    rng, root = np.random.default_rng(0), tmp_path / "photos"
+    for split in ("train", "val"):
+        for folder in ("images", "masks"):
+            (root / folder / split).mkdir(parents=True)
+        for number in range(6):
+            mask = np.zeros((32, 32), dtype=np.uint8)
+            mask[:, 4 * number + 4 :] = 1
+            pixels = rng.normal(40 + 150 * mask[..., None], 40, (32, 32, 3)).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / f"images/{split}/a{number}.png")
+            Image.fromarray(mask).save(root / f"masks/{split}/a{number}.png")
+    return twice(root, MASKED)
+
+
+def evaluate(name: str, checkpoint: Path, root: Path, *overrides: str) -> dict:
+    """-> what results/ has"""
+    folder = root.with_name(f"jobs-{root.name}")
+    settings = [f"pretrained={checkpoint}", f"data_path={root}", f"output_dir={folder}"]
+    settings += ["num_workers=0", "batch_size=4", "max_bad_images=0.4"]
+    assert run_command(name, *settings, *overrides) == 0
+    return report_of(folder / name)
+
+
+def assert_same_numbers(ours: dict, expected: dict, left_out: int, *names: str) -> None:
+    for name in names or expected["results"]:
+        found = ours["results"][name]
+        assert found == pytest.approx(expected["results"][name], rel=1e-4, abs=1e-4), name
+    assert ours["images"] == expected["images"]
+    assert (ours["left_out"], expected["left_out"]) == (left_out, 0)
+
+
+EVALUATIONS = {
+    "nn": ("nn", [], 3),
+    "knn": ("nn", ["protocol=knn", "neighbours=[1,3]"], 5),
+    "few_shot": ("few_shot", ["shots=[2]", "draws=2"], 5),
+    "linear_probe": ("linear_probe", ["cached=True", "epochs=2", "warmup_epochs=1"], 5),
+}
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+def test_numbers_are_of_the_images_that_are_left(evaluation, tmp_path, photos, capfd, caplog):
+    name, overrides, left_out = EVALUATIONS[evaluation]
+    overrides = ["dataset=imagefolder", f"cache_dir={tmp_path / 'cache'}", *overrides]
+    checkpoint = write_checkpoint(tmp_path)
+    expected = evaluate(name, checkpoint, photos[1], *overrides)
+    for start in range(2):  # the second finds the features in the cache
+        caplog.clear()
+        again = ["overwrite=True"] if start and name == "linear_probe" else []
+        ours = evaluate(name, checkpoint, photos[0], *overrides, *again)
+        assert_same_numbers(ours, expected, left_out)
+        assert f"{left_out} unreadable images left out" in capfd.readouterr().out
+        named = [record.getMessage() for record in caplog.records]
+        assert len(named) == len(set(named)) == left_out
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "finetune"])
+def test_what_is_trained_is_measured_on_the_images_that_are_left(name, tmp_path, capfd):
+    """Training images are replaced, so that here all can be read."""
+    broken, without = twice(write_images(tmp_path / "photos"), BROKEN)
+    overrides = ["dataset=imagefolder", "epochs=2", "warmup_epochs=1", "eval_freq=1"]
+    checkpoint = write_checkpoint(tmp_path)
+    reports = [evaluate(name, checkpoint, root, *overrides) for root in (broken, without)]
+    assert_same_numbers(*reports, 3)
+    assert capfd.readouterr().err.count("unreadable image, left out: ") == 3, "once, of two"
+
+
+def test_collapse_is_measured_on_the_images_that_are_left(tmp_path, photos):
+    checkpoint = write_checkpoint(tmp_path)
+    reports = [evaluate("collapse", checkpoint, root, "dataset=imagefolder") for root in photos]
+    assert_same_numbers(*reports, 3, "rankme", "mean_cosine", "channel_std")
+    assert f"tokens of {reports[1]['images']} images" in reports[0]["protocol"]
+
+
+@pytest.mark.parametrize("method", ["unsupervised", "linear", "knn"])
+def test_segmentation_is_measured_on_the_images_that_are_left(method, tmp_path, masked):
+    checkpoint = write_checkpoint(tmp_path)
+    overrides = ["dataset=masks", f"method={method}", "neighbours=[3]", "patch_head.epochs=2"]
+    overrides += ["patch_head.batch_images=9", "segments=[2]"]
+    reports = [evaluate("segmentation", checkpoint, root, *overrides) for root in masked]
+    assert_same_numbers(*reports, 2 if method == "unsupervised" else 3)
+    assert reports[0]["protocol"] == reports[1]["protocol"]
+
+
+def saved(job: Path) -> tuple[np.ndarray, list[str], list[int], dict]:
+    results = job / "results"
+    features, labels = (np.load(results / f"{name}.npy") for name in ("features", "labels"))
+    paths = (results / "paths.txt").read_text().splitlines()
+    return features, paths, labels.tolist(), json.loads((results / "meta.json").read_text())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_saved_features_have_no_rows_of_what_is_left_out(processes, tokens, tmp_path, photos):
+    found = []
+    for root in photos:
+        arguments = ["--config-name=features", f"pretrained={write_checkpoint(tmp_path)}"]
+        arguments += [f"data_path={root}", "dataset=imagefolder", f"output_dir={root}-features"]
+        arguments += ["num_workers=0", "batch_size=4", "max_bad_images=0.4", f"tokens={tokens}"]
+        output = run_together(processes, *arguments)
+        found.append(saved(Path(f"{root}-features/features")))
+    (features, paths, labels, meta), (expected, *expected_names, expected_meta) = found
+    assert "unreadable" not in output
+    assert features.shape == expected.shape and np.allclose(features, expected, atol=1e-5)
+    broken, without = photos
+    moved = [path.replace(f"{without}/", f"{broken}/") for path in expected_names[0]]
+    assert (paths, labels) == (moved, expected_names[1])
+    assert meta["shape"] == expected_meta["shape"] == list(features.shape)
+    assert meta["left_out"] == sorted(str(broken / name) for name in BROKEN)
+    assert expected_meta["left_out"] == []
+
+
+def test_visualize_leaves_them_out(tmp_path, capfd, caplog):
+    root = write_images(tmp_path / "photos") / "val" / "bee"
+    break_file(root / "2.png", 0)
+    images = [f"images={root}", "max_bad_images=0.4", "max_iter=null", "clusters=[2]"]
+    places = [f"pretrained={write_checkpoint(tmp_path)}", f"output_dir={tmp_path}"]
+    assert run_command("visualize", *places, *images) == 0
+    kept = sorted(str(path) for path in root.iterdir() if path.stem != "2")
+    report = json.loads((tmp_path / "visualize" / "results" / "visualize.json").read_text())
+    assert (report["images"], report["left_out"]) == (kept, 1)
+    pictures = [f"{number:03}-{Path(path).stem}" for number, path in enumerate(kept)]
+    assert report["pictures"] == pictures
+    assert caplog.records[0].getMessage() == f"unreadable image, left out: {root}/2.png"
+    assert "1 unreadable images left out" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nn", "features", "visualize"])
+def test_more_than_max_bad_images_end_with_one_sentence(name, tmp_path, photos, capfd):
+    where = [f"images={photos[0]}/val"] if name == "visualize" else ["dataset=imagefolder"]
+    where += [f"data_path={photos[0]}", f"output_dir={tmp_path}", "num_workers=0"]
+    assert run_command(name, f"pretrained={write_checkpoint(tmp_path)}", *where) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "images could not be read, more than max_bad_images=0.001 allows: " in error
+    assert f"{photos[0]}/val/bee/1.jpg" in error
