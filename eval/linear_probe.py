@@ -138,8 +138,9 @@ class CachedProbe(Probe):
         cfg, ranks = self.cfg, self.ranks
         if ATTENTIVE in cfg.poolings:
             raise ConfigError("cached=True: expected poolings without attentive, it needs tokens")
-        sizes = (cfg.seed, cfg.batch_size, cfg.accum_iter, ranks.rank, ranks.world_size)
-        StepOrder(len(self.images["train"]), *sizes)  # complains before the long work
+        train = self.images["train"]
+        sizes = (len(train), cfg.seed, cfg.batch_size, cfg.accum_iter)
+        order = StepOrder(*sizes, ranks.rank, ranks.world_size)
         stored = partial(extract_labelled, self.run, self.images, normalised=False)
         self.features = {pooling: stored(pooling=pooling) for pooling in cfg.poolings}
         counts = [[len(part.labels) for part in parts.values()] for parts in self.features.values()]
@@ -147,9 +148,15 @@ class CachedProbe(Probe):
             raise DataError(
                 "images that could be read for one of the poolings could not for another"
             )
-        return StepOrder(counts[0][0], *sizes)
+        bad = self.run.bad_images[train.dataset]
+        kept = [index for index in range(len(train)) if not bad or train.describe(index) not in bad]
+        # Of each training image; one that could not be read is replaced by the next, as elsewhere.
+        self.rows = torch.searchsorted(torch.tensor(kept), torch.arange(len(train))) % len(kept)
+        return order
 
     def encoded(self, indices: list[int] | Tensor, split: str = "train") -> StepData:
+        if split == "train":
+            indices = self.rows[indices]
         features = {}
         for pooling, splits in self.features.items():
             features[pooling] = splits[split].features[indices].to(self.ranks.device)
