@@ -245,7 +245,9 @@ def test_a_process_that_is_killed_is_named(run_own_worker):
 
 @pytest.mark.slow
 def test_a_mistake_that_training_finds_is_said_once(tmp_path):
-    result = run([*LAUNCHER, "env.ngpu=2", *TINY, f"output_dir={tmp_path}", "dataset=folder"])
+    (tmp_path / "empty").mkdir()
+    images = ["dataset=folder", f"data_path={tmp_path}/empty"]
+    result = run([*LAUNCHER, "env.ngpu=2", *TINY, f"output_dir={tmp_path}", *images])
     assert result.returncode == 2
     assert re.fullmatch(r"\[rank 0\] error: .+\n", result.stderr)
 
