@@ -28,6 +28,7 @@ from tests.runs import (
 )
 from util.checkpoint import list_checkpoints, load_file
 from util.command import call
+from util.job import step_of
 from util.lock import lock, unlock
 from util.record import JsonLines, TensorBoardFile
 
@@ -120,7 +121,7 @@ def test_a_stop_on_a_full_disk_says_what_is_lost(small_disk):
     lost = re.search(rf"SIGTERM: (\d+) steps are lost: the newest checkpoint is {newest}\n", output)
     filler.unlink()
     code, output = run(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
-    assert code == 0 and f"from step {load_file(newest)['step']}\n" in output
+    assert code == 0 and f"from step {step_of(newest)}\n" in output
     assert lost and 0 < int(lost[1]) < 60
 
 
