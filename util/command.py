@@ -90,10 +90,10 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
-    """-> exit code. 0: done; 1: a crash, data that did not come, or files that are gone
-    after the first step of a training (a file server may be back); 2: bad input; 3: a training
-    that cannot go on; 4: another process is writing in the job's folder. After 1 and 4 the same
-    command may succeed later."""
+    """-> exit code. 0: done; 1: a crash, data that did not come, or files that are gone after the
+    first step of a training (a file server may be back); 2: bad input; 3: a training that cannot go
+    on; 4: another process is writing in the job's folder. After 1 and 4 the same command may
+    succeed later."""
     if is_restart() and "resume" in cfg:
         cfg.resume = cfg.resume or True
     try:
