@@ -295,7 +295,7 @@ def test_help_lists_the_users_own(monkeypatch, capsys, own):
 def test_the_printed_config_is_checked(launch):
     exit_code, (config,), errors = launch("epochs=abc")
     assert exit_code == 2 and config["epochs"] == "abc"
-    assert errors == "error: epochs=abc: expected a whole number of at least 1\n"
+    assert errors == "error: epochs=abc: expected a whole number from 1 to 10**9\n"
 
 
 def test_a_finished_job_is_composed_again(composed, tmp_path):

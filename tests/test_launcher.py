@@ -257,7 +257,7 @@ def test_torchrun_shows_the_mistake(tmp_path):
     """torchrun adds its own report and its own exit code, 1."""
     result = run([*torchrun(2), *TINY, f"output_dir={tmp_path}", "epochs=abc"])
     assert result.returncode == 1
-    assert result.stderr.count("error: epochs=abc: expected a whole number of at least 1\n") == 1
+    assert result.stderr.count("error: epochs=abc: expected a whole number from 1 to 10**9\n") == 1
 
 
 # ---- Being told to stop. -------------------------------------------------------------------------

@@ -351,7 +351,8 @@ def load_with_shared_memory_of(size: str, num_workers: int, answer) -> None:
         answer.write_text(f"{len(batches)} batches")
     except DataError as error:
         answer.write_text(str(error))
-    os._exit(0)  # as a command does: the workers ignore the TERM that multiprocessing sends
+    finally:
+        os._exit(0)  # as a command does: the workers ignore the TERM that multiprocessing sends
 
 
 @pytest.mark.parametrize(("size", "num_workers"), [("64k", 2), ("512k", 2), ("64k", 0)])

@@ -22,6 +22,7 @@ from tests.runs import ROOT
 from tests.test_full_disk import fill
 from util.command import run_command_line
 from util.config import ConfigError
+from util.files import write_json
 from util.validate import check_processes, why_not_writable
 
 TINY = (
@@ -64,13 +65,13 @@ def error_of(run_here):
 @pytest.mark.parametrize(
     ("override", "valid"),
     [
-        ("num_vis=0", "a whole number of at least 1"),
+        ("num_vis=0", "a whole number from 1 to 10**9"),
         (
             "num_vis=15",
             "1 to 14, because grid_size=4 makes 16 patches and 2 or more must be masked",
         ),
-        ("patch_gap=-1", "a whole number of at least 0"),
-        ("patch_gap=1.5", "a whole number of at least 0"),
+        ("patch_gap=-1", "a whole number from 0 to 1000"),
+        ("patch_gap=1.5", "a whole number from 0 to 1000"),
         ("grid_size=100000", "a whole number from 2 to 1000"),
         ("grid_size=1", "a whole number from 2 to 1000"),
         ("encoder.num_heads=5", "encoder.embed_dim=24: expected a multiple of encoder.num_heads=5"),
@@ -78,11 +79,16 @@ def error_of(run_here):
         ("decoder_num_heads=7", "decoder_embed_dim=24: expected a multiple of decoder_num_heads=7"),
         ("decoder_embed_dim=18", "a multiple of 4"),
         ("target_depth=2", "1 to 1 (encoder.depth), or null for all of them"),
-        ("epochs=0", "a whole number of at least 1"),
-        ("epochs=abc", "a whole number of at least 1"),
-        ("epochs=1.5", "a whole number of at least 1"),
-        ("epochs=True", "a whole number of at least 1"),
-        ("epochs=null", "a whole number of at least 1"),
+        ("epochs=0", "a whole number from 1 to 10**9"),
+        ("epochs=abc", "a whole number from 1 to 10**9"),
+        ("epochs=1.5", "a whole number from 1 to 10**9"),
+        ("epochs=True", "a whole number from 1 to 10**9"),
+        ("epochs=null", "a whole number from 1 to 10**9"),
+        ("epochs=10000000000", "a whole number from 1 to 10**9"),
+        ("data_timeout=100000000000", "a number from 0 to 10**9"),
+        ("num_workers=5000", "a whole number from 0 to 1024, or null"),
+        ("encoder.depth=1000000", "a whole number from 1 to 1000"),
+        ("decoder_embed_dim=4000000", "a whole number from 1 to 100000"),
         ("warmup_epochs=2", "0 to 1 (epochs)"),
         ("resume=maybe", "True, False or changed"),
         ("resume=1", "True, False or changed"),
@@ -94,8 +100,8 @@ def error_of(run_here):
         ("tau=cold", "a number above 0"),
         ("target_mom=1.5", "a number from 0 to 1"),
         ("masks=nope", "one of random, block, block_roll, inverse, inverse_roll"),
-        ("sigreg=-1", "a number of at least 0"),
-        ("sigreg_slices=0", "a whole number of at least 1"),
+        ("sigreg=-1", "a number from 0 to 10**9"),
+        ("sigreg_slices=0", "a whole number from 1 to 10**9"),
         ("sigreg_on=batch", "one of image, token"),
         ("pred_unit=token", "one of image, batch, or null"),
         ("negatives=null", "one of image, batch"),
@@ -105,7 +111,7 @@ def error_of(run_here):
         ("target_tap=x", "one of block, mlp"),
         ("min_crop=0", "a number above 0 and at most 1"),
         ("clip_grad=-1", "a number above 0, or null"),
-        ("num_workers=-1", "a whole number of at least 0, or null"),
+        ("num_workers=-1", "a whole number from 0 to 1024, or null"),
         ("job_name=a/b", "the name of a folder inside output_dir, without '/'"),
         ("job_name=..", "the name of a folder inside output_dir, without '/'"),
         (f"job_name={'x' * 300}", "the name of a folder inside output_dir, without '/'"),
@@ -126,9 +132,9 @@ def error_of(run_here):
         ("env.slurm_extra.a=[1]", "a text, a number, True or False"),
         ("env.nccl.A=null", "a text, a number, True or False"),
         ("+dataset.options.decoder=gpu", "one of fast, pil"),
-        ("+dataset.options.image_size=4", "a whole number of at least 8"),
-        ("+dataset.options.eval_images=0", "a whole number of at least 1"),
-        ("env.ngpu=-1", "a whole number of at least 0"),
+        ("+dataset.options.image_size=4", "a whole number from 8 to 100000"),
+        ("+dataset.options.eval_images=0", "a whole number from 1 to 10**9"),
+        ("env.ngpu=-1", "a whole number from 0 to 1024"),
         ("env.signal_delay=259200", "fewer seconds than the env.timeout=4320 minutes have"),
         ("env.account=[1]", "a text or a whole number, or null"),
         ("env.world_size=2", "1 without Slurm (this machine); on more nodes start torchrun"),
@@ -140,6 +146,16 @@ def test_a_bad_value_is_one_sentence(error_of, override, valid):
     message = error_of(override)
     assert override.lstrip("+") in message.replace(", ", ",")
     assert valid in message and ": expected " in message
+
+
+def test_the_longest_job_name_leaves_room_for_what_is_added(error_of, monkeypatch, tmp_path):
+    """A host with the longest name that Linux allows, and the largest process number."""
+    monkeypatch.setattr("socket.gethostname", lambda: "h" * 64)
+    monkeypatch.setattr("os.getpid", lambda: 2**22)
+    write_json(tmp_path / f"{'é' * 84}j.json", {})
+    assert "of at most 169 bytes" in error_of(f"job_name={'é' * 85}")
+    with pytest.raises(OSError, match="File name too long"):
+        write_json(tmp_path / f"{'é' * 85}.json", {})
 
 
 def test_more_processes_than_env_distributed_allows(error_of):
@@ -353,7 +369,7 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
         ("launcher.py --config-name=demo num_vis=16", "num_vis=16: expected 1 to 14, because"),
         pytest.param(
             "main_lmim.py --config-name=demo epochs=abc",
-            "epochs=abc: expected a whole number of at least 1",
+            "epochs=abc: expected a whole number from 1 to 10**9",
             marks=pytest.mark.slow,  # imports torch
         ),
     ],

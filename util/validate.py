@@ -23,6 +23,9 @@ from util.config import (
 
 Rule = tuple[str, Callable[[object], bool]]  # what is expected, in words and as a test
 ABSENT = object()
+MOST = 10**9  # of what has no natural bound: fits C's int
+# results/JOB_NAME.json.HOST-PID.writing (util/files.py): at most 255 bytes, 64 of them the host's.
+LONGEST_NAME = 255 - 64 - len(".json.-4194304.writing")
 MOST_CANDIDATES = 2**14  # of negatives=batch: their square are 1 GB in float32
 
 
@@ -56,12 +59,12 @@ def is_choice(value, holds: Callable[[object], bool]) -> bool:
     return is_list(value, holds, 1) and len(value) == len(set(map(str, value)))
 
 
-def number(least: float, most: float = math.inf, kind: str = "number", holds=is_number) -> Rule:
-    words = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-    return f"a {kind} {words}", lambda v: holds(v) and least <= v <= most
+def number(least: float, most: float = MOST, kind: str = "number", holds=is_number) -> Rule:
+    words = f"a {kind} from {least} to {'10**9' if most == MOST else most}"
+    return words, lambda v: holds(v) and least <= v <= most
 
 
-def whole(least: int, most: float = math.inf) -> Rule:
+def whole(least: int, most: float = MOST) -> Rule:
     return number(least, most, "whole number", is_whole)
 
 
@@ -92,8 +95,10 @@ SHARE: Rule = ("a number above 0 and at most 1", lambda v: is_number(v) and 0 < 
 YES_OR_NO: Rule = ("True or False", lambda v: isinstance(v, bool))
 TEXT: Rule = ("a text that is not empty", is_text)
 FOLDER_NAME: Rule = (
-    "the name of a folder inside output_dir, without '/', shorter than 200 bytes",
-    lambda v: is_text(v) and not re.search(r"[/\0]|^\.\.?$", v) and len(os.fsencode(v)) < 200,
+    f"the name of a folder inside output_dir, without '/', of at most {LONGEST_NAME} bytes",
+    lambda v: (
+        is_text(v) and not re.search(r"[/\0]|^\.\.?$", v) and len(os.fsencode(v)) <= LONGEST_NAME
+    ),
 )
 MODULE: Rule = ("a Python module with main(cfg), such as main_lmim", is_module)
 # Slurm's accounts and nodes may be plain numbers.
@@ -155,21 +160,24 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (or_null(LABEL), "env.partition env.constraint env.nodelist env.exclude"),
     (or_null(LABEL), "env.account env.qos env.comment"),
     # Whole numbers.
-    (whole(-1), "layer"),
-    (whole(0), "max_bad_steps patch_gap proj.mlp_depth eval_freq previous_frames neighbourhood"),
-    (whole(0), "env.max_restarts watch_images"),
+    (whole(-1, 1000), "layer"),
+    (whole(0, 1000), "patch_gap proj.mlp_depth previous_frames neighbourhood"),
+    (whole(0), "max_bad_steps eval_freq watch_images env.max_restarts"),
     (whole(0, 2**63 - 1), "seed dataset.options.seed"),
-    (or_null(whole(0)), "num_workers env.ngpu"),
-    (whole(1), "patch_size num_vis decoder_depth decoder_embed_dim decoder_num_heads proj.mlp_dim"),
-    (whole(1), "encoder.embed_dim encoder.depth encoder.num_heads encoder.patch_size"),
-    (whole(1), "epochs batch_size accum_iter print_freq save_freq env.parallel"),
-    (whole(1), "env.tasks_per_node env.world_size env.timeout env.signal_delay env.workers"),
+    (or_null(whole(0, 1024)), "num_workers env.ngpu"),
+    (whole(1, 1024), "env.tasks_per_node env.parallel"),
+    (whole(1, 1000), "patch_size encoder.patch_size encoder.depth decoder_depth"),
+    (whole(1, 10**5), "encoder.embed_dim encoder.num_heads decoder_embed_dim decoder_num_heads"),
+    (whole(1, 10**5), "proj.mlp_dim frame_side"),
+    (whole(1), "num_vis epochs batch_size accum_iter print_freq save_freq"),
+    (whole(1), "env.world_size env.timeout env.signal_delay env.workers"),
     (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
-    (whole(1), "sigreg_slices draws frame_side top_k patch_head.epochs patch_head.batch_images"),
-    (or_null(whole(1)), "target_depth image_side max_steps bank_patches stride"),
+    (whole(1), "sigreg_slices draws top_k patch_head.epochs patch_head.batch_images"),
+    (or_null(whole(1, 10**5)), "image_side"),
+    (or_null(whole(1)), "target_depth max_steps bank_patches stride"),
     (whole(2, 1000), "grid_size encoder.grid_size"),
     (whole(4), "probe_images"),
-    (whole(8), "dataset.options.image_size"),
+    (whole(8, 10**5), "dataset.options.image_size"),
     (COUNTS, "neighbours shots"),
     (SEGMENTS, "segments"),
     (RISING, "clusters"),
@@ -184,7 +192,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (number(0, 0.99), "drop_path label_smoothing"),
     (POSITIVE, "loss_beta tau blr save_minutes temperature patch_head.lr"),
     (or_null(POSITIVE), "clip_grad dataset.options.max_value"),
-    (or_null(number(1)), "upsample"),
+    (or_null(number(1, 1000)), "upsample"),
     (or_null(number(0)), "env.mem"),
     (SHARE, "min_crop dataset.crop_ratio layer_decay"),
     (RATES, "blrs regularisers"),
