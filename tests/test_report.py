@@ -345,6 +345,9 @@ def test_what_a_row_says(tmp_path):
         f"{label}: no step that all have of lr.",
         f"{label}: seeds that are there twice (0, 0).",
     ]
+    later = small_job(tmp_path / "later", lines[1], {"step": 4, "loss": 1.0}, seed=1)
+    first_note = next(iter(rows_of(b, later)[0].notes()))
+    assert first_note.endswith("these end at steps 3, 4; the band has the steps of all.")
     ((_, figures),) = [part for part in compare_workers([row])["w"][2] if part[0] == "Features"]
     assert [*figures] == ["rankme"]
     c = small_job(tmp_path / "c", *lines[:3], seed=7, tau=1)
