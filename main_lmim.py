@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.base import count_images
 from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
 from engine_pretrain import train_step
@@ -87,13 +88,15 @@ class Pretraining(Task):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         checked, images = self.evaluation.dataset, len(self.loader.dataset)
         check = "" if checked.labels is None else f" and {len(checked)} for the check"
+        if checked.others not in ("", self.dataset.others):  # of a folder of its own
+            check += f" (left out: {checked.others})"
         left_over = images - self.loader.steps_per_epoch * self.loader.images_per_step
         notes = f"steps are whole: each epoch leaves out {left_over} images\n" if left_over else ""
         if checked.labels is None:
             notes += "there are no labels: no nearest-neighbour check\n"
         return notes + (
             f"{self.cfg.job_name}: {self.cfg.encoder.name} on {self.cfg.dataset.name}, "
-            f"{images} images{check}, {trained / 1e6:.1f} M trainable parameters "
+            f"{count_images(self.dataset)}{check}, {trained / 1e6:.1f} M trainable parameters "
             f"({everything / 1e6:.1f} M in all), {self.training.precision} on "
             f"{self.ranks.world_size} x {self.ranks.device.type}"
         )

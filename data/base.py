@@ -47,6 +47,12 @@ def readable(name: object) -> Iterator[None]:
         raise DataError(f"cannot read {name}: {type(error).__name__}: {error}") from error
 
 
+class RefusedImage(DataError):
+    """One that could be read, but not with these settings."""
+
+    exit_code = 2  # also after some steps: the same image would be met again
+
+
 class DataTimeout(Exception):
     """An image has not come in time. Not a DataError, which would make it a bad image."""
 
@@ -58,6 +64,7 @@ class ImageDataset:
 
     classes: list[str] | None = None
     labels: np.ndarray | None = None  # int64 [N]; -1 marks a single image without label
+    others = ""  # what lies next to the images and is left out, such as "2 .heic, 1 .mov"
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -93,7 +100,7 @@ class LabelledImages(ImageDataset):
 
     def __init__(self, dataset: ImageDataset):
         labels = np.asarray(dataset.labels, dtype=np.int64)
-        self.dataset, self.classes = dataset, dataset.classes
+        self.dataset, self.classes, self.others = dataset, dataset.classes, dataset.others
         self.positions = np.flatnonzero(labels >= 0)
         self.labels: np.ndarray = labels[self.positions]
 
@@ -105,6 +112,12 @@ class LabelledImages(ImageDataset):
 
     def describe(self, index: int) -> str:
         return self.dataset.describe(int(self.positions[index]))
+
+
+def count_images(dataset: ImageDataset) -> str:
+    """How many, and what was left out."""
+    left_out = f" (left out: {dataset.others})" if dataset.others else ""
+    return f"{len(dataset)} images{left_out}"
 
 
 def first_few(names: list[str], count: int = 5) -> str:

@@ -1,6 +1,7 @@
 """Data sets made of image files, and `folder`, the one without labels."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
@@ -88,8 +89,11 @@ def existing_folder(name: str, data_path: str | None, expected: str, *inside: st
     raise DataError(f"data_path={data_path} {problem}; dataset {name} needs {expected}")
 
 
-def list_folder(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """Sorted names of the (subfolders, image files) in a folder; hidden ones are left out."""
+def list_folder(
+    folder: str | os.PathLike[str], others: list[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Sorted names of the (subfolders, image files) in a folder; hidden ones are left out. The
+    endings of other files are added to `others`."""
     subfolders, images = [], []
     try:
         # scandir knows a file from a folder without asking the file system once per entry.
@@ -103,17 +107,29 @@ def list_folder(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
                     subfolders.append(entry.name)
                 elif is_named_image:
                     images.append(entry.name)
+                elif others is not None:
+                    others.append(ending_of(entry.name))
     except OSError as error:
         raise DataError(f"cannot list the folder {folder}: {error.strerror}") from error
     return sorted(subfolders), sorted(images)
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[str]:
-    """Paths of all images below a folder, always in the same order."""
-    subfolders, images = list_folder(folder)
+def ending_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without ending"
+
+
+def counted(endings: list[str]) -> str:
+    """'2 .heic, 1 .mov': the most frequent ones first."""
+    counts = sorted(Counter(endings).items(), key=lambda pair: (-pair[1], pair[0]))
+    return first_few([f"{count} {ending}" for ending, count in counts], 10)
+
+
+def find_images(folder: str | os.PathLike[str], others: list[str] | None = None) -> list[str]:
+    """Paths of all images below a folder, always in the same order. others: as in list_folder."""
+    subfolders, images = list_folder(folder, others)
     paths = [os.path.join(folder, image) for image in images]
     for subfolder in subfolders:
-        paths.extend(find_images(os.path.join(folder, subfolder)))
+        paths.extend(find_images(os.path.join(folder, subfolder), others))
     return paths
 
 
@@ -144,30 +160,39 @@ def build_folder(
     split: str, data_path: str | None, *, decoder: str = "fast", max_value: float | None = None
 ) -> FileDataset:
     """All images below data_path, without labels; both splits are the same images."""
-    paths = images_below("folder", data_path, FOLDER_LAYOUT)
-    return FileDataset(paths, decoder=decoder, max_value=max_value)
+    paths, others = images_below("folder", data_path, FOLDER_LAYOUT)
+    dataset = FileDataset(paths, decoder=decoder, max_value=max_value)
+    dataset.others = others
+    return dataset
 
 
-def images_below(name: str, data_path: str | None, expected: str) -> list[str]:
-    root = existing_folder(name, data_path, expected)
-    paths = find_images(root)
+def images_below(name: str, data_path: str | None, expected: str) -> tuple[list[str], str]:
+    """-> their paths, and what else there is, in words"""
+    root, others = existing_folder(name, data_path, expected), []
+    paths = find_images(root, others)
     if not paths:
-        raise DataError(f"data_path={root} contains no images; {ENDINGS}")
-    return paths
+        raise DataError(f"data_path={root} contains no images; {ENDINGS}{found_instead(others)}")
+    return paths, counted(others)
+
+
+def found_instead(others: list[str]) -> str:
+    return f", found {counted(others)}" if others else ""
 
 
 def given_images(pattern: str, max_value: float | None = None) -> FileDataset:
     """Of images=: one file, a folder with images at any depth, or a glob; sorted by path."""
-    path = os.path.expanduser(pattern)
+    path, others = os.path.expanduser(pattern), []
     if os.path.isdir(path):
-        paths = find_images(path)
+        paths = find_images(path, others)
     elif os.path.isfile(path):
         paths = [path]
     else:  # what else a glob matches is left out, as it is of a folder
-        found = glob(path, recursive=True)
-        images = [path for path in found if path.lower().endswith(EXTENSIONS)]
-        paths = [path for path in images if not os.path.isdir(path)]
+        files = [path for path in glob(path, recursive=True) if not os.path.isdir(path)]
+        paths = [path for path in files if path.lower().endswith(EXTENSIONS)]
+        others = [ending_of(path) for path in files if not path.lower().endswith(EXTENSIONS)]
     if not paths:
         valid = f"an image file, a folder with images, or a glob of images; {ENDINGS}"
-        raise DataError(f"images={pattern}: expected {valid}")
-    return FileDataset(sorted(paths), decoder="fast", max_value=max_value)
+        raise DataError(f"images={pattern}: expected {valid}{found_instead(others)}")
+    dataset = FileDataset(sorted(paths), decoder="fast", max_value=max_value)
+    dataset.others = counted(others)
+    return dataset

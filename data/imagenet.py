@@ -7,6 +7,7 @@ development kit: ILSVRC2012_validation_ground_truth.txt and meta.mat.
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,12 @@ def build_imagefolder(
     root = existing_folder(name, data_path, EXPECTED)
     classes = class_folders(root / "train")
     folder = files.split_folder(root, split)
-    images = images_by_class(folder)
+    others: list[str] = []
+    images = images_by_class(folder, others)
     files.require_known_classes(folder, images, classes)
-    return labelled_dataset(images, classes, decoder, max_value)
+    dataset = labelled_dataset(images, classes, decoder, max_value)
+    dataset.others = files.counted(others)
+    return dataset
 
 
 def build_imagenet100(
@@ -49,11 +53,14 @@ def build_imagenet100(
     root = existing_folder("imagenet100", data_path, EXPECTED)
     classes = SUBSET_FILE.read_text().split()
     folder = files.split_folder(root, split)
-    images = images_by_class(folder, only=classes)
+    others: list[str] = []
+    images = images_by_class(folder, others, only=classes)
     if missing := sorted(set(classes) - set(images)):
         problem = f"{len(missing)} of the {len(classes)} classes of imagenet100"
         raise DataError(f"{folder} lacks {problem}: {first_few(missing)}")
-    return labelled_dataset(images, classes, decoder, max_value)
+    dataset = labelled_dataset(images, classes, decoder, max_value)
+    dataset.others = files.counted(others)
+    return dataset
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -65,9 +72,12 @@ def class_folders(folder: Path) -> list[str]:
     return subfolders
 
 
-def images_by_class(folder: Path, only: list[str] | None = None) -> dict[str, list[str]]:
-    """Paths of the images of each class, from either layout; of class folders only those named."""
-    subfolders, flat_images = list_folder(folder)
+def images_by_class(
+    folder: Path, others: list[str], only: list[str] | None = None
+) -> dict[str, list[str]]:
+    """Paths of the images of each class, from either layout; of class folders only those named.
+    others: as in list_folder."""
+    subfolders, flat_images = list_folder(folder, others)
     if flat_images and not subfolders:
         wnids, flat = wnids_from_devkit(folder), {}
         for name in flat_images:
@@ -75,7 +85,8 @@ def images_by_class(folder: Path, only: list[str] | None = None) -> dict[str, li
         return flat
     names = [name for name in class_folders(folder) if only is None or name in only]
     with ThreadPoolExecutor(files.SCAN_THREADS) as pool:
-        paths = pool.map(files.find_images, [os.path.join(folder, name) for name in names])
+        list_class = partial(files.find_images, others=others)
+        paths = pool.map(list_class, [os.path.join(folder, name) for name in names])
         images = dict(zip(names, paths, strict=True))
     empty = [name for name in names if not images[name]]  # was its archive unpacked?
     if empty:

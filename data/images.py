@@ -29,7 +29,9 @@ def build_images(
     is_tar = path.is_file() and path.name.lower().endswith((".tar", *COMPRESSED))
     if is_tar:
         index = index_of(path.parent, index_folder, path.name)
-    paths = list(index.names) if is_tar else images_below("images", data_path, EXPECTED)
+        paths, others = list(index.names), ""
+    else:
+        paths, others = images_below("images", data_path, EXPECTED)
     names = [tuple(path.split("/")) for path in paths]
     common = len(os.path.commonprefix([name[:-1] for name in names]))  # wherever they lie
     names = [name[common:] for name in names]
@@ -44,6 +46,7 @@ def build_images(
         dataset = TarDataset(path.parent, index, labels, classes, decoder, max_value)
     else:
         dataset = FileDataset(paths, labels, classes, decoder, max_value)
+    dataset.others = others
     if not classes:
         dataset.labels = dataset.classes = None
     return dataset

@@ -383,7 +383,7 @@ def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Iterator:
 def _raise_error(batch: Loaded | DataError) -> Loaded:
     if isinstance(batch, DataError):
         # Not batch itself: it would hold this frame, and with it the workers, in a cycle.
-        raise DataError(*batch.args)
+        raise type(batch)(*batch.args)
     return batch
 
 

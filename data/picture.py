@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from data.base import DataError
+from data.base import RefusedImage
 
 logger = logging.getLogger("lmim.data")
 
@@ -60,8 +60,8 @@ decode_jpeg = find_decoder()
 def decode(
     contents: bytearray, decoder: str, max_value: float | None = None, name: str = "the image"
 ) -> Picture:
-    """The contents of an image file. Raises one of UNREADABLE (data/base.py), and a DataError where
-    it could be read, but not without max_value. name: for that."""
+    """The contents of an image file. Raises one of UNREADABLE (data/base.py), and a RefusedImage
+    where it could be read, but not without max_value. name: for that."""
     if decoder == "fast" and decode_jpeg is not None and contents[:3] == JPEG:
         hide_rotation(contents)
         stored = torch.frombuffer(contents, dtype=torch.uint8)
@@ -99,9 +99,11 @@ def to_eight_bits(
     has_range = not is_grey or image.mode.startswith("I;") or image.format in ("PNG", "PPM")
     if max_value is None and not has_range:
         valid = f"the value that is white in {name}, which holds {NUMBERS[image.mode]}"
-        raise DataError(f"{MAX_VALUE}=null: expected {valid}")
+        raise RefusedImage(f"{MAX_VALUE}=null: expected {valid}")
     if not is_grey and tags.get(PLANES) == 2:
-        raise DataError(f"{name} holds planes of 16 bits: expected the colours of a pixel together")
+        raise RefusedImage(
+            f"{name} holds planes of 16 bits: expected the colours of a pixel together"
+        )
     image.load()
     values = np.asarray(image)
     if max_value is None:  # of colours Pillow has kept the high byte
@@ -126,7 +128,7 @@ def low_bytes(contents: bytes | bytearray, name: str) -> np.ndarray:
             return np.asarray(image)
         except ValueError as error:
             problem = f"{name} has 16 bits and transparency, but one colour"
-            raise DataError(f"{problem}: expected grey, RGB or RGBA with {MAX_VALUE}") from error
+            raise RefusedImage(f"{problem}: expected grey, RGB or RGBA with {MAX_VALUE}") from error
 
 
 def other_byte(how):

@@ -96,8 +96,11 @@ class EvalRun:
         return len(set().union(*self.bad_images.values()))
 
     def left_out_in_words(self) -> str:
+        """Of all data sets: images that could not be read, and other files."""
         count = self.count_left_out()
-        return f", {count} unreadable images left out" if count else ""
+        found = {dataset.others for dataset in self.bad_images if dataset.others}
+        parts = [f"{count} unreadable"] * (count > 0) + sorted(found)
+        return f", left out: {', '.join(parts)}" if parts else ""
 
     @cached_property
     def precision(self) -> str:

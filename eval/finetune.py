@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.augmentation import FinetuneTransform
+from data.base import count_images
 from data.loader import TrainBatch, TrainLoader
 from eval.backbone import Backbone
 from eval.common import Classification, EvalRun, run_evaluation
@@ -89,7 +90,7 @@ class Finetuning(Classification):
 
     def introduction(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        about = f"{len(self.loader.dataset)} images of {self.classes} classes"
+        about = f"{count_images(self.loader.dataset)} of {self.classes} classes"
         parameters = f"{trained / 1e6:.1f} M trainable parameters"
         return f"finetune: {about}, {parameters}, {self.run.precision}"
 

@@ -97,6 +97,7 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     first, max_value = methods[0].run, cfg.dataset.options.get("max_value")
     dataset = given_images(cfg.images or str(installed(SAMPLES)), max_value)
     run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all of them
+    run.bad_images[dataset] = set()  # which other evaluations do with its loader
     run.prepare()
     paths, views = [], []  # of each image; views: one per method
     for index, path in enumerate(run.tracked(list(dataset.paths), "images encoded:")):

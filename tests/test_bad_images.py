@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.base import DataError, LabelledImages
+from data.datasets import build_dataset
+from data.files import given_images
 from tests.backbones import run_command
 from tests.eval_by_hand import report_of, write_checkpoint, write_images
-from tests.runs import run_together
+from tests.runs import TINY, run_together
 
 BROKEN = ["val/bee", "val/bee", "val/dog"]  # the first of their images
 BROKEN_TRAINING = ["train/ant", "train/dog"]  # each class keeps five
@@ -95,7 +98,7 @@ def test_numbers_are_of_the_images_that_are_left(evaluation, tmp_path, photos, c
         caplog.clear()
         ours = evaluate(name, checkpoint, photos[0], *overrides)
         assert_same_numbers(ours, expected, left_out)
-        assert f"{left_out} unreadable images left out" in capfd.readouterr().out
+        assert f", left out: {left_out} unreadable, " in capfd.readouterr().out
         named = [record.getMessage() for record in caplog.records]
         assert len(named) == len(set(named)) == left_out
 
@@ -137,6 +140,63 @@ def test_segmentation_is_measured_on_the_images_that_are_left(method, tmp_path, 
     reports = [evaluate("segmentation", checkpoint, root, *overrides) for root in masked]
     assert_same_numbers(*reports, 2 if method == "unsupervised" else 3)
     assert reports[0]["protocol"] == reports[1]["protocol"]
+
+
+OTHERS = ["a.heic", "B.HEIC", "deep/c.mov", "deep/README", ".DS_Store", ".deep/d.mov"]
+IN_WORDS = "2 .heic, 1 .mov, 1 without ending"
+
+
+def add_others(folder: Path) -> Path:
+    for name in OTHERS:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["folder", "images", "imagefolder"])
+def test_other_files_are_counted_by_ending(name, tmp_path):
+    root = write_images(tmp_path / "photos")
+    for split in ("train", "eval"):
+        assert build_dataset(name, split, root).others == ""
+    add_others(root / "train" / "ant")
+    train, evaluation = (build_dataset(name, split, root) for split in ("train", "eval"))
+    assert train.others == IN_WORDS
+    assert train.labels is None or LabelledImages(train).others == IN_WORDS
+    assert evaluation.others == ("" if name == "imagefolder" else IN_WORDS)
+    assert "README" not in "".join(map(train.describe, range(len(train))))
+
+
+def test_given_images_count_other_files_of_the_folder_or_the_glob(tmp_path):
+    root = add_others(write_images(tmp_path / "photos") / "val" / "bee")
+    assert given_images(str(root)).others == IN_WORDS
+    assert given_images(f"{root}/*").others == "2 .heic"
+    assert given_images(f"{root}/*g").others == given_images(str(min(root.glob("*g")))).others == ""
+
+
+def test_a_folder_of_other_files_names_their_endings(tmp_path):
+    add_others(tmp_path / "photos")
+    for name in ("folder", "images"):
+        with pytest.raises(DataError, match=rf"contains no images; .*\.gif, found {IN_WORDS}$"):
+            build_dataset(name, "train", tmp_path / "photos")
+    for pattern in (tmp_path / "photos", f"{tmp_path}/photos/**/*"):
+        with pytest.raises(DataError, match=r"^images=.*: expected .*\.gif, found 2 \.heic"):
+            given_images(str(pattern))
+
+
+def test_the_count_of_images_says_what_was_left_out(tmp_path, capfd):
+    root, checkpoint = write_images(tmp_path / "photos"), write_checkpoint(tmp_path)
+    add_others(root / "train" / "ant")
+    (root / "val" / "bee" / "a.avi").touch()
+    train, kept = (len(list(root.glob(f"{split}/*/*g"))) for split in ("train", "val"))
+    where = [f"data_path={root}", f"output_dir={tmp_path}", "dataset=imagefolder"]
+    assert run_command("demo", *where, *TINY[1:], "epochs=1", "batch_size=8", "resume=False") == 0
+    counts = f"{train} images (left out: {IN_WORDS}) and {kept} for the check (left out: 1 .avi), "
+    assert counts in capfd.readouterr().out
+    where.append(f"pretrained={checkpoint}")
+    assert run_command("features", *where) == 0
+    assert capfd.readouterr().out.endswith(", left out: 1 .avi\n")
+    assert run_command("few_shot", *where, "shots=[1]") == 0
+    assert f"{kept} images, left out: 1 .avi, {IN_WORDS}, " in capfd.readouterr().out
 
 
 def saved(job: Path) -> tuple[np.ndarray, list[str], list[int], dict]:
@@ -182,7 +242,7 @@ def test_visualize_leaves_them_out(tmp_path, capfd, caplog):
     pictures = [f"{number:03}-{Path(path).stem}" for number, path in enumerate(kept)]
     assert report["pictures"] == pictures
     assert caplog.records[0].getMessage() == f"unreadable image, left out: {broken}"
-    assert "1 unreadable images left out" in capfd.readouterr().out
+    assert ", left out: 1 unreadable" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["nn", "features", "visualize"])

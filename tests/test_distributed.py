@@ -120,9 +120,9 @@ def test_gradients_travel_only_at_the_last_micro_step(tmp_path):
 def open_both(ranks: Ranks, folder, name: str) -> None:
     """A marker for each folder that this process lists; then one that is not there."""
 
-    def listing(path):
+    def listing(path, *others):
         (folder / f"listed by {ranks.rank}: {Path(path).name}").touch()
-        return list_folder(path)
+        return list_folder(path, *others)
 
     data.files.list_folder = data.imagenet.list_folder = listing
     found = []
