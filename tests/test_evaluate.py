@@ -134,10 +134,10 @@ def test_a_setting_goes_before_what_is_shared(whole):
     whole.evals = ["nn", "knn"]
     whole.settings = [
         *("knn.layer=2", "knn.dataset.crop_ratio=0.5", "knn.cache_dir=null"),
-        *("nn.dataset=digits", "nn.batch_size=9"),
+        *("knn.final_norm=False", "nn.dataset=digits", "nn.batch_size=9"),
     ]
     knn, nn = (compose(whole, name, random_init=False) for name in ("knn", "nn"))
-    assert (knn.layer, knn.cache_dir, knn.batch_size) == (2, None, 7)
+    assert (knn.layer, knn.final_norm, knn.cache_dir, knn.batch_size) == (2, False, None, 7)
     assert knn.dataset == {**whole.dataset, "crop_ratio": 0.5}
     assert (nn.layer, nn.cache_dir, nn.batch_size) == (1, "cache", 9)
     assert nn.dataset == compose_config("nn", ["dataset=digits"]).dataset
