@@ -298,6 +298,21 @@ def test_the_printed_config_is_checked(launch):
     assert errors == "error: epochs=abc: expected a whole number from 1 to 10**9\n"
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("epochs=10000000000", "a whole number from 1 to 10**9"),
+        ("data_timeout=100000000000", "a number from 0 to 10**9"),
+        ("num_workers=5000", "a whole number from 0 to 1024, or null"),
+        ("encoder.depth=1000000", "a whole number from 1 to 1000"),
+        ("decoder_embed_dim=4000000", "a whole number from 1 to 100000"),
+    ],
+)
+def test_what_no_machine_has(error_of, override, expected):
+    """Here, where nothing is run: it would take all that there is."""
+    assert error_of(override) == f"{override}: expected {expected}"
+
+
 def test_a_finished_job_is_composed_again(composed, tmp_path):
     (config,) = composed("-cn=demo", "tau=0.3", "env.slurm_extra.x=1")
     folder = tmp_path / "demo"
