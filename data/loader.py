@@ -250,8 +250,13 @@ class _Samples(Dataset):
 
     def warn_if_dark(self) -> None:
         """In the main process: workers have consoles of their own."""
-        if (index := int(self.dark[0])) >= 0:
-            warn_of_dark(self.dataset.describe(index))
+        if name := self.dark_image():
+            warn_of_dark(name)
+
+    def dark_image(self) -> str | None:
+        """The name of one, if there was any so far."""
+        index = int(self.dark[0])
+        return None if index < 0 else self.dataset.describe(index)
 
     def label(self, index: int) -> int:
         return NO_LABEL if self.dataset.labels is None else int(self.dataset.labels[index])

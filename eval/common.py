@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.base import DataError, ImageDataset, LabelledImages, first_few
 from data.loader import EvalLoader
+from data.picture import warn_of_dark
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone
 from eval.families import BackboneError
@@ -81,9 +82,14 @@ class EvalRun:
         return loader
 
     def batches(self, loader: EvalLoader, what: str) -> Iterator:
-        """Those of this process. At their end all processes know what any of them left out."""
+        """Those of this process. At their end all processes know what any of them left out, and the
+        first one whether any has met dark images."""
         yield from self.tracked(loader, what)
-        loader.bad_images.update(*gather_objects(loader.bad_images, self.ranks))
+        own = loader.bad_images, loader.samples.dark_image()
+        for bad_images, dark_image in gather_objects(own, self.ranks):
+            loader.bad_images.update(bad_images)
+            if dark_image:
+                warn_of_dark(dark_image)
         loader.check_bad_images()
 
     def leave_out(self, dataset: ImageDataset, indices: list[int]) -> None:

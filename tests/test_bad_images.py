@@ -229,6 +229,19 @@ def test_saved_features_have_no_rows_of_what_is_left_out(processes, tokens, tmp_
     assert expected_meta["left_out"] == []
 
 
+def test_a_dark_image_of_any_process_is_warned_of_once(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(8):  # the last of them are those of the second process
+        most = 65535 if number < 4 else 4095
+        values = np.full((20, 20), most, dtype=np.uint16)
+        Image.fromarray(values).save(root / f"{number}.png")
+    arguments = ["--config-name=features", f"pretrained={write_checkpoint(tmp_path)}"]
+    arguments += [f"images={root}", f"output_dir={tmp_path}", "num_workers=0", "batch_size=2"]
+    output = run_together(2, *arguments)
+    assert output.count("its largest value is below an eighth of what its bits hold") == 1
+
+
 def test_visualize_leaves_them_out(tmp_path, capfd, caplog):
     root = write_images(tmp_path / "photos") / "val" / "bee"
     broken = max(root.iterdir())
