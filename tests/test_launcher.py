@@ -15,7 +15,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from tests.runs import LAUNCHER, ROOT, descendants, environment, kill, torchrun
+from tests.runs import LAUNCHER, ROOT, descendants, environment, kill, torchrun, wait_until
 from tests.test_config import CHOICES, CONFIGS, PUBLISHED
 from util.config import compose_config, parse_command_line
 from util.local import exit_code_of
@@ -285,10 +285,10 @@ def slow_processes(tmp_path):
     (tmp_path / "slow_worker.py").write_text(SLOW_WORKER)
     started = []
 
-    def start(seconds: int) -> subprocess.Popen:
+    def start(seconds: int, settings=("env.ngpu=2",), ready: int = 2) -> subprocess.Popen:
         overrides = [f"output_dir={tmp_path}", "worker=slow_worker", f"data_path='{seconds}'"]
         process = subprocess.Popen(
-            [*LAUNCHER, *TINY, *overrides, "env.ngpu=2"],
+            [*LAUNCHER, *TINY, *overrides, *settings],
             cwd=ROOT,
             env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}"),
             stdout=subprocess.PIPE,
@@ -296,7 +296,7 @@ def slow_processes(tmp_path):
             text=True,
         )
         started.append(process)
-        assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        assert [process.stdout.readline() for _ in range(ready)] == ["ready\n"] * ready
         return process
 
     yield start
@@ -315,6 +315,18 @@ def test_processes_that_save_are_waited_for(slow_processes):
     assert output == "saved\n" * 2
     said = re.findall(r"waiting for 2 processes to save, for (\d+) s now; Ctrl-C again", errors)
     assert [int(seconds) // 10 for seconds in said] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_that_save_are_told_once(slow_processes, tmp_path):
+    """Told again after more than a second, a run leaves without saving."""
+    sweep = ["-m", "seed=0,1", "env.parallel=2"]
+    process = slow_processes(seconds=4, settings=sweep, ready=0)
+    logs = [tmp_path / f"demo-seed{seed}" / "logs" / "output.txt" for seed in (0, 1)]
+    wait_until(lambda: all(log.exists() and "ready" in log.read_text() for log in logs), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert [log.read_text().splitlines()[:2] for log in logs] == [["ready", "saved"]] * 2
 
 
 @pytest.mark.slow

@@ -100,9 +100,10 @@ def run_side_by_side(configs: list[DictConfig], at_once: int, modules: Iterable[
                     running[place] = new_run(waiting.pop(0), place)
                     processes.append(running[place])
                     running[place].start()
-            if signals.received:
-                waiting.clear()
-                tell(processes, signals.received[-1])  # it came while one was being started
+                    if signals.received:  # it came while this one was being started
+                        tell([running[place]], signals.received[-1])
+                if signals.received:  # once: told again, they would leave without saving
+                    waiting.clear()
             wait([process.sentinel for process in running.values()], timeout=1)
             for place, process in [*running.items()]:
                 if not process.is_alive():
