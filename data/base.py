@@ -78,6 +78,22 @@ class ImageDataset:
         raise NotImplementedError
 
 
+class StoredImages(ImageDataset):
+    """Images in files. build_dataset says how they are decoded (data/picture.py)."""
+
+    decoder = "pil"
+    max_value: float | None = None
+
+    def contents(self, index: int) -> bytearray:
+        """The file as it is stored."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> "Picture":
+        from data.picture import decode
+
+        return decode(self.contents(index), self.decoder, self.max_value, self.describe(index))
+
+
 class ArrayDataset(ImageDataset):
     """Images that all fit in memory: uint8 [N, H, W, 3]."""
 

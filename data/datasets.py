@@ -93,6 +93,14 @@ LAYOUTS = {
     "voc": masks.VOC_LAYOUT,
     "DAVIS-2017": davis.LAYOUT,
 }
+# The options of those that are stored in files, and their defaults.
+DECODING: dict[str, dict[str, object]] = {
+    **dict.fromkeys(
+        ("imagefolder", "tar", "folder", "images", "imagenet", "imagenet100"),
+        {"decoder": "fast", "max_value": None},
+    ),
+    "masks": {"max_value": None},
+}
 # One process lists their files for all. Tars have an index, which the first one to need it makes.
 LISTED = ("imagefolder", "folder", "imagenet", "imagenet100")
 
@@ -102,13 +110,17 @@ def build_dataset(
 ) -> ImageDataset:
     """The `train` or `eval` split of a data set; `options` are its own extra settings."""
     builder = DATASETS[name]
-    options = options or {}
+    options, decoding = options or {}, DECODING.get(name, {})
     parameters = inspect.signature(builder).parameters.values()
-    valid = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    own = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    valid = [*decoding, *own]
     if unknown := [option for option in options if option not in valid]:
         problem = f"{name} has no such option; expected one of {', '.join(valid) or 'none'}"
         raise DataError(f"dataset.options.{unknown[0]}: {problem}")
-    return builder(split, data_path, **options)
+    dataset = builder(split, data_path, **{key: options[key] for key in own if key in options})
+    for option, default in decoding.items():
+        setattr(dataset, option, options.get(option, default))
+    return dataset
 
 
 def check_data_path(name: str, data_path: str | None) -> None:

@@ -5,14 +5,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.base import DataError, ImageDataset, first_few
-
-if TYPE_CHECKING:
-    from data.picture import Picture
+from data.base import DataError, StoredImages, first_few
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 ENDINGS = f"expected files ending in {' '.join(EXTENSIONS)}"
@@ -41,32 +37,25 @@ class PathList:
         return map(os.fsdecode, self.encoded)
 
 
-class FileDataset(ImageDataset):
-    """One image per file; labels[i] is a position in `classes`."""
+class FileDataset(StoredImages):
+    """One image per file; labels[i] is a position in `classes`. others: the endings of other files
+    that lie there."""
 
     def __init__(
         self,
         paths: Sequence[str | Path],
         labels: Sequence[int] | np.ndarray | None = None,
         classes: list[str] | None = None,
-        decoder: str = "pil",
-        max_value: float | None = None,
+        others: Iterable[str] = (),
     ) -> None:
-        self.decoder, self.max_value = decoder, max_value
         self.paths = PathList(paths)
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        self.classes = classes
+        self.classes, self.others = classes, counted(others)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def load(self, index: int) -> "Picture":
-        from data.picture import decode
-
-        return decode(self.contents(index), self.decoder, self.max_value, self.paths[index])
-
     def contents(self, index: int) -> bytearray:
-        """The file as it is stored."""
         with open(self.paths[index], "rb") as file:
             return bytearray(file.read())
 
@@ -118,7 +107,7 @@ def ending_of(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without ending"
 
 
-def counted(endings: list[str]) -> str:
+def counted(endings: Iterable[str]) -> str:
     """'2 .heic, 1 .mov': the most frequent ones first."""
     counts = sorted(Counter(endings).items(), key=lambda pair: (-pair[1], pair[0]))
     return first_few([f"{count} {ending}" for ending, count in counts], 10)
@@ -156,23 +145,19 @@ def require_known_classes(folder: Path, names: Iterable[str], classes: list[str]
         raise DataError(f"{folder} has classes that {train} lacks: {first_few(unknown)}")
 
 
-def build_folder(
-    split: str, data_path: str | None, *, decoder: str = "fast", max_value: float | None = None
-) -> FileDataset:
+def build_folder(split: str, data_path: str | None) -> FileDataset:
     """All images below data_path, without labels; both splits are the same images."""
     paths, others = images_below("folder", data_path, FOLDER_LAYOUT)
-    dataset = FileDataset(paths, decoder=decoder, max_value=max_value)
-    dataset.others = others
-    return dataset
+    return FileDataset(paths, others=others)
 
 
-def images_below(name: str, data_path: str | None, expected: str) -> tuple[list[str], str]:
-    """-> their paths, and what else there is, in words"""
+def images_below(name: str, data_path: str | None, expected: str) -> tuple[list[str], list[str]]:
+    """-> their paths, and the endings of other files"""
     root, others = existing_folder(name, data_path, expected), []
     paths = find_images(root, others)
     if not paths:
         raise DataError(f"data_path={root} contains no images; {ENDINGS}{found_instead(others)}")
-    return paths, counted(others)
+    return paths, others
 
 
 def found_instead(others: list[str]) -> str:
@@ -193,6 +178,6 @@ def given_images(pattern: str, max_value: float | None = None) -> FileDataset:
     if not paths:
         valid = f"an image file, a folder with images, or a glob of images; {ENDINGS}"
         raise DataError(f"images={pattern}: expected {valid}{found_instead(others)}")
-    dataset = FileDataset(sorted(paths), decoder="fast", max_value=max_value)
-    dataset.others = counted(others)
+    dataset = FileDataset(sorted(paths), others=others)
+    dataset.decoder, dataset.max_value = "fast", max_value
     return dataset

@@ -24,14 +24,7 @@ FLAT_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
 EXPECTED = "a folder with train/CLASS/ and val/"
 
 
-def build_imagefolder(
-    name: str,
-    split: str,
-    data_path: str | None,
-    *,
-    decoder: str = "fast",
-    max_value: float | None = None,
-) -> FileDataset:
+def build_imagefolder(name: str, split: str, data_path: str | None) -> FileDataset:
     """All classes found in train/; label = position in sorted order."""
     root = existing_folder(name, data_path, EXPECTED)
     classes = class_folders(root / "train")
@@ -39,14 +32,10 @@ def build_imagefolder(
     others: list[str] = []
     images = images_by_class(folder, others)
     files.require_known_classes(folder, images, classes)
-    dataset = labelled_dataset(images, classes, decoder, max_value)
-    dataset.others = files.counted(others)
-    return dataset
+    return labelled_dataset(images, classes, others)
 
 
-def build_imagenet100(
-    split: str, data_path: str | None, *, decoder: str = "fast", max_value: float | None = None
-) -> FileDataset:
+def build_imagenet100(split: str, data_path: str | None) -> FileDataset:
     """The classes in imagenet100.txt, from a full ImageNet or from a copy of these classes alone.
 
     Label = line number in that file, counted from 0."""
@@ -58,9 +47,7 @@ def build_imagenet100(
     if missing := sorted(set(classes) - set(images)):
         problem = f"{len(missing)} of the {len(classes)} classes of imagenet100"
         raise DataError(f"{folder} lacks {problem}: {first_few(missing)}")
-    dataset = labelled_dataset(images, classes, decoder, max_value)
-    dataset.others = files.counted(others)
-    return dataset
+    return labelled_dataset(images, classes, others)
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -96,13 +83,13 @@ def images_by_class(
 
 
 def labelled_dataset(
-    images: dict[str, list[str]], classes: list[str], decoder: str, max_value: float | None
+    images: dict[str, list[str]], classes: list[str], others: list[str]
 ) -> FileDataset:
     """Label = position in `classes`; images of other classes are left out."""
     by_label = [images.get(name, []) for name in classes]
     paths = [path for of_class in by_label for path in of_class]
     labels = np.repeat(np.arange(len(classes)), [len(of_class) for of_class in by_label])
-    return FileDataset(paths, labels, classes, decoder, max_value)
+    return FileDataset(paths, labels, classes, others)
 
 
 def wnid_of(folder: Path, name: str, wnids: list[str]) -> str:

@@ -18,18 +18,13 @@ Name = tuple[str, ...]  # folders, file
 
 
 def build_images(
-    split: str,
-    data_path: str | None,
-    *,
-    decoder: str = "fast",
-    max_value: float | None = None,
-    index_folder: str | None = None,
+    split: str, data_path: str | None, *, index_folder: str | None = None
 ) -> ImageDataset:
     path = Path(data_path or "").expanduser()
     is_tar = path.is_file() and path.name.lower().endswith((".tar", *COMPRESSED))
     if is_tar:
         index = index_of(path.parent, index_folder, path.name)
-        paths, others = list(index.names), ""
+        paths, others = list(index.names), []
     else:
         paths, others = images_below("images", data_path, EXPECTED)
     names = [tuple(path.split("/")) for path in paths]
@@ -43,10 +38,9 @@ def build_images(
     dataset: ImageDataset
     if is_tar:
         index = index._replace(names=PathList(paths), places=index.places[rows])
-        dataset = TarDataset(path.parent, index, labels, classes, decoder, max_value)
+        dataset = TarDataset(path.parent, index, labels, classes)
     else:
-        dataset = FileDataset(paths, labels, classes, decoder, max_value)
-    dataset.others = others
+        dataset = FileDataset(paths, labels, classes, others)
     if not classes:
         dataset.labels = dataset.classes = None
     return dataset

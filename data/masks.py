@@ -39,13 +39,8 @@ class MaskedImages(ImageDataset):
 class MaskedFiles(FileDataset, MaskedImages):
     """Image files, and for each the file of its mask."""
 
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        mask_paths: Sequence[Path],
-        max_value: float | None = None,
-    ) -> None:
-        super().__init__(paths, max_value=max_value)
+    def __init__(self, paths: Sequence[str | Path], mask_paths: Sequence[Path]) -> None:
+        super().__init__(paths)
         require_files("masks", mask_paths)
         self.mask_paths = PathList(mask_paths)
 
@@ -68,9 +63,7 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         yield image
 
 
-def build_masks(
-    split: str, data_path: str | None, *, max_value: float | None = None
-) -> MaskedFiles:
+def build_masks(split: str, data_path: str | None) -> MaskedFiles:
     """images/a.jpg with masks/a.png, below train/ and val/ or, for both splits, below neither."""
     root = existing_folder("masks", data_path, MASKS_LAYOUT, "images", "masks")
     folder = root / "images"
@@ -80,7 +73,7 @@ def build_masks(
     if not images:
         raise DataError(f"{folder} contains no images; {files.ENDINGS}")
     places = [Path(image).relative_to(root / "images").with_suffix(".png") for image in images]
-    return MaskedFiles(images, [root / "masks" / place for place in places], max_value)
+    return MaskedFiles(images, [root / "masks" / place for place in places])
 
 
 def build_voc(split: str, data_path: str | None) -> MaskedFiles:

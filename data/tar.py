@@ -10,17 +10,13 @@ import os
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.base import ImageDataset
+from data.base import StoredImages
 from data.files import existing_folder, require_known_classes, split_folder
 from data.imagenet import FLAT_NAME, wnid_of, wnids_from_devkit
 from data.tar_index import TarIndex, index_of
-
-if TYPE_CHECKING:
-    from data.picture import Picture
 
 EXPECTED = "a folder with train/*.tar and val/*.tar"
 # In each process; far below 1024, the usual limit for all its files.
@@ -28,12 +24,7 @@ MOST_OPEN_TARS = 256
 
 
 def build_tar(
-    split: str,
-    data_path: str | None,
-    *,
-    decoder: str = "fast",
-    max_value: float | None = None,
-    index_folder: str | None = None,
+    split: str, data_path: str | None, *, index_folder: str | None = None
 ) -> "TarDataset":
     """train/*.tar and val/*.tar; the classes are those of train/."""
     root = existing_folder("tar", data_path, EXPECTED)
@@ -42,7 +33,7 @@ def build_tar(
     if split == "eval":
         index = index_of(folder, index_folder)
         labels = evaluation_labels(folder, index, train.classes)
-    return TarDataset(folder, index, labels, train.classes, decoder, max_value)
+    return TarDataset(folder, index, labels, train.classes)
 
 
 def evaluation_labels(folder: Path, index: TarIndex, classes: list[str]) -> np.ndarray:
@@ -69,19 +60,13 @@ def open_tar(path: str, modified: int) -> FileIO:
     return open(path, "rb", buffering=0)
 
 
-class TarDataset(ImageDataset):
+class TarDataset(StoredImages):
     """Images inside the tars of one folder; labels[i] is a position in `classes`."""
 
     def __init__(
-        self,
-        folder: Path,
-        index: TarIndex,
-        labels: np.ndarray,
-        classes: list[str],
-        decoder: str,
-        max_value: float | None = None,
+        self, folder: Path, index: TarIndex, labels: np.ndarray, classes: list[str]
     ) -> None:
-        self.folder, self.index, self.decoder, self.max_value = folder, index, decoder, max_value
+        self.folder, self.index = folder, index
         # Class by class, as in the index; only labels from the development kit change the order.
         self.rows = np.argsort(labels, kind="stable")
         self.labels = np.asarray(labels, dtype=np.int64)[self.rows]
@@ -90,13 +75,7 @@ class TarDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def load(self, index: int) -> "Picture":
-        from data.picture import decode
-
-        return decode(self.contents(index), self.decoder, self.max_value, self.describe(index))
-
     def contents(self, index: int) -> bytearray:
-        """The image file as it is stored."""
         _, number, start, size = self.index.places[self.rows[index]].item()
         tar = self.index.tars[number]
         path = os.path.join(self.folder, tar.name)
