@@ -35,7 +35,7 @@ from eval.nn import QUERIES, check_bank, nearest, vote
 from models.views import extract_patches
 from util.command import run_worker
 from util.config import ConfigError
-from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects
+from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects, on_main
 from util.loaders import eval_loader, open_split
 from util.streams import Stream, generator
 
@@ -248,9 +248,10 @@ def train_patch_head(run: EvalRun, parts: list[Batch]) -> PatchHead:
 
     The first process trains it, on the tokens of all: the others wait, so that the number of
     processes changes nothing."""
-    cfg, ranks, head = run.cfg, run.ranks, None
+    cfg, ranks = run.cfg, run.ranks
     parts = gather_to_first(parts, ranks)
-    if ranks.is_main:
+
+    def train() -> PatchHead:
         patches = torch.cat([tokens.patches for tokens, _ in parts])
         masks = torch.cat([torch.from_numpy(masks) for _, masks in parts])
         tokens = Tokens(None, patches, parts[0][0].grid)
@@ -259,11 +260,11 @@ def train_patch_head(run: EvalRun, parts: list[Batch]) -> PatchHead:
         if len(labelled) == 0:
             raise DataError("no pixel of the training masks has a class")
         head, optimizer = start(cfg, ranks, patches, classes=int(labelled.max()) + 1)
-    for epoch in run.tracked(range(cfg.patch_head.epochs), "epochs of the head:"):
-        if head is not None:
+        for epoch in run.tracked(range(cfg.patch_head.epochs), "epochs of the head:"):
             train_epoch(cfg, head, optimizer, tokens, masks, epoch)
-        broadcast_object(epoch, ranks)  # a sign of life, before the others give up waiting
-    return broadcast_object(None if head is None else head.cpu(), ranks).to(ranks.device)
+        return head.cpu()
+
+    return on_main(train, ranks).to(ranks.device)
 
 
 def start(cfg: DictConfig, ranks: Ranks, tokens: Tensor, classes: int) -> tuple[PatchHead, AdamW]:
