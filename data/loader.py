@@ -248,11 +248,6 @@ class _Samples(Dataset):
         last = f"the last one being {unreadable[-1]}: {type(reason).__name__}: {reason}"
         return DataError(f"{MOST_NEIGHBOURS} images in a row could not be read, {last}")
 
-    def warn_if_dark(self) -> None:
-        """In the main process: workers have consoles of their own."""
-        if name := self.dark_image():
-            warn_of_dark(name)
-
     def dark_image(self) -> str | None:
         """The name of one, if there was any so far."""
         index = int(self.dark[0])
@@ -332,7 +327,7 @@ def _load(
         if num_workers > 0 and _free_shared_memory() < (num_workers + 1) * QUEUE_BYTES:
             raise DataError(_no_shared_memory(num_workers))
         for batch in batches if device.type == "cpu" else _one_ahead(batches, device):
-            samples.warn_if_dark()
+            warn_of_dark(samples.dark_image())  # workers have consoles of their own
             yield batch
     except RuntimeError as error:
         if num_workers > 0 and "shared memory" in str(error):  # torch's words, also of a bus error

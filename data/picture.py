@@ -138,10 +138,10 @@ def other_byte(how):
     return other_byte(how[0]), *how[1:]
 
 
-def warn_of_dark(name: str) -> None:
-    """Once in a run, by its first process."""
+def warn_of_dark(name: str | None) -> None:
+    """Once in a run, by its first process. name: of such a picture, if there is one."""
     global dark_is_said
-    if dark_is_said or os.environ.get("RANK", "0") != "0":
+    if name is None or dark_is_said or os.environ.get("RANK", "0") != "0":
         return
     dark_is_said = True
     logger.warning(
