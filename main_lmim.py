@@ -30,14 +30,13 @@ from util.command import run_worker
 from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
 from util.distributed import Ranks, gather_objects, join_processes, leave_processes, on_main
-from util.files import write_json
+from util.files import read_json, write_json
 from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, print_error, sum_over_processes, train
 from util.metrics import dense_peak, describe_nodes, memory_in_use
 from util.precision import choose_precision
 from util.preemption import StopFlag, stoppable
-from util.results import read_result
 from util.streams import Stream, seed_of
 
 SHOWN = 6  # images in TensorBoard
@@ -245,7 +244,7 @@ class Pretraining(Task):
         path = loop.job / "results" / f"{self.cfg.job_name}.json"
         is_late = loop.nothing_is_left  # an earlier start has trained it all
         steps = max(loop.first_step, loop.total_steps)
-        if is_late and on_main(lambda: read_result(path).get("steps") == steps, self.ranks):
+        if is_late and on_main(lambda: read_json(path).get("steps") == steps, self.ranks):
             return
         nodes = describe_nodes(self.ranks)
         if not self.ranks.is_main:

@@ -26,12 +26,12 @@ from eval.evaluate import table
 from util import report
 from util.command import run_worker
 from util.config import CONFIG_DIR, compose_config, job_directory
-from util.files import read_records, write_whole
+from util.files import read_json, read_records, write_whole
 from util.job import git, list_checkpoints
 from util.loaders import open_split
 from util.local import run_side_by_side
 from util.report import spread
-from util.results import is_finished, read_result, sha256_of
+from util.results import is_finished, sha256_of
 from util.sweep import compose_all
 from util.validate import check_config
 
@@ -77,7 +77,7 @@ class Run(NamedTuple):
     def results(self) -> dict:
         """Of the evaluations of its last checkpoint; empty where there are none."""
         sha256 = sha256_of(list_checkpoints(self.folder / "checkpoints")[0])
-        for found in map(read_result, self.evaluated.glob("results/evaluate-*.json")):
+        for found in map(read_json, self.evaluated.glob("results/evaluate-*.json")):
             is_whole = evaluations_of(self.recipe).keys() <= found["evaluations"].keys()
             if is_whole and found["backbone"]["sha256"] == sha256:
                 return found["evaluations"]
@@ -256,7 +256,7 @@ def numbers_of(runs: list[Run], weights: str) -> dict[str, np.ndarray]:
 
 def trained(run: Run) -> dict:
     """What its training has come to."""
-    return read_result(run.folder / "results" / f"{run.cfg.job_name}.json")
+    return read_json(run.folder / "results" / f"{run.cfg.job_name}.json")
 
 
 def compare(base: np.ndarray, values: np.ndarray, is_claimed: bool) -> str:

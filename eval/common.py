@@ -18,7 +18,6 @@ from data.loader import EvalLoader
 from data.picture import warn_of_dark
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone
-from eval.families import BackboneError
 from util.config import job_directory
 from util.distributed import (
     Ranks,
@@ -88,8 +87,7 @@ class EvalRun:
         own = loader.bad_images, loader.samples.dark_image()
         for bad_images, dark_image in gather_objects(own, self.ranks):
             loader.bad_images.update(bad_images)
-            if dark_image:
-                warn_of_dark(dark_image)
+            warn_of_dark(dark_image)
         loader.check_bad_images()
 
     def leave_out(self, dataset: ImageDataset, indices: list[int]) -> None:
@@ -219,9 +217,8 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
         folder = Path(cfg.pretrained)
         inside = folder / "checkpoints"
         newest = newest_for_all(inside if inside.is_dir() else folder, ranks, report=print)
-        if newest is None:
-            raise BackboneError(f"pretrained={folder}: this folder holds no checkpoint")
-        cfg.pretrained, contents = str(newest[0]), newest[1]
+        if newest is not None:
+            cfg.pretrained, contents = str(newest[0]), newest[1]
     return load_backbone(cfg, contents)
 
 

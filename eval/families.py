@@ -24,6 +24,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from util.checkpoint import CheckpointError, load_file, load_weights, without_module_prefix
 from util.config import ConfigError
+from util.results import sha256_of
 
 StateDict = dict[str, Tensor]
 
@@ -74,8 +75,7 @@ def require_keys(weights: StateDict, needed: tuple[str, ...], path: Path) -> Non
 def fingerprint(model: nn.Module, file: Path | None) -> str:
     """Of the file that the weights come from or, where they come from none, of the weights."""
     if file is not None:
-        with open(file, "rb") as contents:
-            return hashlib.file_digest(contents, "sha256").hexdigest()
+        return sha256_of(file)
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())

@@ -26,11 +26,10 @@ from eval.common import EvalRun, LabelledImages, run_evaluation
 from eval.families import BackboneError
 from util.command import run_worker
 from util.distributed import Ranks, barrier, broadcast_object, on_main, share_rows
-from util.files import remove_unfinished, write_json, write_whole
+from util.files import read_json, remove_unfinished, write_json, write_whole
 from util.job import describe_environment
 from util.loaders import open_split
 from util.lock import lock
-from util.results import read_result
 
 Vectors = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] on the device -> [B, width]
 Pair = tuple[Tensor, Tensor]
@@ -223,7 +222,7 @@ def claim(job: Path) -> None:
     lock(job)
     remove_unfinished(job / "results")
     meta = job / "results" / "meta.json"
-    if earlier := read_result(meta).get("backbone"):
+    if earlier := read_json(meta).get("backbone"):
         name = f"{earlier['family']} {earlier['name']}"
         print(f"features: replacing those of {name} (sha256 {earlier['sha256'][:8]})", flush=True)
     meta.unlink(missing_ok=True)

@@ -37,8 +37,7 @@ from models.views import extract_patches
 from util.command import run_worker
 from util.config import ConfigError, compose_config, flatten, quote
 from util.distributed import Ranks, join_processes, leave_processes
-from util.files import write_json
-from util.results import read_result
+from util.files import read_json, write_json
 
 MOST_PATCHES = 16384  # of one image: clustering keeps a distance for each pair, 1 GB
 PERPLEXITY = 30
@@ -132,7 +131,7 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     lines.append(command_of(cfg))
     folder, sheet, files = run.job / "results" / "pictures", [], []
     report_file = run.job / "results" / "visualize.json"
-    if earlier := read_result(report_file).get("pictures"):
+    if earlier := read_json(report_file).get("pictures"):
         run.say(f"visualize: replacing {len(earlier)} pictures of an earlier run in {folder}/")
         for name in [*earlier, "all"]:
             for ending in ("png", "pdf"):

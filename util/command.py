@@ -94,11 +94,13 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     first step of a training (a file server may be back); 2: bad input; 3: a training that cannot go
     on; 4: another process is writing in the job's folder. After 1 and 4 the same command may
     succeed later."""
+    from data.base import DataError, DataTimeout  # brings numpy along
+
     if is_restart() and "resume" in cfg:
         cfg.resume = cfg.resume or True
     try:
         main(cfg)
-    except expected_errors() as error:
+    except (UserError, DataError, DataTimeout) as error:
         say_error(error)
         return getattr(error, "exit_code", UserError.exit_code)
     except SystemExit as stopped:  # by a signal. Caught, so that its frames let go of the workers
@@ -110,13 +112,6 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
         say_crash(cfg)
         return 1
     return 0
-
-
-def expected_errors() -> tuple[type[Exception], ...]:
-    """Looked up when there is an error: those of data bring torch along."""
-    from data.base import DataError, DataTimeout
-
-    return UserError, DataError, DataTimeout
 
 
 def is_in_the_way(error: Exception, folder: str) -> TypeGuard[OSError]:

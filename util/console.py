@@ -28,14 +28,7 @@ def open_streams() -> None:
             os.set_inheritable(number, True)  # to the processes of a run
             setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
         elif name != "stdin" and stream is getattr(sys, f"__{name}__") and not stream.isatty():
-            setattr(
-                sys,
-                name,
-                io.TextIOWrapper(
-                    io.BufferedWriter(Pipe(stream.fileno(), "w", closefd=False)),
-                    encoding=stream.encoding,
-                    errors=stream.errors,
-                    line_buffering=stream.line_buffering,
-                    write_through=stream.write_through,
-                ),
-            )
+            pipe = io.BufferedWriter(Pipe(stream.fileno(), "w", closefd=False))
+            kept = ("encoding", "errors", "line_buffering", "write_through")
+            settings = {setting: getattr(stream, setting) for setting in kept}
+            setattr(sys, name, io.TextIOWrapper(pipe, **settings))

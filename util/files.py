@@ -35,6 +35,15 @@ def write_json(path: Path, contents: object) -> None:
     write_whole(path, json.dumps(contents, indent=2).encode() + b"\n")
 
 
+def read_json(path: Path) -> dict:
+    """What a file holds; empty where there is none, or none that can be read."""
+    try:
+        contents = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return contents if isinstance(contents, dict) else {}
+
+
 def read_records(path: Path) -> list[dict]:
     """Of a log with one JSON object per line; without lines that are cut off or damaged."""
     records = []

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.base import DataError, LabelledImages
 from data.datasets import build_dataset
 from util.config import flatten, job_directory, processes_per_node
+from util.files import read_json
 from util.job import list_checkpoints
 from util.resuming import (
     MAY_DIFFER,
@@ -68,15 +69,6 @@ def digest_of(cfg: DictConfig, evaluation: str, sha256: str, processes: int) -> 
         kept["data_path"] = os.path.realpath(cfg.data_path)
     text = json.dumps([evaluation, sha256, kept], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def read_result(path: Path) -> dict:
-    """Empty where there is none, or none that can be read."""
-    try:
-        contents = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return contents if isinstance(contents, dict) else {}
 
 
 # ---- Finished? -----------------------------------------------------------------------------------
@@ -206,7 +198,7 @@ def has_result(cfg: DictConfig, contents: dict) -> bool:
     """Of the newest checkpoint, not of fewer epochs."""
     folder = job_directory(cfg) / "results"
     if "backbone" not in contents:
-        return read_result(folder / f"{cfg.job_name}.json").get("steps") == contents["step"]
+        return read_json(folder / f"{cfg.job_name}.json").get("steps") == contents["step"]
     evaluation, processes = cfg.worker.rpartition(".")[2], count_processes(cfg) or 1
     digest = digest_of(cfg, evaluation, contents["backbone"]["sha256"], processes)
-    return any(read_result(path) for path in folder.glob(f"*-{digest}.json"))
+    return any(read_json(path) for path in folder.glob(f"*-{digest}.json"))

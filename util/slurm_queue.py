@@ -1,11 +1,11 @@
 """What Slurm says about jobs. Never through a shell: job names are free text."""
 
-import json
 import re
 import subprocess
 from pathlib import Path
 
 from util.config import ConfigError
+from util.files import read_json
 
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED"}
 OVER |= {"BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -49,11 +49,8 @@ def why_waiting(record: dict[str, str]) -> str | None:
 
 def read_note(job: Path) -> dict[str, str]:
     """What was noted at the last submission; nothing if that cannot be read."""
-    try:
-        note = json.loads((job / "logs" / "slurm.json").read_text())
-        return note if isinstance(note["job_id"], str) and isinstance(note["log"], str) else {}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
+    note = read_json(job / "logs" / "slurm.json")
+    return note if all(isinstance(note.get(key), str) for key in ("job_id", "log")) else {}
 
 
 def has_ended(job_id: str) -> bool:

@@ -1,6 +1,5 @@
 """python launcher.py --config-name=status output_dir=./checkpoints: one line per job there."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from util.config import ConfigError
-from util.files import read_records
+from util.files import read_json, read_records
 from util.job import last_checkpoint, list_checkpoints
 from util.lock import JobBusy, lives, owners_in, this_process
 from util.slurm_queue import job_state, read_note, why_waiting
@@ -111,13 +110,9 @@ def is_finished(job: Path) -> bool:
 
 def evaluations(job: Path) -> list[str]:
     """Those whose results are in the folder, each once."""
-    found: dict[str, None] = {}
-    for path in sorted((job / "results").glob("*.json")):
-        try:
-            found[json.loads(path.read_text())["evaluation"]] = None
-        except (OSError, ValueError, LookupError, TypeError):
-            continue  # of pre-training, or no result
-    return [*found]
+    results = map(read_json, sorted((job / "results").glob("*.json")))
+    names = (result.get("evaluation") for result in results)  # None: of pre-training
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
 def last_number(records: list[dict], name: str, shown: str, form: str) -> str:
