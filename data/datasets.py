@@ -10,12 +10,13 @@ import numpy as np
 from data import davis, imagenet, images, masks, tar
 from data.base import ArrayDataset, DataError, ImageDataset
 from data.files import FOLDER_LAYOUT, build_folder, existing_folder
-from data.imagenet import build_imagefolder, build_imagenet100
+from data.imagenet import build_imagefolder
 from data.images import build_images
 from data.masks import build_masks, build_voc
 from data.photographs import Photographs, Textures, build_photographs
 from data.tar import build_tar
 
+OF_CLASS_FOLDERS = ("imagefolder", "imagenet", "imagenet100")
 DIGITS = Path(__file__).with_name("digits.npz")
 ARCHIVES = {  # what torchvision reads: the folder, and the archive that it comes from
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
@@ -70,21 +71,19 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": build_digits,
     "textures": partial(build_photographs, Textures),
     "photographs": partial(build_photographs, Photographs),
-    "imagefolder": partial(build_imagefolder, "imagefolder"),
     "tar": build_tar,
     "folder": build_folder,
     "images": build_images,
-    "imagenet": partial(build_imagefolder, "imagenet"),
-    "imagenet100": build_imagenet100,
     "cifar10": partial(build_cifar, "cifar10"),
     "cifar100": partial(build_cifar, "cifar100"),
     "stl10": build_stl10,
     "masks": build_masks,
     "voc": build_voc,
+    **{name: partial(build_imagefolder, name) for name in OF_CLASS_FOLDERS},
 }
 # What data_path has to be; the others need none.
 LAYOUTS = {
-    **dict.fromkeys(("imagefolder", "imagenet", "imagenet100"), imagenet.EXPECTED),
+    **dict.fromkeys(OF_CLASS_FOLDERS, imagenet.EXPECTED),
     **{name: UNPACKED.format(*archive) for name, archive in ARCHIVES.items()},
     "tar": tar.EXPECTED,
     "folder": FOLDER_LAYOUT,
@@ -96,13 +95,12 @@ LAYOUTS = {
 # The options of those that are stored in files, and their defaults.
 DECODING: dict[str, dict[str, object]] = {
     **dict.fromkeys(
-        ("imagefolder", "tar", "folder", "images", "imagenet", "imagenet100"),
-        {"decoder": "fast", "max_value": None},
+        (*OF_CLASS_FOLDERS, "tar", "folder", "images"), {"decoder": "fast", "max_value": None}
     ),
     "masks": {"max_value": None},
 }
 # One process lists their files for all. Tars have an index, which the first one to need it makes.
-LISTED = ("imagefolder", "folder", "imagenet", "imagenet100")
+LISTED = (*OF_CLASS_FOLDERS, "folder")
 
 
 def build_dataset(

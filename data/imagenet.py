@@ -25,29 +25,23 @@ EXPECTED = "a folder with train/CLASS/ and val/"
 
 
 def build_imagefolder(name: str, split: str, data_path: str | None) -> FileDataset:
-    """All classes found in train/; label = position in sorted order."""
+    """Label = position of the class: in sorted order, of all that are in train/; of imagenet100 in
+    imagenet100.txt, from a full ImageNet or from a copy of these classes alone."""
     root = existing_folder(name, data_path, EXPECTED)
-    classes = class_folders(root / "train")
+    only = SUBSET_FILE.read_text().split() if name == "imagenet100" else None
+    classes = only or class_folders(root / "train")
     folder = files.split_folder(root, split)
     others: list[str] = []
-    images = images_by_class(folder, others)
-    files.require_known_classes(folder, images, classes)
-    return labelled_dataset(images, classes, others)
-
-
-def build_imagenet100(split: str, data_path: str | None) -> FileDataset:
-    """The classes in imagenet100.txt, from a full ImageNet or from a copy of these classes alone.
-
-    Label = line number in that file, counted from 0."""
-    root = existing_folder("imagenet100", data_path, EXPECTED)
-    classes = SUBSET_FILE.read_text().split()
-    folder = files.split_folder(root, split)
-    others: list[str] = []
-    images = images_by_class(folder, others, only=classes)
-    if missing := sorted(set(classes) - set(images)):
-        problem = f"{len(missing)} of the {len(classes)} classes of imagenet100"
+    images = images_by_class(folder, others, only)
+    if only is None:
+        files.require_known_classes(folder, images, classes)
+    elif missing := sorted(set(only) - set(images)):
+        problem = f"{len(missing)} of the {len(only)} classes of imagenet100"
         raise DataError(f"{folder} lacks {problem}: {first_few(missing)}")
-    return labelled_dataset(images, classes, others)
+    by_label = [images.get(own, []) for own in classes]  # images of other classes are left out
+    paths = [path for of_class in by_label for path in of_class]
+    labels = np.repeat(np.arange(len(classes)), [len(of_class) for of_class in by_label])
+    return FileDataset(paths, labels, classes, others)
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -80,16 +74,6 @@ def images_by_class(
         problem = f"class folders that contain no images: {first_few(empty)}"
         raise DataError(f"{folder} has {problem}; {files.ENDINGS}")
     return images
-
-
-def labelled_dataset(
-    images: dict[str, list[str]], classes: list[str], others: list[str]
-) -> FileDataset:
-    """Label = position in `classes`; images of other classes are left out."""
-    by_label = [images.get(name, []) for name in classes]
-    paths = [path for of_class in by_label for path in of_class]
-    labels = np.repeat(np.arange(len(classes)), [len(of_class) for of_class in by_label])
-    return FileDataset(paths, labels, classes, others)
 
 
 def wnid_of(folder: Path, name: str, wnids: list[str]) -> str:
