@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 
-if __name__ in ("__main__", "__mp_main__"):  # the second in the processes that it starts
+IS_RUN = __name__ in ("__main__", "__mp_main__")  # the second in the processes that it starts
+if IS_RUN and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored by what & has started
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 from omegaconf import DictConfig, OmegaConf

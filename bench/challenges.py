@@ -78,9 +78,10 @@ class Run(NamedTuple):
         """Of the evaluations of its last checkpoint; empty where there are none."""
         sha256 = sha256_of(list_checkpoints(self.folder / "checkpoints")[0])
         for found in map(read_json, self.evaluated.glob("results/evaluate-*.json")):
-            is_whole = evaluations_of(self.recipe).keys() <= found["evaluations"].keys()
-            if is_whole and found["backbone"]["sha256"] == sha256:
-                return found["evaluations"]
+            evaluations, backbone = found.get("evaluations", {}), found.get("backbone", {})
+            is_whole = evaluations_of(self.recipe).keys() <= evaluations.keys()
+            if is_whole and backbone.get("sha256") == sha256:
+                return evaluations
         return {}
 
 

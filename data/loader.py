@@ -218,7 +218,7 @@ class _Samples(Dataset):
     def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
         self.dataset, self.transform = dataset, transform
         self.being_read: Tensor | None = None  # by each worker the index of an image, or -1
-        self.dark = torch.full((1,), -1).share_memory_()  # the index of such an image, or -1
+        self.dark = torch.full((1,), -1)  # the index of such an image, or -1
 
     def load(self, index: int) -> Picture:
         worker = get_worker_info()
@@ -309,7 +309,10 @@ def _load(
     samples: _Samples, batches: Iterable, num_workers: int, device: torch.device, timeout: float
 ) -> Iterator[Loaded]:
     """Decode `batches` (each a list of keys of `samples`) and bring them to the device."""
-    samples.being_read = torch.full((max(num_workers, 1),), -1).share_memory_()
+    samples.being_read = torch.full((max(num_workers, 1),), -1)
+    if num_workers > 0:
+        for told_by_workers in (samples.being_read, samples.dark):
+            told_by_workers.share_memory_()
     loader = DataLoader(
         samples,
         batch_sampler=batches,

@@ -18,7 +18,7 @@ from util.command import run_worker
 from util.config import ConfigError, compose_config
 from util.files import write_json, write_whole
 from util.job import is_restart
-from util.validate import check_config
+from util.validate import ABSENT, check_config
 
 # One name can be two protocols of one worker.
 PROTOCOLS = {
@@ -92,8 +92,11 @@ def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:
     for key in SHARED:
         if key in own and key not in OWN.get(name, set()):
             own[key] = cfg[key]
-    for key in (setting.partition("=")[0] for setting in mine):  # also a part of a section
-        OmegaConf.update(own, key, OmegaConf.select(given, key), merge=False)
+    for setting in mine:  # also a part of a section
+        key = setting.partition("=")[0].lstrip("+~")
+        value = OmegaConf.select(given, key, default=ABSENT)
+        if value is not ABSENT:
+            OmegaConf.update(own, key, value, merge=False, force_add=True)
     own.random_init = random_init
     own.output_dir = str(Path(cfg.output_dir) / cfg.job_name)
     own.job_name = f"{name}-random-init" if random_init else name

@@ -136,7 +136,7 @@ class Finetuning(Classification):
             smoothing = self.cfg.label_smoothing if self.mixup is None else 0.0
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             self.scaler.scale(loss / self.cfg.accum_iter).backward()
-        self.loss += loss.detach()
+        self.loss += loss.detach() / self.cfg.accum_iter
         self.bad_steps.add(step, ~loss.detach().isfinite())
 
     def set_learning_rates(self, epoch: float) -> None:
@@ -157,7 +157,7 @@ class Finetuning(Classification):
         self.loss.zero_()
         self.set_learning_rates((done - 1) / self.loader.steps_per_epoch)  # a resumed run had none
         values = {
-            "loss": loss / steps / self.cfg.accum_iter / self.ranks.world_size,
+            "loss": loss / steps / self.ranks.world_size,
             # The head's learning rate, as it was in this step.
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
         }

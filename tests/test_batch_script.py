@@ -133,6 +133,13 @@ def test_paths_are_made_absolute(monkeypatch, tmp_path):
         assert evaluation.pretrained == absolute and evaluation.data_path == "$TMPDIR/photos"
         assert evaluation.cache_dir == f"{tmp_path}/cache"
         assert evaluation.pretrained_weights == f"{tmp_path}/own.pth"
+    several = composed("visualize", "pretrained=[a.pth,timm:b]", "images=photos/*.jpg")
+    slurm.make_paths_absolute(several)
+    assert several.pretrained == [f"{tmp_path}/a.pth", "timm:b"]
+    assert several.images == f"{tmp_path}/photos/*.jpg"
+    tars = composed("lmim", "dataset=tar", "dataset.options.index_folder=index")
+    slurm.make_paths_absolute(tars)
+    assert tars.dataset.options.index_folder == f"{tmp_path}/index"
 
 
 @functools.cache
@@ -148,7 +155,8 @@ class Ran:
         calls, job = programs / "calls", folder / "7"
         answer = f"{given.pop('state', 'RUNNING')} {given.pop('preempted', 'N/A')}"
         touches = [f"touch {job}.{mark}" for mark in marks.split()]
-        srun = [f"env >{programs}/environment", *touches, f"exit {status}"]
+        said = f"echo python: {given.pop('log', 'Input/output error')} >>{job}_0_log.out"
+        srun = [f"env >{programs}/environment", *touches, said, f"exit {status}"]
         write_program(programs / "srun", "\n".join(srun))
         write_program(programs / "squeue", f"echo $@ >{programs}/asked; echo {answer}")
         write_program(programs / "scontrol", f"echo $@ >{calls}")
@@ -187,7 +195,10 @@ AT = "2026-01-01T00:00:00"
         ({"status": 143, "state": "COMPLETING"}, False, None, False),  # scancel
         ({"status": 75, "marks": "started again"}, True, None, False),  # USR2
         ({"status": 2, "marks": "started final"}, False, None, True),
+        ({"status": 1, "preempted": AT}, True, 1, False),  # a crash after a preemption
         ({"status": 127, "marks": ""}, False, None, True),
+        ({"status": 1, "marks": ""}, True, 1, False),  # a node that is not well
+        ({"status": 1, "marks": "", "log": "No module named submitit"}, False, None, True),
     ],
 )
 def test_what_is_started_again(programs, tmp_path, answer, is_requeued, crashes, is_over):
@@ -259,9 +270,12 @@ def test_a_job_whose_code_is_gone_runs_no_other(programs, tmp_path, monkeypatch)
 def test_as_many_gpus_as_gres_says():
     cfg = composed("demo", "env=slurm")
     for gres, ngpu in (("gpu:a100:1", 2), ("gpu:2", 1), ("gpu", 2), ("gpu:a100:4", 0)):
-        cfg.env.gres, cfg.env.ngpu = gres, ngpu
+        cfg.env.gres, cfg.env.ngpu, cfg.env.slurm = gres, ngpu, True
         with pytest.raises(ConfigError, match=f"^env.gres={gres}: expected .*env.ngpu={ngpu}"):
             check_config(cfg)
+        cfg.env.slurm = False  # where the key means nothing, as in a local config
+        check_config(cfg)
+    cfg.env.slurm = True
     cfg.env.ngpu = 2
     for gres in ("gpu:a100:2", "gpu:2,disk:9", "none", None, "gpu:a100:1,gpu:h100:1"):
         cfg.env.gres = gres

@@ -206,6 +206,8 @@ def test_an_evaluation_of_other_weights_or_of_fewer_columns_is_made_again(write_
     del table["evaluations"]["collapse"]
     file.write_text(json.dumps(table))
     assert run.results() == {}
+    file.write_text("[")
+    assert run.results() == {}
 
 
 @pytest.mark.parametrize("name", ["challenges", "laboratory"])

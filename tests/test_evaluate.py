@@ -135,12 +135,14 @@ def test_a_setting_goes_before_what_is_shared(whole):
     whole.settings = [
         *("knn.layer=2", "knn.dataset.crop_ratio=0.5", "knn.cache_dir=null"),
         *("knn.final_norm=False", "nn.dataset=digits", "nn.batch_size=9"),
+        *("nn.+env.slurm_extra.a=b", "knn.backbone=default"),  # a new key; a group without one
     ]
     knn, nn = (compose(whole, name, random_init=False) for name in ("knn", "nn"))
     assert (knn.layer, knn.final_norm, knn.cache_dir, knn.batch_size) == (2, False, None, 7)
     assert knn.dataset == {**whole.dataset, "crop_ratio": 0.5}
     assert (nn.layer, nn.cache_dir, nn.batch_size) == (1, "cache", 9)
     assert nn.dataset == compose_config("nn", ["dataset=digits"]).dataset
+    assert nn.env.slurm_extra == {"a": "b"} and knn.env == whole.env
 
 
 def test_a_wrong_setting_ends_it_before_anything_runs(tmp_path, capfd):

@@ -174,6 +174,11 @@ def test_what_is_said_before_nobody_reads_is_whole():
     assert printed.stdout.startswith("usage: ") and printed.stdout.count("\n") == 1
 
 
+def test_what_python_does_not_buffer_is_there_at_once():
+    program = "import os, util.console as c; c.open_streams(); print('said'); os._exit(0)"
+    assert run([sys.executable, "-u", "-c", program]).stdout == "said\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("nobody", NOBODY)
 def test_a_training_that_nobody_reads(nobody, tmp_path):

@@ -13,7 +13,8 @@ for_minutes() { # COMMAND...: Slurm's controller may be away
 # are counted in a file. The processes leave marks too: when they have begun (started), want to be
 # started again (again), or fail for good (final).
 end_job() { # EXIT_STATUS MAX_RESTARTS [WHY_FOR_GOOD]
-    local rc=$1 max_restarts=$2 why=${3:-} again= crashes said
+    local rc=$1 max_restarts=$2 why=${3:-} again= begun= crashes said
+    [ ! -e "$LMIM_MARKS.started" ] || begun=1
     if [ $rc -ne 0 ]; then
         said=($(for_minutes squeue --noheader --array "--jobs=${LMIM_MARKS##*/}" --states=all \
             --Format=State:30,PreemptTime:30))
@@ -24,12 +25,12 @@ end_job() { # EXIT_STATUS MAX_RESTARTS [WHY_FOR_GOOD]
             :
         elif [ -e "$LMIM_MARKS.again" ]; then
             again=1
-        elif [[ ${said[1]:-} == [0-9]* ]]; then
+        elif [[ ${said[1]:-} == [0-9]* ]] && { [ ! "$begun" ] || [ $rc -ge 128 ]; }; then
             again=1
             echo "exit status $rc: Slurm preempts this job, which is to be started again"
         elif [ "$why" ]; then
             echo "error: $why"
-        elif [ ! -e "$LMIM_MARKS.started" ]; then
+        elif [ ! "$begun" ] && lacks_python $rc; then
             echo "error: env.python: expected a Python with the packages of requirements.txt," \
                 "but exit status $rc came before anything ran"
         elif [ "$crashes" -lt $max_restarts ]; then
@@ -41,6 +42,11 @@ end_job() { # EXIT_STATUS MAX_RESTARTS [WHY_FOR_GOOD]
     [ ! "$again" ] || for_minutes scontrol requeue $SLURM_JOB_ID || again=
     [ "$again" ] || touch "$LMIM_MARKS.ended"
     exit $rc
+}
+
+lacks_python() { # EXIT_STATUS: no such program (srun: 2, a shell: 126, 127), or no such module
+    [ $1 -eq 2 ] || [ $1 -eq 126 ] || [ $1 -eq 127 ] ||
+        tail -n 1 "${LMIM_MARKS}_0_log.out" 2>/dev/null | grep -q "No module named"
 }
 
 setup_failed() { # EXIT_STATUS LINE_NUMBER DEPTH

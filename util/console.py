@@ -28,7 +28,8 @@ def open_streams() -> None:
             os.set_inheritable(number, True)  # to the processes of a run
             setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
         elif name != "stdin" and stream is getattr(sys, f"__{name}__") and not stream.isatty():
-            pipe = io.BufferedWriter(Pipe(stream.fileno(), "w", closefd=False))
+            pipe = Pipe(stream.fileno(), "w", closefd=False)
             kept = ("encoding", "errors", "line_buffering", "write_through")
             settings = {setting: getattr(stream, setting) for setting in kept}
-            setattr(sys, name, io.TextIOWrapper(pipe, **settings))
+            buffer = pipe if stream.write_through else io.BufferedWriter(pipe)
+            setattr(sys, name, io.TextIOWrapper(buffer, **settings))

@@ -12,7 +12,9 @@ from typing import BinaryIO
 def write_whole(path: Path, contents: bytes | Callable[[BinaryIO], object]) -> None:
     """contents: what to write, or what writes it to a file. Of several processes that write the
     same file the last one wins. Raises what the writing raises, and leaves the old file then."""
-    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.writing")
+    # A name has 255 bytes at most, of which the host's may take 64.
+    start = os.fsdecode(os.fsencode(path.name)[:160])
+    unfinished = path.with_name(f"{start}.{socket.gethostname()}-{os.getpid()}.writing")
     try:
         with open(unfinished, "wb") as file:
             if callable(contents):

@@ -233,6 +233,8 @@ class Loop:
         self.watched = watched_steps(self.planned_steps)
         if task.max_steps is not None:
             self.total_steps = min(self.total_steps, task.max_steps)
+        if unfinished:  # what follows a step beyond max_steps is due all the same
+            self.total_steps = max(self.total_steps, first_step)
         self.nothing_is_left = first_step >= self.total_steps and not unfinished
         self.images_per_step = task.loader.images_per_step
         self.last_logged = first_step
@@ -299,7 +301,10 @@ class Loop:
         of_all = [torch.stack(parts).double().mean(0) for parts in zip(*sums, strict=True)]
         mine = sums[ranks.rank] if len(sums) == ranks.world_size else of_all
         for tensor, value in zip(self.task.sums(), mine, strict=True):
-            tensor.copy_(value)
+            if tensor.shape == value.shape:
+                tensor.copy_(value)
+            else:  # resume=changed: there are other numbers, of which these steps have none
+                tensor.fill_(torch.nan)
         self.last_logged = kept["last_logged"]
         self.speed.take_up(kept)
 
@@ -349,7 +354,7 @@ class Loop:
         if at_evaluation and self.ranks.is_main and (picture := self.task.picture()):
             self.log.show(picture, done)
         if self.task.gives_up:
-            self.save(done)
+            self.save(done, unfinished=self.unfinished)
             self.finish_writing()
             saved = self.lost_steps() or f"step {done} is saved"
             raise TrainingStopped(f"{self.task.gives_up}; {saved}")

@@ -39,7 +39,7 @@ MAY_DIFFER = CHANGE_NO_RESULT | {"batch_size", "accum_iter"}  # images_per_step 
 
 def training_batch_size(cfg: DictConfig, images: int, processes: int) -> int:
     """The config's; with shrink_batch at most what is there, because steps are whole."""
-    if not cfg.get("shrink_batch"):
+    if not ("shrink_batch" in cfg and cfg.shrink_batch):
         return cfg.batch_size
     return min(cfg.batch_size, max(1, images // (cfg.accum_iter * processes)))
 

@@ -77,7 +77,7 @@ def submit_group(configs: list[DictConfig]) -> list[dict[str, str]]:
         for cfg in configs:
             (job_directory(cfg) / "logs").mkdir(parents=True, exist_ok=True)
         jobs = submit_tasks(build_executor(configs[0], folder), tasks)
-    except (ConfigError, OSError):
+    except ConfigError:  # refused; after other errors a job may be in the queue
         for path in new:
             if not (path / "logs" / "slurm.json").exists():  # by another submission meanwhile
                 shutil.rmtree(path, ignore_errors=True)
@@ -137,13 +137,21 @@ def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
 
 def make_paths_absolute(cfg: DictConfig) -> None:
     """The job runs in another folder. A path that begins with a variable means the node's."""
-    for key in ("output_dir", "data_path", "pretrained_weights", "cache_dir"):
-        if cfg.get(key) is not None and not cfg[key].startswith("$"):
-            cfg[key] = str(Path(cfg[key]).absolute())
-    if cfg.get("pretrained") is not None:
-        family, colon, file = cfg.pretrained.rpartition(":")
-        if family != "timm":
-            cfg.pretrained = f"{family}{colon}{Path(file).absolute()}"
+    keys = "output_dir data_path pretrained_weights cache_dir images dataset.options.index_folder"
+    for key in keys.split():
+        path = OmegaConf.select(cfg, key)
+        if path is not None and not path.startswith("$"):
+            OmegaConf.update(cfg, key, str(Path(path).absolute()))
+    given = cfg.get("pretrained")
+    if OmegaConf.is_list(given):
+        cfg.pretrained = [absolute_pretrained(pretrained) for pretrained in given]
+    elif given is not None:
+        cfg.pretrained = absolute_pretrained(given)
+
+
+def absolute_pretrained(pretrained: str) -> str:
+    family, colon, file = pretrained.rpartition(":")
+    return pretrained if family == "timm" else f"{family}{colon}{Path(file).absolute()}"
 
 
 def submission_folder(configs: list[DictConfig]) -> Path:

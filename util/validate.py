@@ -24,8 +24,7 @@ from util.config import (
 Rule = tuple[str, Callable[[object], bool]]  # what is expected, in words and as a test
 ABSENT = object()
 MOST = 10**9  # of what has no natural bound: fits C's int
-# results/JOB_NAME.json.HOST-PID.writing (util/files.py): at most 255 bytes, 64 of them the host's.
-LONGEST_NAME = 255 - 64 - len(".json.-4194304.writing")
+LONGEST_NAME = 199  # bytes, to which endings are added
 MOST_CANDIDATES = 2**14  # of negatives=batch: their square are 1 GB in float32
 
 
@@ -168,7 +167,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (whole(1, 1024), "env.tasks_per_node env.parallel"),
     (whole(1, 1000), "patch_size encoder.patch_size encoder.depth decoder_depth"),
     (whole(1, 10**5), "encoder.embed_dim encoder.num_heads decoder_embed_dim decoder_num_heads"),
-    (whole(1, 10**5), "proj.mlp_dim frame_side"),
+    (whole(1, 10**6), "proj.mlp_dim frame_side"),
     (whole(1), "num_vis epochs batch_size accum_iter print_freq save_freq"),
     (whole(1), "env.world_size env.timeout env.signal_delay env.workers"),
     (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
@@ -327,7 +326,7 @@ def check_job(cfg: DictConfig) -> None:
     if cfg.env.slurm and cfg.env.ngpu is None:
         raise ConfigError("env.ngpu=null: expected a number where env.slurm=True (see env=slurm)")
     named = re.findall(r"\bgpu(?::[^:,]+)*?(?::(\d+))?(?=,|$)", str(cfg.env.gres))
-    if named and sum(int(count or 1) for count in named) != cfg.env.ngpu:
+    if cfg.env.slurm and named and sum(int(count or 1) for count in named) != cfg.env.ngpu:
         valid = f"as many GPUs as env.ngpu={cfg.env.ngpu} (one process for each)"
         raise ConfigError(f"env.gres={cfg.env.gres}: expected {valid}")
     if cfg.env.signal_delay >= 60 * cfg.env.timeout:
