@@ -9,8 +9,10 @@ import os
 import signal
 import sys
 
-IS_RUN = __name__ in ("__main__", "__mp_main__")  # the second in the processes that it starts
-if IS_RUN and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored by what & has started
+if (
+    __name__ in ("__main__", "__mp_main__")  # the second in the processes that it starts
+    and signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # what a script starts with & ignores it
+):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 from omegaconf import DictConfig, OmegaConf
