@@ -18,8 +18,6 @@ from data.base import DataError, ImageDataset, readable
 from data.files import FileDataset, PathList, existing_folder, require_files
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from data.picture import Picture
 
 IGNORE = 255
@@ -119,19 +117,3 @@ def require_same_size(name: object, image: "Picture", mask: Image.Image) -> None
     if size_of(image) != mask.size:
         found, valid = ("{} x {}".format(*size) for size in (mask.size, size_of(image)))
         raise DataError(f"the mask of {name} has {found} pixels: expected {valid}, as the image")
-
-
-class MaskTransform:
-    """The central crop of an image and the same of its mask, as a fourth channel."""
-
-    def __init__(self, side: int, crop_ratio: float) -> None:
-        from data.transforms import EvalTransform
-
-        self.crop = EvalTransform(side, crop_ratio)
-
-    def __call__(self, pair: "tuple[Picture, Image.Image]") -> "Tensor":
-        """-> uint8 [4, side, side]"""
-        import torch
-
-        image, mask = pair
-        return torch.cat([self.crop(image), self.crop.mask(mask)])

@@ -10,16 +10,12 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from data.base import DataError, ImageDataset
 from data.masks import MaskedImages, opened
-
-if TYPE_CHECKING:
-    from data.picture import Box
 
 PARTS = {"train": (0, 55), "eval": (57, 100)}  # percent of the width, from and to
 PHOTOGRAPHS = (
@@ -31,7 +27,7 @@ PHOTOGRAPHS = (
     *("sklearn/datasets/images/china.jpg", "sklearn/datasets/images/flower.jpg"),
 )
 # A texture: where it is, the part of the photograph, how many times smaller.
-TEXTURES: dict[str, tuple[str, "Box", int]] = {
+TEXTURES: dict[str, tuple[str, tuple[int, int, int, int], int]] = {
     "brick": ("skimage/data/brick.png", (0, 0, 512, 512), 2),
     "grass": ("skimage/data/grass.png", (0, 0, 512, 512), 2),
     "gravel": ("skimage/data/gravel.png", (0, 0, 512, 512), 2),

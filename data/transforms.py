@@ -87,6 +87,15 @@ class EvalTransform:
         return round((width - self.side) / 2), round((height - self.side) / 2)
 
 
+class MaskTransform(EvalTransform):
+    """The central crop of an image and the same of its mask, as a fourth channel."""
+
+    def __call__(self, pair: tuple[Picture, Image.Image]) -> Tensor:  # type: ignore[override]
+        """-> uint8 [4, side, side]"""
+        image, mask = pair
+        return torch.cat([super().__call__(image), self.mask(mask)])
+
+
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [..., 3, H, W] to float32 (pixel / 255 - mean) / std, on the device of the images."""
     scale, shift = _kept_scale_and_shift(tuple(mean), tuple(std), images.device)

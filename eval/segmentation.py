@@ -25,7 +25,8 @@ from torch.optim import AdamW
 
 from data.base import DataError
 from data.loader import epoch_order
-from data.masks import IGNORE, MaskedImages, MaskTransform, WithMasks
+from data.masks import IGNORE, MaskedImages, WithMasks
+from data.transforms import MaskTransform
 from eval import metrics
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from data.datasets import DataError, build_dataset
-from data.masks import IGNORE, MaskTransform, WithMasks
-from data.transforms import EvalTransform
+from data.masks import IGNORE, WithMasks
+from data.transforms import EvalTransform, MaskTransform
 from tests.maps_by_hand import central_mask, regions
 
 PALETTE = [0, 0, 0, 128, 0, 0, *range(253), *range(253), *range(253), 224, 224, 192]
