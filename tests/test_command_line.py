@@ -105,6 +105,9 @@ def test_home_is_where_paths_begin(monkeypatch):
     assert all(config[key] == f"/home/me/{key}" for key in keys)
     assert compose_config("nn", ["pretrained=mae:~/a=b.pth"]).pretrained == "mae:/home/me/a=b.pth"
     assert compose_config("nn", ["data_path=$HOME/a~"]).data_path == "$HOME/a~"
+    assert compose_config("features", ["images=~/photos"]).images == "/home/me/photos"
+    tars = compose_config("nn", ["dataset=tar", "dataset.options.index_folder=~/index"])
+    assert tars.dataset.options.index_folder == "/home/me/index"
 
 
 @pytest.mark.parametrize("plus", ["", "+", "++"])

@@ -5,7 +5,7 @@ import argparse
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
@@ -174,21 +174,21 @@ def compose_config(
     if missing:
         raise ConfigError(f"{missing[0]}=???: expected a value, for which ??? holds the place")
     check_keys(config)
-    for key in PATHS:
-        paths = config.get(key)
-        if isinstance(paths, str):
-            config[key] = expand_user(key, paths)
-        elif OmegaConf.is_list(paths):  # several to compare
-            config[key] = [expand_user(key, path) for path in paths]
+    change_paths(config, os.path.expanduser)
     return config
 
 
-def expand_user(key: str, path: object) -> object:
-    """Of pretrained=FAMILY:FILE the file."""
-    if not isinstance(path, str):
-        return path
-    family, colon, file = path.rpartition(":" if key == "pretrained" else "\0")
-    return family + colon + os.path.expanduser(file)
+def change_paths(cfg: DictConfig, change: Callable[[str], str]) -> None:
+    """In place, each path of a config; of pretrained=FAMILY:FILE, or of several, the file."""
+    for key in (*PATHS, "images", "dataset.options.index_folder"):
+        separator, given = ":" if key == "pretrained" else "\0", OmegaConf.select(cfg, key)
+        paths = []
+        for path in given if OmegaConf.is_list(given) else [given]:
+            family, colon, file = str(path).rpartition(separator)
+            is_path = isinstance(path, str) and family != "timm"
+            paths.append(family + colon + change(file) if is_path else path)
+        if given is not None:
+            OmegaConf.update(cfg, key, paths if OmegaConf.is_list(given) else paths[0])
 
 
 def check_override(text: str, config_dirs: list[Path], worker: str | None) -> str:

@@ -23,7 +23,13 @@ import submitit
 from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
-from util.config import ConfigError, TrainingStopped, job_directory, processes_per_node
+from util.config import (
+    ConfigError,
+    TrainingStopped,
+    change_paths,
+    job_directory,
+    processes_per_node,
+)
 from util.files import write_json
 from util.job import is_restart, refuse_to_start_over
 from util.lock import JobBusy
@@ -137,21 +143,7 @@ def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
 
 def make_paths_absolute(cfg: DictConfig) -> None:
     """The job runs in another folder. A path that begins with a variable means the node's."""
-    keys = "output_dir data_path pretrained_weights cache_dir images dataset.options.index_folder"
-    for key in keys.split():
-        path = OmegaConf.select(cfg, key)
-        if path is not None and not path.startswith("$"):
-            OmegaConf.update(cfg, key, str(Path(path).absolute()))
-    given = cfg.get("pretrained")
-    if OmegaConf.is_list(given):
-        cfg.pretrained = [absolute_pretrained(pretrained) for pretrained in given]
-    elif given is not None:
-        cfg.pretrained = absolute_pretrained(given)
-
-
-def absolute_pretrained(pretrained: str) -> str:
-    family, colon, file = pretrained.rpartition(":")
-    return pretrained if family == "timm" else f"{family}{colon}{Path(file).absolute()}"
+    change_paths(cfg, lambda path: path if path.startswith("$") else str(Path(path).absolute()))
 
 
 def submission_folder(configs: list[DictConfig]) -> Path:
