@@ -76,7 +76,7 @@ def test_a_network_without_blocks_gives_its_last_feature_map():
     with torch.no_grad():
         found = backbone(images(64, 96))
         expected = backbone.model.forward_features(images(64, 96))
-    assert found.cls is None and found.grid == (2, 3)
+    assert found.cls is None and found.grid == (2, 3) and backbone.patch_size == 32
     torch.testing.assert_close(found.patches[:, 4], expected[:, :, 1, 1])
     with pytest.raises(BackboneError, match="resnet10t: only plain ViTs can be fine-tuned"):
         backbone.set_drop_path(0.1)

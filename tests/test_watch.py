@@ -53,6 +53,14 @@ def measured(dataset: ArrayDataset, *overrides: str, ranks: Ranks = ALONE) -> di
     return first
 
 
+def test_images_are_measured_in_small_batches():
+    dataset = some_images([0] * 90)
+    for batch_size, first in ((80, 64), (20, 20)):
+        cfg = compose_config("demo", [*SMALL, f"batch_size={batch_size}"])
+        images = eval_loader(cfg, ALONE, dataset, EvalTransform(24, 1.0))
+        assert len(CollapseWatch(cfg, ALONE, images).loader.batches[0]) == first
+
+
 def test_similarities_equal_their_definitions():
     tokens = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0)) + 1
     sums = Similarities(5, 6, ALONE.device)
