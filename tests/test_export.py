@@ -5,8 +5,9 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import save
 
-from eval.export import describe, main, timm_weights
+from eval.export import describe, main
 from models.vit import Encoder
 from tests import eval_by_hand as by_hand
 from tests.backbones import digits_checkpoint, load_backbone, run_command
@@ -88,12 +89,16 @@ def test_a_whole_run_by_hand(tmp_path, monkeypatch, random_init):
     assert f"[1, {found['features'].shape[1]}], mean" in snippet
 
 
-def test_a_file_that_gives_other_tokens_is_an_error(tmp_path, monkeypatch):
-    def shifted(*arguments) -> dict[str, torch.Tensor]:
-        weights = timm_weights(*arguments)
-        return weights | {"norm.bias": weights["norm.bias"] + 1e-4}
+@pytest.mark.parametrize("has_head", [False, True])
+def test_a_file_that_gives_other_tokens_is_an_error(tmp_path, monkeypatch, has_head):
+    """Either of the two."""
 
-    monkeypatch.setattr("eval.export.timm_weights", shifted)
+    def shifted(weights: dict[str, torch.Tensor], **metadata) -> bytes:
+        if ("head.bias" in weights) == has_head:
+            weights = weights | {"norm.bias": weights["norm.bias"] + 1e-4}
+        return save(weights, **metadata)
+
+    monkeypatch.setattr("eval.export.save", shifted)
     cfg = config("export", by_hand.write_checkpoint(tmp_path), tmp_path)
     with pytest.raises(AssertionError, match="timm's features differ from ours by 0.00010"):
         main(cfg)
