@@ -140,6 +140,8 @@ def test_an_interrupt_while_modules_load():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests themselves are started with &, it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert any("omegaconf.base" in line for line in process.stderr)  # Hydra comes next
     process.send_signal(signal.SIGINT)
