@@ -330,6 +330,11 @@ def test_what_is_one_row(tmp_path):
     assert len({(row.colour, row.dashes) for row in rows}) == len(rows) == 9
     assert len({row.colour for row in rows[:7]}) == 7
     assert len(rows_of(first, alike[0], apart=(alike[1],))) == 2
+    in_other_order = (
+        small_job(tmp_path / "h", line, x=1, y=2),
+        small_job(tmp_path / "i", line, y=2, x=1),
+    )
+    assert len(rows_of(*in_other_order)) == 1
 
 
 def test_what_a_row_says(tmp_path):
@@ -348,6 +353,7 @@ def test_what_a_row_says(tmp_path):
     later = small_job(tmp_path / "later", lines[1], {"step": 4, "loss": 1.0}, seed=1)
     first_note = next(iter(rows_of(b, later)[0].notes()))
     assert first_note.endswith("these end at steps 3, 4; the band has the steps of all.")
+    assert [*rows_of(b, later)[0].notes()][1].endswith("no step that all have of lr, rankme.")
     ((_, figures),) = [part for part in compare_workers([row])["w"][2] if part[0] == "Features"]
     assert [*figures] == ["rankme"]
     c = small_job(tmp_path / "c", *lines[:3], seed=7, tau=1)
