@@ -120,8 +120,9 @@ def plan(cfg: DictConfig, name: str, overrides: list[str]) -> dict[str, list[Run
             command = Namespace(config_name=RECIPES[name][0], config_dir=CONFIG_DIR)
             command.overrides, command.multirun = [*chosen, *common], True
             for own in compose_all(command):
-                label = own.job_name.removeprefix(f"{name}-seed{own.seed}").removeprefix("-")
-                runs[own.job_name] = Run(name, label.removeprefix("experiment-"), own)
+                label = own.job_name.removeprefix(name).removeprefix(f"-seed{own.seed}")
+                label = label.removeprefix("-").removeprefix("experiment-")
+                runs[own.job_name] = Run(name, label, own)
         if cfg.equal_gflop:
             cost = {run.label: flops_per_image(run.cfg) for run in runs.values()}
             for run in runs.values():
@@ -263,8 +264,10 @@ def trained(run: Run) -> dict:
 def compare(base: np.ndarray, values: np.ndarray, is_claimed: bool) -> str:
     """base: of the recipe, one number per seed. Claimed: that the recipe is better."""
     lower = base.mean() - values.mean()
-    limit = 2 * math.hypot(base.std(ddof=1), values.std(ddof=1))
     text = f"{abs(lower):.1f} {'lower' if lower > 0 else 'higher'} than the recipe"
+    if min(len(base), len(values)) < 2:
+        return f"{text}, of one seed: not shown"
+    limit = 2 * math.hypot(base.std(ddof=1), values.std(ddof=1))
     if abs(lower) < limit:
         return f"{text}, less than two standard deviations ({limit:.1f}): not shown"
     agreement = "as the paper says" if lower > 0 else "not as the paper says"

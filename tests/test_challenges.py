@@ -57,6 +57,7 @@ BASE = np.array([90.0, 91.0, 92.0])  # standard deviation 1
             ([92.7, 93.7, 94.7], "higher than the recipe"),
         )),
         ([87.1, 88.1, 89.1], True, "2.9 lower than the recipe: as the paper says"),
+        ([70], True, "21.0 lower than the recipe, of one seed: not shown"),
     ],
 )  # fmt: skip
 def test_what_numbers_show(values, is_claimed, expected):
@@ -142,12 +143,31 @@ def test_what_a_table_says(write_runs, experiment, label, is_claimed):
     assert row[8:11] == [f"-8.12{deviation}", "3.5", "healthy 1, partial 1"]
 
 
-def test_a_page_says_how_long_its_runs_took(write_runs):
-    """Four of a minute each."""
-    cfg = compose_config("laboratory", ["digits=['a=1','b=2']", "experiments=[lab_mae]"])
-    _, measured, note, *_, seen = describe(cfg, {"digits": {"lab_mae": write_runs("lab_mae")}}, {})
+def test_a_page_says_how_long_its_runs_took(write_runs, tmp_path):
+    """Four of a minute each. Its picture replaces an older one."""
+    drawn, shown = tmp_path / "all.png", tmp_path / "figs" / "lab_mae.png"
+    shown.parent.mkdir()
+    shown.write_text("older")
+    drawn.write_text("new")
+    own = ["digits=['a=1','b=2']", "experiments=[lab_mae]", f"page={tmp_path}/docs/page.md"]
+    cfg, runs = compose_config("laboratory", own), {"lab_mae": write_runs("lab_mae")}
+    _, measured, note, *_, seen, picture = describe(cfg, {"digits": runs}, {"lab_mae": drawn})
+    assert shown.read_text() == "new" and picture.endswith("(../figs/lab_mae.png)")
     assert ": 4 runs, 4 minutes of training, 1 at a time (digits: a=1 b=2). Mean" in measured
     assert note == cfg.note and seen.startswith("- `lab_mae`, nearest neighbour: 10.2 lower")
+
+
+def test_one_seed_has_the_same_rows(tmp_path):
+    cfg = compose_config("challenges", [f"output_dir={tmp_path}", "experiments=[challenge_loss]"])
+    (runs,) = plan(cfg, "digits", ["seed=3"]).values()
+    assert [run.label for run in runs][:2] == ["", "loss-l2"]
+    assert {run.cfg.seed for run in runs} == {3}
+
+
+def test_of_one_seed_a_table_shows_nothing(write_runs):
+    lines, seen = describe_rows("digits", "challenge_target", write_runs("target-joint")[::2])
+    assert seen.endswith("10.0 lower than the recipe, of one seed: not shown.")
+    assert lines.splitlines()[3].startswith("| recipe | 50 | 51 |")
 
 
 @pytest.mark.slow

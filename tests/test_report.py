@@ -345,6 +345,9 @@ def test_what_a_row_says(tmp_path):
     (row,) = rows_of(a, b)
     assert row.verdicts() == "healthy" and row.last_step(["loss", "rankme", "lr"]) == 3
     assert row.last_step(["rankme"]) == 2 and row.last_step(["lr", "nn_accuracy"]) == "–"
+    evaluated = small_job(tmp_path / "evaluated", results={"results": {"top1": 1}})
+    ((only,),) = [row.jobs for row in rows_of(evaluated)]
+    assert only.last_step == 0, "the page shows a dash"
     label = "a … b (2 runs)"
     assert [*row.notes()] == [
         f"{label}: no step that all have of lr.",
@@ -373,6 +376,10 @@ def test_a_curve_is_drawn_in_the_colour_of_its_row(tmp_path):
         assert row.colour.lower() in drawing
     assert rows[1].colour.lower() not in drawings[0]
     assert drawings[0].count("<use") == drawings[1].count("<use") + 20
+    for number, dashes in ((1, "6,2"), (2, "2,2"), (3, "8,2,2,2")):  # times the line's width
+        scaled = ",".join(f"{1.6 * float(length):g}" for length in dashes.split(","))
+        _, _, drawing = figure("loss", [Row(rows[1].jobs, number)])
+        assert f"stroke-dasharray: {scaled}" in drawing.decode()
 
 
 def test_folders_as_they_are_typed(monkeypatch, tmp_path):

@@ -90,6 +90,12 @@ def test_train_transform_crops_before_it_resizes():
         assert torch.equal(result, reference.PILToTensor()(expected))
 
 
+def test_a_crop_may_be_one_pixel_high():
+    """And lies anywhere, not only where crops lie that do not fit."""
+    crops = our_crops(6, 1, min_scale=0.05, count=100)
+    assert set(crops[:, 0]) == {0, 1, 2, 3, 4, 5} and (crops[:, 3] == 1).all()
+
+
 def test_flip_mirrors_half_of_the_images_and_nothing_else():
     image = noise_image(40, 40)
     plain = TrainTransform(side=16, min_crop=0.5, flip=False, seed=1)
