@@ -2,7 +2,9 @@
 from its default: a run that is compared with another run of the same code proves nothing about
 what connects its parts."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import main_lmim
 from models.losses import LOSSES
 from models.target import TARGETS
 from tests import by_hand
-from tests.runs import final_state, kill, kill_at_step, records, start_together
+from tests.runs import final_state, kill, records, start_together, wait_until
 from tests.test_distributed import spawn
 from util.config import CONFIG_DIR, compose_config, flatten, read_yaml
 from util.distributed import Ranks
@@ -354,7 +356,10 @@ def test_a_run_goes_on_with_the_same_views_on_another_number_of_processes(tmp_pa
     pretrain(configured(keys, tmp_path / "whole"))
     halves = overrides(keys | {"batch_size": 8}, tmp_path / "two", save_minutes=1e-6)
     first, second = start_together(2, "--config-name=demo", *halves)
-    kill_at_step(first, tmp_path / "two/run", 10)
+    wait_until(lambda: any(r["step"] >= 10 for r in records(tmp_path / "two/run")), first)
+    # Left alone it would save the step in which it loses the other, whose part of the log is gone.
+    os.kill(second.pid, signal.SIGSTOP)
+    kill(first)
     kill(second)
     shutil.copytree(tmp_path / "two", tmp_path / "four")
     pretrain(configured(keys, tmp_path / "two", resume=True))

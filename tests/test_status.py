@@ -144,3 +144,25 @@ def test_a_config_that_is_none_hides_no_other_job(make, rows, text):
     make("whole", "epoch-0003-step-00000030.pth")
     states = {name: cells[1] for name, cells in rows().items()}
     assert states == {"broken": "stopped", "whole": "finished"}
+
+
+def test_what_ended_before_its_last_epoch_or_has_no_number(tmp_path, capsys):
+    """A trial of some steps, one that has gone on since, and features on the disk."""
+    for name, step, steps in (("trial", 30, 30), ("more", 40, 30)):
+        checkpoint = tmp_path / name / "checkpoints" / f"step-{step:08d}.pth"
+        for folder in (checkpoint.parent, tmp_path / name / "logs", tmp_path / name / "results"):
+            folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.touch()
+        (tmp_path / name / "config.yaml").write_text("epochs: 60\n")
+        (tmp_path / name / "results" / f"{name}.json").write_text(f'{{"steps": {steps}}}')
+    for folder in ("logs", "results"):
+        (tmp_path / "features" / folder).mkdir(parents=True)
+    (tmp_path / "features" / "config.yaml").write_text("worker: eval.features\n")
+    (tmp_path / "features" / "results" / "meta.json").write_text("{}")
+    status.main(OmegaConf.create({"output_dir": str(tmp_path)}))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [(row[0], row[2]) for row in rows] == [
+        ("features", "finished"),
+        ("more", "stopped"),
+        ("trial", "finished"),
+    ]

@@ -46,7 +46,7 @@ end_job() { # EXIT_STATUS MAX_RESTARTS [WHY_FOR_GOOD]
 
 lacks_python() { # EXIT_STATUS: no such program (srun: 2, a shell: 126, 127), or no such module
     [ $1 -eq 2 ] || [ $1 -eq 126 ] || [ $1 -eq 127 ] ||
-        tail -n 1 "${LMIM_MARKS}_0_log.out" 2>/dev/null | grep -q "No module named"
+        tail -n 20 "${LMIM_MARKS}_0_log.out" 2>/dev/null | grep -q "No module named"
 }
 
 setup_failed() { # EXIT_STATUS LINE_NUMBER DEPTH

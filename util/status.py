@@ -9,7 +9,7 @@ from yaml import YAMLError
 
 from util.config import ConfigError
 from util.files import read_json, read_records
-from util.job import last_checkpoint, list_checkpoints
+from util.job import last_checkpoint, list_checkpoints, step_of
 from util.lock import JobBusy, lives, owners_in, this_process
 from util.slurm_queue import job_state, read_note, why_waiting
 
@@ -100,10 +100,12 @@ def state_here(job: Path) -> str:
 def is_finished(job: Path) -> bool:
     try:
         cfg = OmegaConf.load(job / "config.yaml")
-        if "epochs" in cfg:
-            has_result = any((job / "results").glob("*.json"))
-            return has_result and last_checkpoint(job, cfg.epochs) is not None
-        return bool(evaluations(job))
+        has_result = any((job / "results").glob("*.json"))
+        if "epochs" not in cfg:
+            return has_result and "worker" in cfg
+        newest = [step_of(path) for path in list_checkpoints(job / "checkpoints")[:1]]
+        ended = read_json(job / "results" / f"{job.name}.json").get("steps")  # also at max_steps
+        return has_result and (newest == [ended] or last_checkpoint(job, cfg.epochs) is not None)
     except (OSError, ValueError, YAMLError):
         return False
 
