@@ -36,7 +36,7 @@ LONGEST = 150  # bytes of a name, to which an ending is added
 
 def result_path(cfg: DictConfig, evaluation: str, sha256: str, processes: int) -> Path:
     """Of an evaluation: its kind, protocol, data set and checkpoint in words, and a digest of all
-    that the numbers depend on. So a result replaces none but one of the very same thing. sha256: of
+    that the numbers depend on. So a result replaces only one of the same thing. sha256: of
     the weights."""
     kind = cfg.get("protocol") or cfg.get("method") or ""
     words = [evaluation, kind, cfg.dataset.name, *words_of(cfg.pretrained or "")]
