@@ -222,8 +222,12 @@ def test_data_that_is_gone_after_some_steps_may_come_back(tmp_path, monkeypatch,
         monkeypatch.setattr(main_lmim, "train_step", last_step)
     else:
         prepare = main_lmim.Pretraining.prepare
-        gone = lambda task: (prepare(task), shutil.rmtree(photos))  # noqa: E731
-        monkeypatch.setattr(main_lmim.Pretraining, "prepare", gone)
+
+        def prepare_without_photos(task):
+            prepare(task)
+            shutil.rmtree(photos)
+
+        monkeypatch.setattr(main_lmim.Pretraining, "prepare", prepare_without_photos)
     assert call(main_lmim.main, cfg) == exit_code
     saved = list_checkpoints(tmp_path / "demo" / "checkpoints")
     assert [path.name for path in saved] == (["step-00000001.pth"] if begun else [])
