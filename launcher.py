@@ -17,9 +17,9 @@ if (
 
 from omegaconf import DictConfig, OmegaConf
 
-from util.command import leave, run_command_line, run_configured_worker
-from util.config import ConfigError
-from util.job import is_one_of_several
+from launch.command import leave, run_command_line, run_configured_worker
+from launch.config import ConfigError
+from launch.job import is_one_of_several
 
 
 def launch(configs: list[DictConfig]) -> int:
@@ -28,12 +28,12 @@ def launch(configs: list[DictConfig]) -> int:
     if cfg.env.slurm:
         if "RANK" in os.environ:  # each process of torchrun would submit a job
             raise ConfigError("env.slurm=True: expected to be started by python, not by torchrun")
-        from util.slurm import submit
+        from launch.slurm import submit
 
         return submit(configs)
-    from util.results import is_finished
+    from launch.results import is_finished
 
-    if cfg.worker.startswith("util."):  # status, report: one process, without torch
+    if cfg.worker.startswith("launch."):  # status, report: one process, without torch
         return run_configured_worker(OmegaConf.to_container(cfg))
     if not is_one_of_several():  # what is missing
         configs = [cfg for cfg in configs if not is_finished(cfg)]
@@ -41,7 +41,7 @@ def launch(configs: list[DictConfig]) -> int:
         return 0
     if sys.stderr.isatty():  # torch takes seconds
         print(f"{cfg.get('job_name', cfg.worker)}: loading {cfg.worker} ...", file=sys.stderr)
-    from util.local import run_here, run_side_by_side
+    from launch.local import run_here, run_side_by_side
 
     if cfg.env.parallel > 1 and len(configs) > 1:
         return run_side_by_side(configs, cfg.env.parallel)

@@ -22,16 +22,16 @@ from engine_pretrain import train_step
 from eval.glimpses import picture
 from eval.nn import leave_one_out_accuracy
 from eval.watch import COLLAPSED, CollapseWatch, judge
+from launch.command import run_worker
+from launch.config import TrainingStopped
+from launch.job import list_checkpoints
 from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
 from util.build import Training, build_model, read_geometry
 from util.checkpoint import first_words
-from util.command import run_worker
-from util.config import TrainingStopped
 from util.cpu import tune_for_cpu
 from util.distributed import Ranks, gather_objects, join_processes, leave_processes, on_main
 from util.files import read_json, write_json
-from util.job import list_checkpoints
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, print_error, sum_over_processes, train
 from util.metrics import dense_peak, describe_nodes, memory_in_use

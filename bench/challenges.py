@@ -23,17 +23,17 @@ from omegaconf import DictConfig
 
 from bench.step import flops_per_image
 from eval.evaluate import table
-from util import report
-from util.command import run_worker
-from util.config import CONFIG_DIR, compose_config, job_directory
+from launch import report
+from launch.command import run_worker
+from launch.config import CONFIG_DIR, compose_config, job_directory
+from launch.job import git, list_checkpoints
+from launch.local import run_side_by_side
+from launch.report import spread
+from launch.results import is_finished, sha256_of
+from launch.sweep import compose_all
+from launch.validate import check_config
 from util.files import read_json, read_records, write_whole
-from util.job import git, list_checkpoints
 from util.loaders import open_split
-from util.local import run_side_by_side
-from util.report import spread
-from util.results import is_finished, sha256_of
-from util.sweep import compose_all
-from util.validate import check_config
 
 MOSAICS = 3  # in the pictures
 WORKERS = ("eval.nn", "eval.few_shot", "eval.segmentation", "eval.collapse", "eval.visualize")

@@ -1,4 +1,4 @@
-"""What a training step costs on a GPU, counted without one (tests/fake_cuda.py):
+"""What a training step costs on a GPU, counted without one (bench/fake_cuda.py):
 
 python -m bench.roofline                                          # the published recipe, 8 GPUs
 python -m bench.roofline encoder=vit_large batch_size=64 gpus=64  # any other, in bf16
@@ -9,7 +9,7 @@ compiled: a lower bound of compile=True. Matrix products and attention are as th
 one call of compiled code is fused, forward and backward each: it reads once what others have
 written, writes what others read, and its arithmetic is free; what only its own backward pass reads
 is not written but made again. Outside of compiled code it is as eager. On top comes what keeps
-kernels below both rates (bench/machines.yaml), and waiting for other GPUs. No GPU has run this yet.
+kernels below both rates (util/machines.yaml), and waiting for other GPUs. No GPU has run this yet.
 """
 
 import re
@@ -20,11 +20,11 @@ from itertools import repeat
 import torch
 import yaml
 
+from bench.fake_cuda import CUDA, Operation, Recorder, fake_cuda
 from engine_pretrain import train_step
+from launch.command import run_worker
 from models.views import Views, sample_views
-from tests.fake_cuda import CUDA, Operation, Recorder, fake_cuda
 from util.build import Training, build_model, read_geometry
-from util.command import run_worker
 from util.distributed import Ranks
 from util.metrics import MACHINES
 

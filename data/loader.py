@@ -31,6 +31,7 @@ from data.base import (
     first_few,
 )
 from data.picture import Picture, is_dark, warn_of_dark
+from util.signals import STOP_SIGNALS
 from util.streams import Stream, generator
 
 logger = logging.getLogger("lmim.data")
@@ -38,10 +39,6 @@ logger = logging.getLogger("lmim.data")
 # More unreadable images in a row mean that the file server is gone, or that the code is wrong.
 MOST_NEIGHBOURS = 20
 FOREVER = 1e8  # seconds
-# The most urgent first. USR2 comes from Slurm: save, then ask for a requeue. After the others a run
-# saves and leaves: TERM from Slurm, torchrun or a person, HUP from a terminal that was closed, USR1
-# from schedulers that were asked for it.
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 NO_LABEL = -1
 SHARED_MEMORY = "/dev/shm"
 QUEUE_BYTES = 2**16  # more than a worker's queue takes in it, without any image

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from eval import families
 from eval.families import FAMILIES, SIZES, BackboneError, StateDict
+from launch.places import missing_backbone
 from models.vit import Encoder
 from util.checkpoint import first_words, load_weights, without_module_prefix
-from util.places import missing_backbone
 
 Colour = tuple[float, float, float]
 

@@ -30,8 +30,8 @@ from torch import Tensor
 from data.base import DataError
 from eval.common import EvalRun, run_evaluation
 from eval.features import ROWS, extract
+from launch.command import run_worker
 from models.losses import average_similarity
-from util.command import run_worker
 from util.distributed import Ranks, all_reduce
 from util.loaders import open_split
 

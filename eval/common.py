@@ -18,7 +18,16 @@ from data.loader import EvalLoader
 from data.picture import warn_of_dark
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone
-from util.config import job_directory
+from launch.config import job_directory
+from launch.job import (
+    describe_environment,
+    prepare_job_directory,
+    record_start,
+    refuse_folder_of_another,
+)
+from launch.lock import unlock
+from launch.results import other_backbone, result_path
+from launch.resuming import CheckpointError
 from util.distributed import (
     Ranks,
     all_reduce,
@@ -28,21 +37,12 @@ from util.distributed import (
     on_main,
 )
 from util.files import write_json
-from util.job import (
-    describe_environment,
-    prepare_job_directory,
-    record_start,
-    refuse_folder_of_another,
-)
 from util.loaders import eval_loader, open_split
-from util.lock import unlock
 from util.loop import Loop, Task, newest_for_all, train
 from util.metrics import readable_time
 from util.precision import choose_precision
 from util.preemption import stoppable
 from util.record import TensorBoardFile
-from util.results import other_backbone, result_path
-from util.resuming import CheckpointError
 
 PROGRESS_SECONDS = 5
 

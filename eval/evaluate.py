@@ -14,11 +14,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from eval.common import EvalRun, run_evaluation, run_joined
-from util.command import run_worker
-from util.config import ConfigError, compose_config
+from launch.command import run_worker
+from launch.config import ConfigError, compose_config
+from launch.job import is_restart
+from launch.validate import ABSENT, check_config
 from util.files import write_json, write_whole
-from util.job import is_restart
-from util.validate import ABSENT, check_config
 
 # One name can be two protocols of one worker.
 PROTOCOLS = {

@@ -23,8 +23,8 @@ from torch import Tensor
 from eval.backbone import Colour, OwnBackbone
 from eval.common import EvalRun, run_evaluation
 from eval.families import SIZES, BackboneError
+from launch.command import run_worker
 from models.vit import Encoder
-from util.command import run_worker
 from util.files import write_json, write_whole
 
 # Next to the file of weights: what timm.create_model needs to build the rest.

@@ -22,9 +22,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from launch.config import ConfigError
+from launch.results import sha256_of
 from util.checkpoint import CheckpointError, load_file, load_weights, without_module_prefix
-from util.config import ConfigError
-from util.results import sha256_of
 
 StateDict = dict[str, Tensor]
 

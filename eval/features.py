@@ -24,12 +24,12 @@ from data.loader import EvalLoader
 from eval.backbone import Tokens
 from eval.common import EvalRun, LabelledImages, run_evaluation
 from eval.families import BackboneError
-from util.command import run_worker
+from launch.command import run_worker
+from launch.job import describe_environment
+from launch.lock import lock
 from util.distributed import Ranks, barrier, broadcast_object, on_main, share_rows
 from util.files import read_json, remove_unfinished, write_json, write_whole
-from util.job import describe_environment
 from util.loaders import open_split
-from util.lock import lock
 
 Vectors = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] on the device -> [B, width]
 Pair = tuple[Tensor, Tensor]

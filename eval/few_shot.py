@@ -18,7 +18,7 @@ from torch import Tensor
 from data.base import DataError
 from eval.common import EvalRun, count_classes, labelled_images, run_evaluation
 from eval.features import Features, extract_labelled
-from util.command import run_worker
+from launch.command import run_worker
 from util.distributed import gather_objects
 from util.streams import Stream, generator
 

@@ -17,8 +17,8 @@ from data.loader import TrainBatch, TrainLoader
 from eval.backbone import Backbone
 from eval.common import Classification, EvalRun, run_evaluation
 from eval.features import pool, pooled_width
-from util.command import run_worker
-from util.config import ConfigError, TrainingStopped
+from launch.command import run_worker
+from launch.config import ConfigError, TrainingStopped
 from util.distributed import synchronised
 from util.loaders import train_loader
 from util.loop import Line, sum_over_processes

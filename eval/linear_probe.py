@@ -22,8 +22,8 @@ from data.transforms import TrainTransform
 from eval.backbone import Backbone, Tokens
 from eval.common import Classification, EvalRun, run_evaluation
 from eval.features import extract_labelled, pool, pooled_width
-from util.command import run_worker
-from util.config import ConfigError
+from launch.command import run_worker
+from launch.config import ConfigError
 from util.distributed import Ranks, all_reduce
 from util.lars import LARS
 from util.loaders import train_loader

@@ -18,9 +18,9 @@ from torch import Tensor
 from data.loader import EvalLoader, share_of
 from eval.common import EvalRun, labelled_images, run_evaluation
 from eval.features import Features, encode, extract_labelled, labels_of, unit_length
+from launch.command import run_worker
+from launch.config import ConfigError
 from models.vit import Encoder
-from util.command import run_worker
-from util.config import ConfigError
 from util.distributed import Ranks, all_reduce
 
 QUERIES = 1024  # at a time, the same pieces however many processes share them

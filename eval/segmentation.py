@@ -33,9 +33,9 @@ from eval.common import EvalRun, run_evaluation
 from eval.features import Features, unit_length
 from eval.metrics import CLASSES
 from eval.nn import QUERIES, check_bank, nearest, vote
+from launch.command import run_worker
+from launch.config import ConfigError
 from models.views import extract_patches
-from util.command import run_worker
-from util.config import ConfigError
 from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects, on_main
 from util.loaders import eval_loader, open_split
 from util.streams import Stream, generator

@@ -20,7 +20,7 @@ from data.davis import VOID, Video, read_videos
 from data.picture import to_tensor
 from eval.common import EvalRun, run_evaluation
 from eval.metrics import score_sequence, summarise
-from util.command import run_worker
+from launch.command import run_worker
 from util.distributed import gather_objects
 
 Size = tuple[int, int]

@@ -33,9 +33,9 @@ from data.transforms import EvalTransform
 from eval.common import EvalRun, load_for_all
 from eval.families import BackboneError
 from eval.pictures import Panel, Row, draw, nested_clusters, nested_colours
+from launch.command import run_worker
+from launch.config import ConfigError, compose_config, flatten, quote
 from models.views import extract_patches
-from util.command import run_worker
-from util.config import ConfigError, compose_config, flatten, quote
 from util.distributed import Ranks, join_processes, leave_processes
 from util.files import read_json, write_json
 

@@ -8,11 +8,11 @@ from omegaconf import OmegaConf
 
 from eval import backbone
 from eval.backbone import Backbone
+from launch.command import call, say_error
+from launch.config import CONFIG_DIR, ConfigError, compose_config
+from launch.validate import check_config
 from util.build import build_model
 from util.checkpoint import FORMAT
-from util.command import call, say_error
-from util.config import CONFIG_DIR, ConfigError, compose_config
-from util.validate import check_config
 
 TINY = [
     "encoder.grid_size=6",

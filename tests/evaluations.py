@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from launch.config import compose_config
+from launch.validate import check_config
 from tests.runs import LAUNCHER, finish, start_process
-from util.config import compose_config
-from util.validate import check_config
 
 
 def config(name: str, pretrained: Path | None, folder: Path, *overrides: str) -> DictConfig:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        *("main_lmim", "util.local", "util.slurm"),
+        *("main_lmim", "launch.local", "launch.slurm"),
         *("eval.nn", "eval.finetune", "eval.linear_probe", "eval.segmentation", "eval.video"),
         *("sklearn.datasets", "sklearn.linear_model", "torch.utils.tensorboard"),
     ]

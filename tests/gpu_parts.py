@@ -29,13 +29,13 @@ from data.datasets import build_dataset
 from engine_pretrain import train_step
 from eval.features import unit_length
 from eval.nn import QUERIES, nearest
+from launch.config import compose_config
+from launch.job import git
 from main_lmim import Pretraining
 from tests.golden.replay import compare, relative_error
 from tests.runs import LAUNCHER, ROOT, final_state, finish, kill_at_step, start_process
 from util.checkpoint import CheckpointWriter, first_words
-from util.config import compose_config
 from util.distributed import Ranks, default_workers, join_processes
-from util.job import git
 from util.loop import job_folder, train
 from util.metrics import dense_peak
 from util.preemption import stoppable

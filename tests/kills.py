@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.job import checkpoint_name
 from tests.forked import Forked
 from tests.runs import (
     LAUNCHER,
@@ -26,7 +27,6 @@ from tests.runs import (
     wait_until,
 )
 from util.checkpoint import list_checkpoints, load_file
-from util.job import checkpoint_name
 
 KILLS = 12
 # A checkpoint after each step, large enough that writing it takes a while.

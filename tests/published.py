@@ -6,10 +6,10 @@ from functools import cache
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from launch.config import compose_config
 from models.lmim import LatentMIM
 from models.losses import Objective
 from util.build import Training, build_model
-from util.config import compose_config
 from util.distributed import Ranks
 
 PLACES = {

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from launch.config import compose_config
 from tests.forked import ROOT, Forked
 from util.checkpoint import list_checkpoints, load_file
-from util.config import compose_config
 
 # The demo made small: 10 steps an epoch, about 20 ms each.
 TINY = (

@@ -12,14 +12,14 @@ from omegaconf import OmegaConf
 from eval.common import load_for_all
 from eval.families import BackboneError
 from eval.features import pool
+from launch.config import compose_config
+from launch.job import checkpoint_name
 from models.vit import sine_cosine_positions
 from tests.backbones import digits_checkpoint, images, load_backbone, prefixed
 from tests.published import published_model
 from util.build import build_model
 from util.checkpoint import CheckpointError, load_file
-from util.config import compose_config
 from util.distributed import Ranks
-from util.job import checkpoint_name
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from launch import slurm
+from launch.config import ConfigError
+from launch.validate import check_config
 from tests.test_full_disk import fill
 from tests.test_protocols import composed
-from util import slurm
-from util.config import ConfigError
-from util.validate import check_config
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from bench.challenges import (
     plan,
 )
 from bench.step import Setting, count_flops, flops_per_image
+from launch.config import compose_config
 from tests.runs import (
     LAUNCHER,
     ROOT,
@@ -39,7 +40,6 @@ from tests.runs import (
     wait_until,
 )
 from util.checkpoint import list_checkpoints
-from util.config import compose_config
 
 BASE = np.array([90.0, 91.0, 92.0])  # standard deviation 1
 

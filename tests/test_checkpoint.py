@@ -12,6 +12,9 @@ import zipfile
 import pytest
 import torch
 
+from launch.config import compose_config
+from launch.job import prepare_job_directory
+from launch.lock import unlock
 from util.checkpoint import (
     FORMAT,
     CheckpointError,
@@ -22,9 +25,6 @@ from util.checkpoint import (
     load_weights,
     newest_readable,
 )
-from util.config import compose_config
-from util.job import prepare_job_directory
-from util.lock import unlock
 
 
 def contents(value: float) -> dict:

@@ -8,8 +8,8 @@ import yaml
 from omegaconf import OmegaConf
 
 import launcher
-from util.command import run_command_line, run_worker
-from util.config import CONFIG_DIR, NOT_HYDRA, compose_config, group_choices
+from launch.command import run_command_line, run_worker
+from launch.config import CONFIG_DIR, NOT_HYDRA, compose_config, group_choices
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_a_finished_job_is_composed_again(composed, tmp_path):
 
 def test_a_worker_names_the_launcher_for_sweeps(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main_lmim.py", "-m", "-cn=demo", "seed=0,1"])
-    monkeypatch.setattr("util.command.leave", sys.exit)
+    monkeypatch.setattr("launch.command.leave", sys.exit)
     with pytest.raises(SystemExit, match="2"):
         run_worker(print, "")
     assert capsys.readouterr().err.startswith("error: --multirun: expected with launcher.py")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from util.config import (
+from launch.config import (
     CONFIG_DIR,
     NOT_HYDRA,
     OPEN_SECTIONS,
@@ -26,7 +26,7 @@ from util.config import (
     shipped_keys,
     yaml_names,
 )
-from util.validate import RULES, check_config
+from launch.validate import RULES, check_config
 
 ROOT = CONFIG_DIR.parent
 CONFIGS = yaml_names([CONFIG_DIR])
@@ -131,9 +131,9 @@ def attribute_chains(source: str) -> set[str]:
 
 
 def keys_read_by_code() -> set[str]:
-    """A check of a value is no use of it: util/validate.py does not count."""
+    """A check of a value is no use of it: launch/validate.py does not count."""
     files = [*ROOT.glob("*.py")]
-    for folder in ("data", "util", "eval", "models", "bench"):
+    for folder in ("data", "launch", "util", "eval", "models", "bench"):
         files += (ROOT / folder).glob("*.py")
     return {
         chain
@@ -169,7 +169,7 @@ def test_every_key_is_read():
 def test_every_key_that_is_read_exists():
     keys = set(shipped_keys())
     sections = {key.rsplit(".", 1)[0] for key in keys if "." in key}
-    everywhere = keys_read_by_code() | attribute_chains((ROOT / "util/validate.py").read_text())
+    everywhere = keys_read_by_code() | attribute_chains((ROOT / "launch/validate.py").read_text())
     assert everywhere - keys - sections == set()
 
 

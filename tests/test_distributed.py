@@ -17,8 +17,8 @@ from bench.loader import write_photos
 from data.base import DataError
 from data.files import list_folder
 from engine_pretrain import train_step
+from launch.config import compose_config
 from tests.test_engine import build_training, draw
-from util.config import compose_config
 from util.distributed import (
     Ranks,
     all_reduce,

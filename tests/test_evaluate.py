@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from eval.evaluate import PUBLISHED, compose, main
+from launch.config import CONFIG_DIR, compose_config
+from launch.validate import EVALUATIONS
 from tests import eval_by_hand as by_hand
 from tests.backbones import digits_checkpoint, run_command
 from tests.evaluations import config
-from util.config import CONFIG_DIR, compose_config
-from util.validate import EVALUATIONS
 
 
 def test_a_table_by_hand(tmp_path, capsys):

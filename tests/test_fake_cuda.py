@@ -16,18 +16,18 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_lmim
+from bench.fake_cuda import CUDA, Recorder, fake_cuda
 from bench.roofline import add_up, left_when_fused, seconds
 from data.transforms import normalise
 from engine_pretrain import train_step
+from launch.config import compose_config
 from main_lmim import view_source
 from models.vit import LayerNorm
-from tests.fake_cuda import CUDA, Recorder, fake_cuda
 from tests.published import PLACES, recipe
 from tests.runs import TINY, records
 from tests.test_engine import build_training, draw
 from tests.test_models import random_inputs, small_model
 from util.build import Training, build_model, read_geometry
-from util.config import compose_config
 from util.cpu import write_out_attention
 from util.distributed import Ranks
 from util.metrics import dense_peak

@@ -26,6 +26,7 @@ from eval.finetune import (
     freeze_what_is_not_used,
     main,
 )
+from launch.config import ConfigError, TrainingStopped
 from tests.backbones import digits_checkpoint, load_backbone
 from tests.evaluations import (
     arguments,
@@ -45,7 +46,6 @@ from tests.runs import (
     start_process,
 )
 from tests.test_distributed import spawn
-from util.config import ConfigError, TrainingStopped
 from util.distributed import Ranks
 from util.streams import Stream, seeded
 

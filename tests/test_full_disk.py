@@ -14,6 +14,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_lmim
+from launch.command import call
+from launch.job import step_of
+from launch.lock import lock, unlock
 from tests.runs import (
     LAUNCHER,
     assert_same_state,
@@ -27,9 +30,6 @@ from tests.runs import (
     wait_until,
 )
 from util.checkpoint import list_checkpoints, load_file
-from util.command import call
-from util.job import step_of
-from util.lock import lock, unlock
 from util.record import JsonLines, TensorBoardFile
 
 # <linux/ext4.h>

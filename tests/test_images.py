@@ -13,13 +13,13 @@ from torchvision.datasets.folder import pil_loader
 from data.datasets import build_dataset
 from data.images import is_kept
 from data.picture import decode, to_image
+from launch import local
+from launch.config import ConfigError, compose_config
+from launch.validate import check_config
 from tests.runs import LAUNCHER, finish, records, run_together, start_process
-from util import local
 from util.build import build_model
-from util.config import ConfigError, compose_config
 from util.distributed import Ranks
 from util.loaders import train_loader
-from util.validate import check_config
 
 ORIENTATION = 0x0112  # the EXIF tag
 COUNT = 300

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from launch.config import ConfigError, compose_config
+from launch.validate import RULES, check_config
 from models.losses import SIGReg, epps_pulley, infonce_patches
 from models.target import TARGETS
 from models.views import MASKS, sample_views, take_tokens
@@ -15,9 +17,7 @@ from tests.published import published_objective
 from tests.test_losses import assert_same, random_latents, random_tokens
 from tests.test_models import random_inputs, small_model
 from util.build import target_layers
-from util.config import ConfigError, compose_config
 from util.distributed import all_reduce
-from util.validate import RULES, check_config
 
 CPU = torch.device("cpu")
 

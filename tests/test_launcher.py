@@ -15,10 +15,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from launch.config import compose_config, parse_command_line
+from launch.local import exit_code_of
 from tests.runs import LAUNCHER, ROOT, descendants, environment, kill, torchrun, wait_until
 from tests.test_config import CHOICES, CONFIGS, PUBLISHED
-from util.config import compose_config, parse_command_line
-from util.local import exit_code_of
 
 TINY = (
     "--config-name=demo epochs=1 warmup_epochs=0 encoder.depth=1 encoder.embed_dim=24 "
@@ -29,7 +29,7 @@ ANSWERS = {"help": ["--help"], "cfg": [*PUBLISHED, "--cfg", "job"]}
 # A worker that tells how it was started, and fails in the way that `data_path` asks for.
 WORKER = """
 import os, signal, sys
-from util.config import ConfigError
+from launch.config import ConfigError
 from util.distributed import join_processes, leave_processes
 
 def main(cfg):
@@ -92,7 +92,7 @@ def test_answers_come_at_once(answer):
 def test_answers_need_neither_torch_nor_the_models(answer):
     result = run([sys.executable, "-X", "importtime", "launcher.py", *ANSWERS[answer]])
     imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
-    assert {"hydra", "util"} <= imported
+    assert {"hydra", "launch"} <= imported
     assert not imported & {"torch", "torchvision", "timm", "models", "data", "main_lmim", "numpy"}
 
 
@@ -147,7 +147,7 @@ def test_an_interrupt_while_modules_load():
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == -signal.SIGINT  # 130 in a shell
-    assert output == "" and "Traceback" not in errors and "util.command" not in errors
+    assert output == "" and "Traceback" not in errors and "launch.command" not in errors
 
 
 # ---- A console that nobody reads. ----------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_what_is_said_before_nobody_reads_is_whole():
 
 
 def test_what_python_does_not_buffer_is_there_at_once():
-    program = "import os, util.console as c; c.open_streams(); print('said'); os._exit(0)"
+    program = "import os, launch.console as c; c.open_streams(); print('said'); os._exit(0)"
     assert run([sys.executable, "-u", "-c", program]).stdout == "said\n"
 
 

@@ -31,6 +31,7 @@ from eval.linear_probe import (
     set_learning_rates,
     train_step,
 )
+from launch.config import ConfigError
 from tests.backbones import digits_checkpoint, load_backbone
 from tests.evaluations import (
     arguments,
@@ -51,7 +52,6 @@ from tests.runs import (
 )
 from tests.test_distributed import spawn
 from util.checkpoint import CheckpointError
-from util.config import ConfigError
 from util.distributed import Ranks
 from util.lars import LARS
 from util.schedules import warmup_cosine

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.lock import JobBusy, Owner, lock, this_process, unlock
 from tests.runs import ROOT, environment
-from util.lock import JobBusy, Owner, lock, this_process, unlock
 
 HOLDER = """
 import errno, fcntl, os, sys, time
 from pathlib import Path
-from util.lock import JobBusy, lock
+from launch.lock import JobBusy, lock
 
 def no_locks(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -110,7 +110,7 @@ def test_a_living_owner_is_named_and_a_dead_one_is_followed_at_once(job, monkeyp
         assert json.loads(file.read_text())["pid"] == owner.pid
         owner.kill()
         wait_for_the_end(owner)
-        monkeypatch.setattr("util.lock.ATTEMPTS", 1)
+        monkeypatch.setattr("launch.lock.ATTEMPTS", 1)
         lock(job)
         assert not file.exists()
 

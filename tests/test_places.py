@@ -11,11 +11,11 @@ from data.davis import read_videos
 from data.files import given_images
 from eval import families
 from eval.families import BackboneError
+from launch.config import ConfigError, compose_config
+from launch.places import FAMILIES, check_places
 from tests.backbones import digits_checkpoint, load_backbone
 from tests.evaluations import config
 from tests.runs import LAUNCHER, ROOT
-from util.config import ConfigError, compose_config
-from util.places import FAMILIES, check_places
 
 
 def refusal(cfg) -> str:

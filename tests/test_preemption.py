@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import main_lmim
-from data.loader import STOP_SIGNALS
+from launch.command import call
+from launch.job import list_checkpoints
 from tests.runs import (
     LAUNCHER,
     ROOT,
@@ -33,10 +34,9 @@ from tests.runs import (
     undisturbed_runs,
     wait_until,
 )
-from util.command import call
 from util.distributed import Ranks
-from util.job import list_checkpoints
 from util.preemption import StopFlag
+from util.signals import STOP_SIGNALS
 
 CPU_ALONE = Ranks(0, 1, None)
 

@@ -12,15 +12,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import main_lmim
+from launch.config import CONFIG_DIR, compose_config, flatten, read_yaml
+from launch.validate import check_config
 from models.losses import LOSSES
 from models.target import TARGETS
 from tests import by_hand
 from tests.runs import final_state, kill, records, start_together, wait_until
 from tests.test_distributed import spawn
-from util.config import CONFIG_DIR, compose_config, flatten, read_yaml
 from util.distributed import Ranks
 from util.preemption import stoppable
-from util.validate import check_config
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

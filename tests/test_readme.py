@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 NO_KEYS = {"gpus", "images"}  # bench.roofline's own
 NOT_THERE = {"configs/local/default.yaml", "bench/neighbours.py"}  # the user's; of an old commit
-FOLDERS = {"models": "*.py", "data": "*.py", "eval": "*.py", "util": "*.py", "bench": "*.py"}
+FOLDERS = dict.fromkeys(("models", "data", "eval", "launch", "util", "bench"), "*.py")
 
 
 def named_in_file_map(folder: str) -> set[str]:
@@ -39,7 +39,7 @@ def test_keys_and_files_that_are_named_exist(page):
             section = key.rpartition(".")[0]
             is_free = section in ("env.slurm_extra", "env.nccl", "dataset.options")
             assert is_free or key in keys | sections | groups, key
-        folders = "models|data|eval|util|bench|tests|configs|figs|docs"
+        folders = "models|data|eval|launch|util|bench|tests|configs|figs|docs"
         for path in re.findall(rf"(?:^| )((?:{folders})/[a-z_/]+(?:\.\w+)?)(?![\w*])", code):
             assert path in NOT_THERE or (ROOT / path).exists(), path
 

@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import launcher
+from launch.command import run_command_line
+from launch.config import compose_config
+from launch.report import compare_workers, environments, evaluations, figure, readable, spread
+from launch.report_rows import Row, find_jobs, find_rows
 from tests.evaluations import results
 from tests.runs import LAUNCHER, finish, records, start_process, succeed
-from util.command import run_command_line
-from util.config import compose_config
-from util.report import compare_workers, environments, evaluations, figure, readable, spread
-from util.report_rows import Row, find_jobs, find_rows
 
 LOSSES = {100: 2.0, 200: 1.5, 300: 1.25}
 ODD = '<b>&"odd" \'$body ${x} $$ ü'

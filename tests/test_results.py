@@ -16,14 +16,14 @@ from PIL import Image
 
 from data.base import LabelledImages
 from data.datasets import build_dataset
+from launch.command import run_command_line
+from launch.config import ConfigError, compose_config
+from launch.job import checkpoint_name, prepare_job_directory
+from launch.results import is_finished, read_outline, result_path, sha256_of
+from launch.resuming import FORMAT, CheckpointError, describe
 from tests.backbones import digits_checkpoint
 from tests.evaluations import arguments, config, launch, results
 from tests.runs import LAUNCHER, ROOT, TINY, finish, start_process
-from util.command import run_command_line
-from util.config import ConfigError, compose_config
-from util.job import checkpoint_name, prepare_job_directory
-from util.results import is_finished, read_outline, result_path, sha256_of
-from util.resuming import FORMAT, CheckpointError, describe
 
 
 def demo(folder: Path, *overrides: str) -> DictConfig:
@@ -182,7 +182,7 @@ def test_the_launcher_answers_without_torch(tmp_path):
         words = "demo: already finished (" if code == 0 else "; differences: seed 0 -> 5\n"
         assert words in (result.stderr if code else result.stdout)
         loaded = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
-        assert "util.results" in loaded and not {"torch", "timm"} & loaded
+        assert "launch.results" in loaded and not {"torch", "timm"} & loaded
 
 
 # ---- Names. --------------------------------------------------------------------------------------

@@ -12,6 +12,10 @@ from PIL import Image
 import main_lmim
 from data.datasets import build_dataset
 from eval.common import Classification
+from launch.command import call
+from launch.config import CONFIG_DIR, ConfigError, choices_in, compose_config, read_yaml
+from launch.job import list_checkpoints
+from launch.resuming import CHANGE_NO_RESULT, FORMAT, CheckpointError, accept, describe
 from tests.backbones import digits_checkpoint
 from tests.evaluations import arguments, config
 from tests.kills import log_without_times
@@ -26,11 +30,7 @@ from tests.runs import (
     succeed,
 )
 from util.checkpoint import load_file
-from util.command import call
-from util.config import CONFIG_DIR, ConfigError, choices_in, compose_config, read_yaml
-from util.job import list_checkpoints
 from util.loop import Loop
-from util.resuming import CHANGE_NO_RESULT, FORMAT, CheckpointError, accept, describe
 
 FACTS = {"images": 1400, "image_list": "a", "images_per_step": 128, "steps_per_epoch": 10}
 FACTS |= {"batch_size": 128}

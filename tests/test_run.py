@@ -12,13 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eval import nn
 from eval.features import Features
+from launch.status import last_number
 from tests.runs import LAUNCHER, final_state, records, run, succeed, succeed_together
 from util.checkpoint import list_checkpoints
 from util.distributed import Ranks
 from util.files import read_records
 from util.metrics import readable_time
 from util.record import RunLog, keep_until_step
-from util.status import last_number
 
 SHORT = ("epochs=1", "warmup_epochs=0")
 

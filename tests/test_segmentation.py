@@ -20,12 +20,12 @@ from eval.metrics import (
     matched_miou,
 )
 from eval.segmentation import class_counts, to_pixels
+from launch.config import ConfigError, compose_config
+from launch.validate import check_config
 from tests.backbones import digits_checkpoint
 from tests.runs import run_together
 from tests.test_masks import blocks, save, write_blocks
-from util.config import ConfigError, compose_config
 from util.distributed import Ranks
-from util.validate import check_config
 
 # ---- The measures. -------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from util import status
-from util.lock import Owner, this_process
+from launch import status
+from launch.lock import Owner, this_process
 
 
 @pytest.fixture

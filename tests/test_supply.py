@@ -9,9 +9,9 @@ import torch
 
 import main_lmim
 from data.loader import TrainLoader
+from launch.command import call
+from launch.job import list_checkpoints, step_of
 from tests.runs import configured_here
-from util.command import call
-from util.job import list_checkpoints, step_of
 from util.metrics import Speed, memory_in_use, warn_of_supply
 
 

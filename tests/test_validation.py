@@ -15,15 +15,15 @@ from PIL import Image
 import launcher
 import main_lmim
 from data.datasets import DATASETS
+from launch.command import run_command_line
+from launch.config import ConfigError
+from launch.validate import check_processes, why_not_writable
 from models.decoder import DECODERS
 from models.losses import LOSSES
 from models.target import TARGETS
 from tests.runs import ROOT
 from tests.test_full_disk import fill
-from util.command import run_command_line
-from util.config import ConfigError
 from util.files import write_json
-from util.validate import check_processes, why_not_writable
 
 TINY = (
     "--config-name=demo epochs=1 warmup_epochs=0 encoder.depth=1 encoder.embed_dim=24 "

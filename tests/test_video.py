@@ -25,6 +25,7 @@ from eval.metrics import (
     summarise,
 )
 from eval.video import frame_size, pixel_objects, propagate_labels
+from launch.config import compose_config
 from models.views import extract_patches
 from tests.backbones import digits_checkpoint
 from tests.evaluations import config
@@ -40,7 +41,6 @@ from tests.test_probe_by_hand import (
     normalised,
     pretrained,
 )
-from util.config import compose_config
 from util.distributed import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -18,11 +18,11 @@ from eval import visualize
 from eval.families import BackboneError
 from eval.pictures import Panel, Row, compose, draw, nested_clusters, nested_colours
 from eval.visualize import Method, View, average_windows, see
+from launch.config import ConfigError, compose_config, parse_command_line
+from launch.validate import check_config
 from tests.backbones import digits_checkpoint
 from tests.evaluations import assert_bad_input, config, launch
-from util.config import ConfigError, compose_config, parse_command_line
 from util.distributed import Ranks
-from util.validate import check_config
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 QUICK = ["dataset=images", "max_iter=250"]

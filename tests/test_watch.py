@@ -14,6 +14,7 @@ from data.base import ArrayDataset
 from data.transforms import EvalTransform
 from eval.collapse import Similarities, cosine_and_std, rank_me
 from eval.watch import CollapseWatch, judge
+from launch.config import compose_config
 from tests.runs import (
     LAUNCHER,
     assert_same_state,
@@ -26,7 +27,6 @@ from tests.runs import (
     succeed_together,
 )
 from util.build import build_model
-from util.config import compose_config
 from util.distributed import Ranks
 from util.loaders import eval_loader
 from util.loop import watched_steps

@@ -1,1 +1,1 @@
-"""What surrounds the training loop."""
+"""What a training needs while it runs."""

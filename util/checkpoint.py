@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from launch.job import checkpoint_name, list_checkpoints
+from launch.resuming import FORMAT, CheckpointError
 from util.files import write_whole
-from util.job import checkpoint_name, list_checkpoints
-from util.resuming import FORMAT, CheckpointError
 
 KEEP_ROLLING = 2
 

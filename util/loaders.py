@@ -8,8 +8,8 @@ from torch import Tensor
 from data.base import DataError, ImageDataset
 from data.datasets import LISTED, build_dataset
 from data.loader import Augmentation, EvalLoader, TrainLoader
+from launch.resuming import training_batch_size
 from util.distributed import Ranks, default_workers, on_main
-from util.resuming import training_batch_size
 
 
 def open_split(cfg: DictConfig, split: str, ranks: Ranks | None = None) -> ImageDataset:

@@ -20,22 +20,22 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data.base import ImageDataset
 from data.loader import StepOrder, TrainLoader
-from util import checkpoint
-from util.checkpoint import first_words
-from util.config import TrainingStopped
-from util.distributed import Ranks, all_reduce, barrier, broadcast_tensors, gather_objects, on_main
-from util.job import (
+from launch.config import TrainingStopped
+from launch.job import (
     checkpoint_name,
     list_checkpoints,
     prepare_job_directory,
     record_start,
     step_of,
 )
-from util.lock import unlock
+from launch.lock import unlock
+from launch.resuming import FORMAT, CheckpointError, accept, describe
+from util import checkpoint
+from util.checkpoint import first_words
+from util.distributed import Ranks, all_reduce, barrier, broadcast_tensors, gather_objects, on_main
 from util.metrics import Speed, bar_text, describe_speed, warn_of_supply
 from util.preemption import Interrupted, StopFlag
 from util.record import RunLog
-from util.resuming import FORMAT, CheckpointError, accept, describe
 
 FIRST_STEPS = (1, 2, 5, 10)  # of a start that get a line on the console
 QUIET_SECONDS = 60  # without a line, at most

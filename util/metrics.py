@@ -17,7 +17,7 @@ from torch import Tensor
 from util.distributed import Ranks, gather_objects
 
 MOST_WAITING = 0.05  # of the time; more is a warning
-MACHINES = Path(__file__).parents[1] / "bench" / "machines.yaml"
+MACHINES = Path(__file__).with_name("machines.yaml")
 
 
 class DeviceMeters:
@@ -126,7 +126,7 @@ class Speed:
 
 
 def dense_peak(device: torch.device, precision: str) -> float | None:
-    """FLOP/s of matrix products by the data sheet; None where bench/machines.yaml has none."""
+    """FLOP/s of matrix products by the data sheet; None where machines.yaml has none."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from util.config import ConfigError
+from launch.config import ConfigError
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

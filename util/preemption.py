@@ -10,19 +10,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from data.loader import STOP_SIGNALS
 from util.distributed import Ranks
-
-# So long a step that is told to stop still waits for its data.
-WAIT_SECONDS = 10.0
-# One Ctrl-C comes twice where torchrun passes on what the terminal has sent to all.
-SAME_SIGNAL_SECONDS = 1.0
-NOT_DONE = 75  # exit code of a process that leaves for a requeue: no success, and no crash
+from util.signals import NOT_DONE, STOP_SIGNALS, Signals
 
 
 class Interrupted(Exception):
@@ -32,37 +25,6 @@ class Interrupted(Exception):
     def __init__(self, number: int, lost: str = ""):
         super().__init__(signal.Signals(number).name)
         self.number, self.lost = number, lost
-
-
-class Signals:
-    """Records signals in order. The same one sent again ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self.received_at = 0.0
-        heard = set(STOP_SIGNALS)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
-            heard.remove(signal.SIGHUP)
-        self.previous = {number: signal.signal(number, self.handle) for number in heard}
-
-    def close(self) -> None:
-        """Signals mean again what they meant before."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        again = number in self.received and number != signal.SIGUSR2
-        if again and time.monotonic() - self.received_at > SAME_SIGNAL_SECONDS:
-            self.leave_at_once(number)
-        self.received.append(number)
-        self.received_at = time.monotonic()
-        left, _ = signal.getitimer(signal.ITIMER_REAL)
-        if left:  # a batch is being waited for (data/loader.py)
-            signal.setitimer(signal.ITIMER_REAL, min(left, WAIT_SECONDS))
-
-    def leave_at_once(self, number: int) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
 
 
 class StopFlag(Signals):
@@ -96,7 +58,7 @@ class StopFlag(Signals):
         requeue = self.previous.get(signal.SIGUSR2)
         if number == signal.SIGUSR2 and callable(requeue):
             if self.ranks.is_main:
-                requeue(number, None)  # util/slurm.py: asks to be started again, and exits
+                requeue(number, None)  # launch/slurm.py: asks to be started again, and exits
             # Leaving before the first process has asked would end the job for good.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(60)

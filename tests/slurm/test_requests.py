@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import slurm
 from tests.runs import (
     LAUNCHER,
     ROOT,
@@ -21,7 +22,6 @@ from tests.runs import (
 )
 from tests.slurm.cluster import cancel, job_info, squeue, wait_for
 from tests.slurm.jobs import ON_SLURM, error_text, submit, wait_for_end
-from util import slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 

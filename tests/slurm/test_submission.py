@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.lock import JobBusy, lock, this_process, unlock
+from launch.queue import has_ended
 from tests.evaluations import launch, results
 from tests.runs import LAUNCHER, ROOT, TINY, environment, records, run, succeed
 from tests.slurm.cluster import cancel, job_info, squeue, wait_for
 from tests.slurm.jobs import LONG, ON_SLURM, error_text, log_text, submit, wait_for_end
 from util.checkpoint import list_checkpoints
-from util.lock import JobBusy, lock, this_process, unlock
-from util.slurm_queue import has_ended
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 

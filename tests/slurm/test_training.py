@@ -59,7 +59,7 @@ def set_time_left(job_id: str, minutes: int) -> None:
 def copy_of_the_project(folder: Path) -> Path:
     project = folder / "project"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
-    for name in ("models", "util", "data", "eval", "configs"):
+    for name in ("models", "util", "launch", "data", "eval", "configs"):
         subprocess.run(["cp", "-r", f"{ROOT / name}/.", str(project / name)], check=True)
     for name in ("launcher.py", "main_lmim.py", "engine_pretrain.py"):
         (project / name).write_bytes((ROOT / name).read_bytes())

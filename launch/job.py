@@ -13,10 +13,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from util.config import ConfigError, job_directory
+from launch.config import ConfigError, job_directory
+from launch.lock import lock, unlock
+from launch.validate import check_writable
 from util.files import remove_unfinished, write_json, write_whole
-from util.lock import lock, unlock
-from util.validate import check_writable
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "hydra-core", "omegaconf", "submitit")
 CHECKPOINT_NAME = re.compile(r"(?:epoch-(\d+)-)?step-(\d+)\.pth")

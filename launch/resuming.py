@@ -1,7 +1,7 @@
 """May a run go on from a checkpoint, with this config and these images?
 
 One comparison for the run that resumes and for the launcher, which asks before it starts or submits
-anything (util/results.py): so this imports no torch.
+anything (launch/results.py): so this imports no torch.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from data.base import ImageDataset
-from util.config import (
+from launch.config import (
     PATHS,
     ConfigError,
     UserError,

@@ -1,4 +1,4 @@
-"""What the folders of jobs hold, and which of them are one row of a report (util/report.py)."""
+"""What the folders of jobs hold, and which of them are one row of a report (launch/report.py)."""
 
 import glob
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from yaml import YAMLError
 
-from util.config import ConfigError, flatten, read_yaml
+from launch.config import ConfigError, flatten, read_yaml
+from launch.resuming import CHANGE_NO_RESULT
 from util.files import read_records
-from util.resuming import CHANGE_NO_RESULT
 
 CURVES = {
     "Training": {

@@ -7,11 +7,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from util.config import ConfigError
+from launch.config import ConfigError
+from launch.job import last_checkpoint, list_checkpoints, step_of
+from launch.lock import JobBusy, lives, owners_in, this_process
+from launch.queue import job_state, read_note, why_waiting
 from util.files import read_json, read_records
-from util.job import last_checkpoint, list_checkpoints, step_of
-from util.lock import JobBusy, lives, owners_in, this_process
-from util.slurm_queue import job_state, read_note, why_waiting
 
 # With widths that most cells fit, since a row is printed as soon as it is known.
 COLUMNS = {

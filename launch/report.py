@@ -18,10 +18,10 @@ import numpy as np
 from jinja2 import Environment
 from omegaconf import DictConfig
 
-from util.config import ConfigError, job_directory
+from launch.config import ConfigError, job_directory
+from launch.report_rows import CURVES, Job, Row, find_jobs, find_rows
+from launch.validate import is_number
 from util.files import write_whole
-from util.report_rows import CURVES, Job, Row, find_jobs, find_rows
-from util.validate import is_number
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 FEW_POINTS = 20  # are marked

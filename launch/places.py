@@ -4,8 +4,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from util.config import ConfigError
-from util.job import list_checkpoints, refuse_folder_of_another
+from launch.config import ConfigError
+from launch.job import list_checkpoints, refuse_folder_of_another
 
 FAMILIES = ("mae", "ijepa", "dino", "ibot", "dinov2")  # of official files: eval/families.py
 IGNORE_DATA_PATH = ("eval.export", "eval.visualize")

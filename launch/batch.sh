@@ -1,4 +1,4 @@
-# How a batch script ends; util/slurm.py puts it there. $LMIM_MARKS is FOLDER/JOB_ID.
+# How a batch script ends; launch/slurm.py puts it there. $LMIM_MARKS is FOLDER/JOB_ID.
 
 for_minutes() { # COMMAND...: Slurm's controller may be away
     local tries=30

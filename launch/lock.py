@@ -18,9 +18,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from util.config import UserError
+from launch.config import UserError
+from launch.queue import has_ended
 from util.files import write_json
-from util.slurm_queue import has_ended
 
 ATTEMPTS = 5
 HELD: dict[Path, tuple[Path, "KernelLock"]] = {}  # job -> the file of this process

@@ -23,23 +23,24 @@ import submitit
 from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import FailedJobError
 
-from util.config import (
+from launch.config import (
     ConfigError,
     TrainingStopped,
     change_paths,
     job_directory,
     processes_per_node,
 )
+from launch.job import is_restart, refuse_to_start_over
+from launch.lock import JobBusy
+from launch.queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
+from launch.results import is_finished
 from util.files import write_json
-from util.job import is_restart, refuse_to_start_over
-from util.lock import JobBusy
-from util.results import is_finished
-from util.slurm_queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
+from util.signals import NOT_DONE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH = Path(__file__).with_name("batch.sh")
 CODE_IS_GONE = "the copy of the code is gone; a later submission in the same folder replaces it"
-CODE = "*.py Makefile requirements.txt bench configs data eval models util".split()
+CODE = "*.py Makefile requirements.txt bench configs data eval launch models util".split()
 CODE_FILES = {".py", ".yaml", ".yml", ".json", ".toml", ".txt", ".csv", ".npz", ".so", ".cu", ".sh"}
 # Of what the surrounding job (salloc, Jupyter) has set, only this reaches Slurm.
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
@@ -269,7 +270,7 @@ class SlurmTask:
                 self.config[key] = os.path.expandvars(self.config[key])
         if self.config["env"]["ngpu"] == 0:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        from util.command import leave, run_configured_worker
+        from launch.command import leave, run_configured_worker
 
         try:
             importlib.import_module(self.config["worker"])  # packages that are missing show here
@@ -292,8 +293,6 @@ def leave_mark(name: str) -> None:
 
 def ask_for_another_start(number: int, frame: FrameType | None) -> None:
     """The batch script does it: in a container there is no scontrol."""
-    from util.preemption import NOT_DONE
-
     if os.environ["SLURM_PROCID"] == "0":
         leave_mark("again")
         print(f"{signal.Signals(number).name}: this job is to be started again", flush=True)

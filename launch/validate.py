@@ -12,7 +12,7 @@ from typing import TypeGuard
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from util.config import (
+from launch.config import (
     CONFIG_DIR,
     ConfigError,
     group_choices,

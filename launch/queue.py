@@ -4,7 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from util.config import ConfigError
+from launch.config import ConfigError
 from util.files import read_json
 
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED"}

@@ -18,10 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.base import DataError, LabelledImages
 from data.datasets import build_dataset
-from util.config import flatten, job_directory, processes_per_node
-from util.files import read_json
-from util.job import list_checkpoints
-from util.resuming import (
+from launch.config import flatten, job_directory, processes_per_node
+from launch.job import list_checkpoints
+from launch.resuming import (
     MAY_DIFFER,
     CheckpointError,
     accept,
@@ -30,6 +29,7 @@ from util.resuming import (
     facts_in,
     training_batch_size,
 )
+from util.files import read_json
 
 LONGEST = 150  # bytes of a name, to which an ending is added
 

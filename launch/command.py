@@ -15,12 +15,12 @@ from typing import NoReturn, TypeGuard
 
 from omegaconf import DictConfig, OmegaConf
 
-from util.config import ConfigError, UserError, job_directory, parse_command_line
-from util.console import open_streams
-from util.job import is_restart
-from util.places import check_places
-from util.sweep import compose_all
-from util.validate import MODULE, check_config
+from launch.config import ConfigError, UserError, job_directory, parse_command_line
+from launch.console import open_streams
+from launch.job import is_restart
+from launch.places import check_places
+from launch.sweep import compose_all
+from launch.validate import MODULE, check_config
 
 GRACE_SECONDS = 15
 

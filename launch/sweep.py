@@ -10,7 +10,7 @@ from typing import NamedTuple
 from hydra.core.override_parser.types import ValueType
 from omegaconf import DictConfig, OmegaConf
 
-from util.config import (
+from launch.config import (
     CONFIG_DIR,
     EXPERIMENT,
     SWEEP,

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = "experiment"  # applied last, after the config's own values
-SWEEP = "sweep"  # in an experiment: what -m runs (util/sweep.py)
+SWEEP = "sweep"  # in an experiment: what -m runs (launch/sweep.py)
 USER_GROUPS = ("local", EXPERIMENT)  # the user's own settings, not shipped
 # The only sections where a key may be added: what they hold is passed through.
 OPEN_SECTIONS = ("dataset.options", "env.slurm_extra", "env.nccl")

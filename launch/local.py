@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
+from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -19,12 +20,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
-from util.command import leave, run_configured_worker
-from util.config import ConfigError, job_directory, processes_per_node
-from util.console import open_streams
-from util.metrics import readable_time
-from util.preemption import Signals
-from util.validate import check_processes
+from launch.command import leave, run_configured_worker
+from launch.config import ConfigError, job_directory, processes_per_node
+from launch.console import open_streams
+from launch.validate import check_processes
+from util.signals import Signals
 
 SAY_SECONDS = 10
 # After one process has failed the others may be stuck waiting for it, and not answer a signal.
@@ -111,7 +111,7 @@ def run_side_by_side(configs: list[DictConfig], at_once: int, modules: Iterable[
                     code = process.exitcode or 0
                     exit_codes.append(code if code >= 0 else 1)
                     took = (time.monotonic() - begin) / len(exit_codes)
-                    left = readable_time(took * (len(configs) - len(exit_codes)))
+                    left = timedelta(seconds=int(took * (len(configs) - len(exit_codes))))
                     what = f"exit code {code}" if code else "done"
                     progress = f"{len(exit_codes)} of {len(configs)}, eta {left}"
                     print(f"{process.name}: {what} ({progress})", flush=True)
