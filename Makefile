@@ -1,19 +1,19 @@
-# make demo: see it learn. make test: the whole test suite. Both make .venv first if it is missing.
+# make demo: see it learn. make test: the tests. Both make .venv first if it is missing.
 PYTHON ?= python3
 SEED ?= 0
 BIN = .venv/bin
-# Four tests at a time, also on two cores: many only wait, for Slurm or for other processes.
-TOGETHER = --numprocesses=4 --dist=loadfile --no-loadscope-reorder
+TOGETHER = --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo pictures challenges laboratory test test-fast lint types clean
+.PHONY: help demo pictures challenges laboratory test test-fast test-slurm lint types clean
 
 help:
 	@echo "make demo       see it learn: digits on a CPU, one to two minutes (SEED=1: another seed)"
 	@echo "make pictures   what patches of photographs become: 20 minutes on a CPU, into figs/"
 	@echo "make challenges the paper's argument in numbers: an hour on two cores, into docs/challenges.md"
 	@echo "make laboratory published choices of the target, compared: into docs/laboratory.md"
-	@echo "make test       the whole test suite"
-	@echo "make test-fast  without the slow tests"
+	@echo "make test       all tests but those of Slurm"
+	@echo "make test-fast  without the slow ones"
+	@echo "make test-slurm on a cluster that they start on this machine; needs root and apt"
 	@echo "make lint       ruff"
 	@echo "make types      mypy"
 	@echo "make clean      remove .venv"
@@ -38,10 +38,13 @@ challenges laboratory: .venv/installed
 	$(BIN)/python launcher.py --config-name=$@ env.parallel=2
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(TOGETHER)
+	$(BIN)/python -m pytest $(TOGETHER) --ignore=tests/slurm
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not slow" --ignore=tests/slurm
+
+test-slurm: .venv/installed
+	$(BIN)/python -m pytest tests/slurm
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -41,21 +41,6 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first, so that no process works on alone at the end: all of Slurm, which is one
-    chain, then the files with many slow tests."""
+    """Files with many slow tests first, so that no process works on alone at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (item.path.parent.name != "slurm", -slow[item.path]))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """With --dist=loadfile: a file's tests follow each other in one process, and so do all those
-    that share the Slurm cluster."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class FilesAndSlurm(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            is_slurm = nodeid.startswith("tests/slurm/")
-            return "tests/slurm" if is_slurm else super()._split_scope(nodeid)
-
-    return FilesAndSlurm(config, log) if config.getvalue("dist") == "loadfile" else None
+    items.sort(key=lambda item: -slow[item.path])
