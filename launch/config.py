@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -152,21 +153,18 @@ def compose_config(
         raise ConfigError(f"--config-name={config_name}: expected {valid}")
     # Of two files with the same name, the one next to the named config counts.
     folders = sorted(config_dirs, key=lambda d: not (d / f"{config_name}.yaml").is_file())
-    GlobalHydra.instance().clear()
     worker = None
     try:
         worker = worker_of(config_name, folders)
-        overrides = [check_override(text, config_dirs, worker) for text in overrides]
-        if EXPERIMENT in choices_in(read_first(config_name, folders)):  # whose place it takes
-            overrides = [text.replace(f"+{EXPERIMENT}=", f"{EXPERIMENT}=", 1) for text in overrides]
-        overrides.append(f'hydra.searchpath=["file://{folders[1]}"]')
-        with initialize_config_dir(str(folders[0]), version_base="1.3"):
-            config = compose(config_name, overrides)
-            groups = {*group_names(config_dirs), EXPERIMENT, "hydra.searchpath"}
-            chosen = [text for text in overrides if text.partition("=")[0].lstrip("+~") in groups]
-            check_files(config_name, tuple(chosen), tuple(folders))
-        with open_dict(config):
-            config.pop(SWEEP, None)
+        checked = [check_override(text, config_dirs, worker) for text in overrides]
+        groups = {*group_names(config_dirs), EXPERIMENT}
+        chosen = [
+            str(override.input_line) for override in checked if override.key_or_group in groups
+        ]
+        config = deepcopy(compose_files(config_name, tuple(chosen), tuple(folders)))
+        for override in checked:
+            if override.key_or_group not in groups:
+                apply(override, config, config_dirs, worker)
         missing = sorted(OmegaConf.missing_keys(config))  # names the key of what is not resolved
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -176,6 +174,40 @@ def compose_config(
     check_keys(config)
     change_paths(config, os.path.expanduser)
     return config
+
+
+@cache
+def compose_files(
+    config_name: str, choices: tuple[str, ...], folders: tuple[Path, ...]
+) -> DictConfig:
+    """The config with these choices of its groups. Cached: Hydra takes longer than all the rest."""
+    overrides = [*choices, f'hydra.searchpath=["file://{folders[1]}"]']
+    if EXPERIMENT in choices_in(read_first(config_name, folders)):  # whose place it takes
+        overrides = [text.replace(f"+{EXPERIMENT}=", f"{EXPERIMENT}=", 1) for text in overrides]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        config = compose(config_name, overrides)
+        check_files(config_name, overrides, folders)
+    with open_dict(config):
+        config.pop(SWEEP, None)
+    return config
+
+
+def apply(
+    override: Override, config: DictConfig, config_dirs: list[Path], worker: str | None
+) -> None:
+    """Set, add or remove one key, as Hydra would."""
+    section, _, name = (key := override.key_or_group).rpartition(".")
+    if override.is_delete():
+        if name not in (OmegaConf.select(config, section) or {}):
+            raise ConfigError(f"~{key}: expected a key that is there")
+        with open_dict(config):
+            del OmegaConf.select(config, section)[name]
+        return
+    try:
+        OmegaConf.update(config, key, override.value(), force_add=override.is_force_add())
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        raise ConfigError(unknown_key(key, config_dirs, worker)) from error
 
 
 def change_paths(cfg: DictConfig, change: Callable[[str], str]) -> None:
@@ -191,8 +223,8 @@ def change_paths(cfg: DictConfig, change: Callable[[str], str]) -> None:
             OmegaConf.update(cfg, key, paths if OmegaConf.is_list(given) else paths[0])
 
 
-def check_override(text: str, config_dirs: list[Path], worker: str | None) -> str:
-    """Catch what Hydra would ignore, or answer with a traceback. -> as Hydra reads it"""
+def check_override(text: str, config_dirs: list[Path], worker: str | None) -> Override:
+    """Catch what Hydra would ignore, or answer with a traceback."""
     if (readable := text.encode(errors="backslashreplace").decode()) != text:
         raise ConfigError(f"{readable}: expected a text in UTF-8")
     override = parse_override(text)
@@ -218,7 +250,7 @@ def check_override(text: str, config_dirs: list[Path], worker: str | None) -> st
         choices = group_choices(key, config_dirs)
         if override.value() not in choices:
             raise ConfigError(f"{text}: expected one of {', '.join(choices)}")
-    return override.input_line or text
+    return override
 
 
 def is_open(key: str) -> bool:
@@ -251,8 +283,7 @@ def quote(value: str) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
-@cache
-def check_files(config_name: str, choices: tuple[str, ...], folders: tuple[Path, ...]) -> None:
+def check_files(config_name: str, choices: Sequence[str], folders: Sequence[Path]) -> None:
     """Catch what Hydra would ignore in files."""
     loader = GlobalHydra.instance().config_loader()
     used = loader.compute_defaults_list(config_name, [*choices], RunMode.RUN)

@@ -249,9 +249,10 @@ def write(path: Path, text: str) -> None:
 
 
 def test_local_settings_apply_when_they_are_there(tmp_path):
-    configs = tmp_path / "configs"
-    shutil.copytree(CONFIG_DIR, configs, ignore=shutil.ignore_patterns("local"))
-    before = compose_flat("lmim", config_dir=configs)
+    configs, without = tmp_path / "configs", tmp_path / "without"
+    for folder in (configs, without):
+        shutil.copytree(CONFIG_DIR, folder, ignore=shutil.ignore_patterns("local"))
+    before = compose_flat("lmim", config_dir=without)
     local = "# @package _global_\ndata_path: /here\nenv:\n  ngpu: 4\n"
     write(configs / "local" / "default.yaml", local)
     after = compose_flat("lmim", config_dir=configs)
