@@ -74,7 +74,7 @@ class Pretraining(Task):
         self.model = build_model(cfg).to(ranks.device)
         precision = choose_precision(cfg.precision, ranks.device)
         if ranks.device.type == "cpu":
-            tune_for_cpu(self.model, precision, compiled=cfg.compile)
+            tune_for_cpu(self.model, precision)
         self.training = Training(cfg, self.model, ranks, precision, self.loader.batch_size)
         masked = self.geometry.grid_size**2 - self.geometry.num_vis
         sizes = (self.loader.batch_size, masked, self.model.decoder.head.out_features)

@@ -5,10 +5,9 @@ torchrun --nproc-per-node=2 -m bench.step --batch 24       # several processes
 python -m bench.step --grid 7 14 28 --batch 16             # one row for each combination
 
 Everything is measured in turns in one run, because machines get faster and slower; the figures are
-medians. The peak is that of the best of several square matrix products in the same precision, on
-a CPU also as convolutions (util/cpu.py). The plain formulation is the same training step written
-down in the plainest way: softmax attention as matrices, the moving average and AdamW parameter by
-parameter, the numbers read after each step.
+medians. The peak is that of the best of several square matrix products in the same precision. The
+plain formulation is the same training step written down in the plainest way: softmax attention as
+matrices, the moving average and AdamW parameter by parameter, the numbers read after each step.
 Imports only torch, timm, yaml and this project's networks and engine: it runs where Hydra is not.
 """
 
@@ -31,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine_pretrain import begin_step, end_step, micro_step
 from models.views import Views, sample_views
 from util.build import Training, build_model, read_geometry
-from util.cpu import PixelProduct, tune_for_cpu, write_out_attention
+from util.cpu import tune_for_cpu, write_out_attention
 from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
 from util.metrics import memory_in_use
 from util.optim import parameter_groups
@@ -83,7 +82,7 @@ def build_training(setting: Setting, ranks: Ranks, tuned: bool = True) -> Traini
     torch.manual_seed(0)
     model = build_model(cfg).to(ranks.device)
     if tuned and ranks.device.type == "cpu":
-        tune_for_cpu(model, setting.precision, setting.compile)
+        tune_for_cpu(model, setting.precision)
     training = Training(cfg, model, ranks, setting.precision, cfg.batch_size)
     if setting.compile:
         training.compile()
@@ -159,9 +158,6 @@ def matrix_products(precision: str, device: torch.device) -> dict[str, tuple[int
         left, right = torch.randn(2, side, side, device=device).to(MATRIX_TYPES[precision])
         result = torch.empty_like(left)
         products[f"matrix {side}"] = side, partial(torch.mm, left, right, out=result)
-        if device.type == "cpu":
-            pixels = partial(PixelProduct.apply, left[None], right, None)
-            products[f"convolution {side}"] = side, pixels
     return products
 
 
