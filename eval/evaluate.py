@@ -17,6 +17,7 @@ from eval.common import EvalRun, run_evaluation, run_joined
 from launch.command import run_worker
 from launch.config import ConfigError, compose_config
 from launch.job import is_restart
+from launch.results import resumes
 from launch.validate import ABSENT, check_config
 from util.files import write_json, write_whole
 
@@ -102,8 +103,8 @@ def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:
     own.job_name = f"{name}-random-init" if random_init else name
     if "overwrite" in own:
         # From the beginning, unless Slurm has requeued the job: then it goes on where it was.
-        own.resume = own.resume or is_restart()
-        own.overwrite = not own.resume
+        own.overwrite = not (own.resume or is_restart())
+        own.resume = resumes(own)
     check_config(own)
     return own
 

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.config import ConfigError, UserError, job_directory, parse_command_line
 from launch.console import open_streams
-from launch.job import is_restart
 from launch.places import check_places
 from launch.sweep import compose_all
 from launch.validate import MODULE, check_config
@@ -96,8 +95,10 @@ def call(main: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     succeed later."""
     from data.base import DataError, DataTimeout  # brings numpy along
 
-    if is_restart() and "resume" in cfg:
-        cfg.resume = cfg.resume or True
+    if "resume" in cfg:
+        from launch.results import resumes
+
+        cfg.resume = resumes(cfg)
     try:
         main(cfg)
     except (UserError, DataError, DataTimeout) as error:

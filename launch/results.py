@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.base import DataError, LabelledImages
 from data.datasets import build_dataset
 from launch.config import flatten, job_directory, processes_per_node
-from launch.job import list_checkpoints
+from launch.job import is_restart, list_checkpoints
 from launch.resuming import (
     MAY_DIFFER,
     CheckpointError,
@@ -85,18 +85,26 @@ def is_finished(cfg: DictConfig) -> bool:
         return False  # an evaluation that trains nothing may always run again
     if cfg.overwrite or cfg.resume == "changed":
         return False
-    path = next(iter(list_checkpoints(job_directory(cfg) / "checkpoints")), None)
-    contents = read_outline(path) if path else {}
+    path = newest_checkpoint(cfg)
+    contents = read_outline(path)
     if path is None or not has_ended(cfg, contents):
         return False
     facts = facts_here(cfg)
     accept(path, contents, cfg, facts or facts_in(contents))
     is_known = facts is not None and is_same_backbone(cfg, contents)
-    if is_known and has_result(cfg, contents):
-        print(f"{cfg.job_name}: already finished ({path})", flush=True)
-        return True
-    cfg.resume = True
-    return False
+    if not is_known or not has_result(cfg, contents):
+        return False
+    print(f"{cfg.job_name}: already finished ({path})", flush=True)
+    return True
+
+
+def resumes(cfg: DictConfig) -> bool | str:
+    """Whether this start goes on from the newest checkpoint (True or changed). So it does without
+    being told if Slurm or torchrun has started the job before, and if all is trained already: what
+    is missing then, such as a result, is made."""
+    if cfg.resume or is_restart():
+        return cfg.resume or True
+    return not cfg.overwrite and has_ended(cfg, read_outline(newest_checkpoint(cfg)))
 
 
 class Outline(pickle.Unpickler):
@@ -109,8 +117,14 @@ class Outline(pickle.Unpickler):
         return None
 
 
-def read_outline(path: Path) -> dict:
-    """Empty where it cannot be read: the run says what is wrong."""
+def newest_checkpoint(cfg: DictConfig) -> Path | None:
+    return next(iter(list_checkpoints(job_directory(cfg) / "checkpoints")), None)
+
+
+def read_outline(path: Path | None) -> dict:
+    """Empty where there is none, or it cannot be read: the run says what is wrong."""
+    if path is None:
+        return {}
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))

@@ -33,7 +33,7 @@ from launch.config import (
 from launch.job import is_restart, refuse_to_start_over
 from launch.lock import JobBusy
 from launch.queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
-from launch.results import is_finished
+from launch.results import is_finished, resumes
 from util.files import write_json
 from util.signals import NOT_DONE
 
@@ -137,7 +137,7 @@ def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
             raise ConfigError(f"{text}: {ways} env.slurm_extra.dependency=afterany:{job_id}")
         print(f"{text}; nothing submitted")
         return False
-    if "resume" in cfg:  # an evaluation that trains nothing may always run again
+    if "resume" in cfg and not resumes(cfg):  # else an evaluation, which may always run again
         refuse_to_start_over(cfg)
     return True
 

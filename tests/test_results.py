@@ -19,7 +19,7 @@ from data.datasets import build_dataset
 from launch.command import run_command_line
 from launch.config import ConfigError, compose_config
 from launch.job import checkpoint_name, prepare_job_directory
-from launch.results import is_finished, read_outline, result_path, sha256_of
+from launch.results import is_finished, read_outline, result_path, resumes, sha256_of
 from launch.resuming import FORMAT, CheckpointError, describe
 from tests.backbones import digits_checkpoint
 from tests.evaluations import arguments, config, launch, results
@@ -86,7 +86,7 @@ def test_what_is_to_train_is_not_finished(tmp_path, key):
     leave(demo(tmp_path), 128, {"steps": 20})
     cfg = demo(tmp_path, key, "seed=1")
     before = cfg.copy()
-    assert not is_finished(cfg) and cfg == before
+    assert not is_finished(cfg) and resumes(cfg) == before.resume and cfg == before
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_without_its_result_or_its_evaluation_it_is_not_finished(tmp_path, resul
     leave(demo(tmp_path), 128, result, **others)
     cfg = demo(tmp_path, f"resume={bool(others)}")
     assert not is_finished(cfg)
-    assert cfg.resume is True, "the run would have refused to start over"
+    assert resumes(cfg) is True, "the run would have refused to start over"
 
 
 def test_a_trial_is_finished_at_its_own_end(tmp_path):
@@ -137,7 +137,7 @@ def test_the_images_are_compared(tmp_path):
     assert refusal(demo(tmp_path, *own, f"data_path={renamed}")).startswith("image_list ")
     for elsewhere in ("$SLURM_TMPDIR/photos", str(tmp_path / "of another machine")):
         cfg = demo(tmp_path, *own, f"data_path={elsewhere}", "resume=False")
-        assert not is_finished(cfg) and cfg.resume is True, "the run itself compares"
+        assert not is_finished(cfg) and resumes(cfg) is True, "the run itself compares"
         cfg = demo(tmp_path, *own, f"data_path={elsewhere}", "seed=1")
         assert refusal(cfg) == "seed 0 -> 1"
 
