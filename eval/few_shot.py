@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from sklearn.linear_model import Ridge, RidgeCV
 from torch import Tensor
 
 from data.base import DataError
@@ -96,6 +95,8 @@ def ridge_accuracies(
     support: Features, evaluation: Features, classes: int, regularisers: list[float]
 ) -> dict[str, object]:
     """Percent of the evaluation images, for each regulariser and for the one that is chosen."""
+    from sklearn.linear_model import Ridge, RidgeCV
+
     features = support.features.double().numpy()
     targets = F.one_hot(support.labels, classes).double().numpy()
     # Relative to the mean eigenvalue per image, so that a strength means the same for any backbone

@@ -6,10 +6,6 @@ import math
 from statistics import fmean  # rounded once: the order of the values changes nothing
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score
-from sklearn.metrics.cluster import contingency_matrix
 
 from data.masks import IGNORE
 
@@ -20,6 +16,9 @@ BOUNDARY_SHARE = 0.008  # boundaries match within this part of the image's diago
 def matched_miou(truth: np.ndarray, segments: np.ndarray) -> float:
     """Each true label gets the segment that makes the mean IoU largest, no segment twice. The mean
     is over the true labels; one that gets no segment has IoU 0. Unlabelled pixels are left out."""
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics.cluster import contingency_matrix
+
     labelled = truth != IGNORE
     counts = contingency_matrix(truth[labelled], segments[labelled])
     union = counts.sum(axis=1, keepdims=True) + counts.sum(axis=0, keepdims=True) - counts
@@ -31,6 +30,8 @@ def matched_miou(truth: np.ndarray, segments: np.ndarray) -> float:
 def adjusted_rand_index(truth: np.ndarray, segments: np.ndarray) -> float:
     """Pairs of labelled pixels that mask and segments treat alike, corrected for chance: 1 is the
     same partition, 0 what chance gives."""
+    from sklearn.metrics import adjusted_rand_score
+
     labelled = truth != IGNORE
     return float(adjusted_rand_score(truth[labelled], segments[labelled]))
 
@@ -82,6 +83,8 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 def share_within(pixels: np.ndarray, others: np.ndarray, radius: int) -> float:
     """The share of the pixels that lie within a disk around one of the others."""
+    from scipy.ndimage import distance_transform_edt
+
     # Only the surroundings of both matter.
     rows, columns = np.nonzero(pixels | others)
     window = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]

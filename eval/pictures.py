@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import ImageColor
-from scipy.cluster.hierarchy import ward
 
 from util.files import write_whole
 
@@ -38,6 +37,8 @@ class Row(NamedTuple):
 
 def nested_clusters(tokens: np.ndarray, counts: list[int]) -> list[np.ndarray]:
     """For each count the cluster of each token, int [L]: one tree, cut at several heights."""
+    from scipy.cluster.hierarchy import ward  # not needed by most of the trainings that load this
+
     merges = ward(tokens)[:, :2].astype(int)
     levels, leaves = [], len(tokens)
     for count in counts:

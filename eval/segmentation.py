@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from sklearn.cluster import AgglomerativeClustering
-from sklearn.feature_extraction.image import grid_to_graph
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -126,6 +124,9 @@ def score_image(cfg: DictConfig, vectors: np.ndarray, grid: Grid, mask: np.ndarr
 
 def cluster(cfg: DictConfig, vectors: np.ndarray, grid: Grid, count: int) -> np.ndarray:
     """vectors [L, D] of length 1 -> the segment of each, int64 [L]"""
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.feature_extraction.image import grid_to_graph
+
     if count > len(vectors):
         raise ConfigError(f"segments: {count} of {len(vectors)} patches; expected 1 to that number")
     # Blank patches of raw pixels may be all zero, which has no direction: they get a common one.

@@ -21,8 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from data.base import UNREADABLE, DataError
@@ -240,6 +238,8 @@ def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
     for count, colours in zip(cfg.clusters, nested_colours(levels), strict=True):
         panels[f"{count} clusters"] = Panel(colours.reshape(*view.grid, 3))
     if cfg.max_iter is not None:
+        from sklearn.manifold import TSNE  # takes a second
+
         most, seed = (len(view.tokens) - 1) / 3, cfg.seed % 2**32  # what numpy takes
         options = {"perplexity": min(PERPLEXITY, most), "init": "pca", "random_state": seed}
         places = TSNE(max_iter=cfg.max_iter, **options).fit_transform(view.tokens)
@@ -252,8 +252,10 @@ def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
     return panels
 
 
-def fit_pca(tokens: np.ndarray) -> PCA:
+def fit_pca(tokens: np.ndarray):
     """Three components, each with its strongest weight positive: otherwise signs are chance."""
+    from sklearn.decomposition import PCA
+
     pca = PCA(n_components=3, svd_solver="covariance_eigh").fit(tokens.astype(np.float64))
     strongest = np.abs(pca.components_).argmax(axis=1)
     pca.components_ *= np.sign(pca.components_[range(3), strongest])[:, None]

@@ -3,25 +3,34 @@ with other processes make each other wait."""
 
 import os
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-from tests import runs
-from util.cpu import keep_freed_memory
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # which users do not set
-os.environ["OMP_NUM_THREADS"] = "1"  # also for what sets its threads itself (join_processes)
-torch.set_num_threads(1)
-keep_freed_memory()
+# Without it each process would compile all modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# Read when torch is imported, and by what sets its threads itself (join_processes).
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+# Imported in fixtures: the process that only hands out tests to others needs no torch.
+@pytest.fixture(scope="session", autouse=True)
+def freed_memory_is_kept() -> None:
+    from util.cpu import keep_freed_memory
+
+    keep_freed_memory()
 
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[None]:
     """Those of a test that fails would train on next to all that follow."""
+    from tests import runs
+
     yield
     while runs.STARTED:
         process = runs.STARTED.pop()

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from data.base import ImageDataset
 from data.datasets import DATASETS
 from models.vit import Encoder
+from tests.runs import read_board
 
 WIDTH, DEPTH, HEADS, PATCH, GRID = 16, 3, 2, 4, 4
 CLASSES = ["ant", "bee", "cow", "dog", "eel", "fox", "gnu"]
@@ -112,8 +112,7 @@ def report_of(job: Path) -> dict:
 def scalars(job: Path) -> dict[str, float]:
     """What TensorBoard shows of the one evaluation of a job."""
     (folder,) = (job / "tensorboard").glob("*/")
-    board = EventAccumulator(str(folder))
-    board.Reload()
+    board = read_board(folder)
     events = {name: board.Scalars(name) for name in board.Tags()["scalars"]}
     assert all([event.step for event in own] == [0] for own in events.values())
     return {name: own[0].value for name, own in events.items()}

@@ -123,6 +123,15 @@ def start_together(processes: int, *arguments: str, program: str = "launcher.py"
     ]
 
 
+def read_board(folder: Path):
+    """What TensorBoard shows of a folder, as its EventAccumulator."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return board
+
+
 def kill(process: subprocess.Popen | Forked) -> None:
     """kill -9: the process and all that it has started (torchrun's have groups of their own)."""
     for pid in [process.pid, *descendants(process.pid)]:

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge
 
 from eval import collapse, features
 from eval.collapse import cosine_and_std, rank_me
@@ -60,6 +59,8 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def tokens_by_definition(tokens: np.ndarray, seed: int, probed: int) -> dict[str, float]:
     """tokens: of all images, [N, L, D]"""
+    from sklearn.linear_model import Ridge
+
     chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:probed]
     tokens, places = tokens[chosen.numpy()], np.arange(tokens.shape[1])
     found = {"token_similarity": np.mean([cosines(own, own).mean() for own in tokens])}

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_lmim
 from launch.command import call
@@ -23,6 +22,7 @@ from tests.runs import (
     configured_here,
     final_state,
     finish,
+    read_board,
     records,
     run,
     start,
@@ -57,8 +57,7 @@ def fill(disk: Path) -> Path:
 
 def scalars(folder: Path) -> list[tuple[int, float]]:
     """What TensorBoard shows of the loss."""
-    shown = EventAccumulator(str(folder))
-    shown.Reload()
+    shown = read_board(folder)
     return [(event.step, event.value) for event in shown.Scalars("train/loss")]
 
 

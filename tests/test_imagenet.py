@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.io import savemat
 
 from data.base import DataError
 from data.datasets import build_dataset
@@ -21,6 +20,8 @@ def validation_numbers(dataset) -> list[int]:
 
 def write_devkit(folder: Path, wnids: list[str], ground_truth: list[int]) -> None:
     """A development kit whose IDs are ground truth numbers; inner nodes of the tree follow."""
+    from scipy.io import savemat
+
     rows = [(number, wnid, "words") for number, wnid in enumerate(wnids, 1)]
     rows.append((len(wnids) + 1, "n00001740", "entity"))
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets.folder import pil_loader
 
 from data.datasets import build_dataset
 from data.images import is_kept
@@ -230,6 +229,8 @@ def test_a_tar_does_not_mind_the_others_next_to_it(photos, tmp_path):
 
 @pytest.mark.parametrize("decoder", ["fast", "pil"])
 def test_exif_rotation_is_not_applied_as_in_torchvision(decoder, photos):
+    from torchvision.datasets.folder import pil_loader
+
     path = photos / TURNED
     with Image.open(path) as image:
         assert image.getexif()[ORIENTATION] == 6

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval import nn
 from eval.features import Features
 from launch.status import last_number
-from tests.runs import LAUNCHER, final_state, records, run, succeed, succeed_together
+from tests.runs import LAUNCHER, final_state, read_board, records, run, succeed, succeed_together
 from util.checkpoint import list_checkpoints
 from util.distributed import Ranks
 from util.files import read_records
@@ -53,8 +52,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert set(train[0]) == expected
     assert f"loss {train[-1]['loss']:.4f}" in output
 
-    board = EventAccumulator(str(job / "tensorboard"))
-    board.Reload()
+    board = read_board(job / "tensorboard")
     losses = board.Scalars("train/loss")
     assert [event.step for event in losses] == list(range(1, 11))
     assert [event.value for event in losses] == pytest.approx([r["loss"] for r in train])
@@ -160,8 +158,7 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
         log.close()
     expected = [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
     assert [(line["step"], line["loss"]) for line in read_records(tmp_path / "log.txt")] == expected
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
+    board = read_board(tmp_path / "tensorboard")
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == expected
     (config,) = board.Tensors("train/config")[0].tensor_proto.string_val
     assert config == b"    seed: 1\n    epochs: 2\n    ", "as code in Markdown"
@@ -174,13 +171,14 @@ def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept(tmp_path, capsys):
         for step in steps:
             log.record({"loss": loss}, step, "")
         log.close()
-    kept = {"logs/log-1.txt": [1.0] * 3, "logs/log-2.txt": [2.0] * 2, "log.txt": [4.0] * 2}
-    for name, losses in kept.items():
+    kept = {
+        ("logs/log-1.txt", "logs/tensorboard-1"): [1.0] * 3,
+        ("logs/log-2.txt", "logs/tensorboard-2"): [2.0] * 2,
+        ("log.txt", "tensorboard"): [4.0] * 2,
+    }
+    for (name, folder), losses in kept.items():
         assert [line["loss"] for line in read_records(tmp_path / name)] == losses
-        board = EventAccumulator(str(tmp_path / name.replace("log-", "tensorboard-")[:-4]))
-        if name == "log.txt":
-            board = EventAccumulator(str(tmp_path / "tensorboard"))
-        board.Reload()
+        board = read_board(tmp_path / folder)
         assert [event.value for event in board.Scalars("train/loss")] == losses
     said = [line for line in capsys.readouterr().out.splitlines() if line]
     sentence = f"the log of an earlier run is kept: {tmp_path}/logs/log-%d.txt and tensorboard-%d"

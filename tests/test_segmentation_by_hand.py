@@ -11,10 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import AgglomerativeClustering
-from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
 from eval import segmentation
@@ -100,6 +96,8 @@ def run(tmp_path: Path, path: Path, *overrides: str) -> dict:
 
 def manhattan_complete_connected(vectors: np.ndarray, count: int) -> np.ndarray:
     """Patches that touch each other at a side are merged."""
+    from sklearn.cluster import AgglomerativeClustering
+
     y, x = np.divmod(np.arange(GRID**2), GRID)
     touch = abs(y[:, None] - y) + abs(x[:, None] - x) == 1
     options = {"connectivity": touch, "metric": "manhattan", "linkage": "complete"}
@@ -107,6 +105,8 @@ def manhattan_complete_connected(vectors: np.ndarray, count: int) -> np.ndarray:
 
 
 def ward_anywhere(vectors: np.ndarray, count: int) -> np.ndarray:
+    from scipy.cluster.hierarchy import fcluster, linkage
+
     return fcluster(linkage(vectors, "ward"), count, "maxclust")
 
 
@@ -116,6 +116,9 @@ def iou(first: np.ndarray, second: np.ndarray) -> float:
 
 def score(mask: np.ndarray, patches: np.ndarray) -> list[float]:
     """Of the segments of an image's patches: mIoU of the best assignment, ARI."""
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score
+
     segments = patches[PATCH_OF_PIXEL].reshape(SIDE, SIDE)
     truth, found = mask[mask != 255], segments[mask != 255]
     segments = set(found.tolist())

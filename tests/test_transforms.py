@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import ks_2samp
 from torchvision import transforms as reference
 
 from data.transforms import (
@@ -44,6 +43,8 @@ def torchvision_crops(width: int, height: int, min_scale: float, count: int) -> 
     "width, height, min_scale", [(500, 375, 0.2), (375, 500, 0.9), (64, 64, 0.08), (300, 100, 0.3)]
 )
 def test_crops_follow_torchvisions_distribution(width, height, min_scale):
+    from scipy.stats import ks_2samp
+
     count = 3000
     ours = our_crops(width, height, min_scale, count)
     theirs = torchvision_crops(width, height, min_scale, count)

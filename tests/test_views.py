@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from models.views import extract_patches, sample_views, take_tokens
 from tests import reference
@@ -71,6 +70,8 @@ def test_images_of_a_batch_have_different_views():
 
 
 def test_all_permutations_are_equally_likely():
+    from scipy.stats import chisquare
+
     # A grid of 2 has 24 orders: few enough to count every one of them.
     views = sample_views(24_000, 2, 1, 0, generator(4))
     permutations = torch.cat([views.visible_ids, views.masked_ids], dim=1)
@@ -80,6 +81,8 @@ def test_all_permutations_are_equally_likely():
 
 
 def test_every_patch_is_visible_equally_often():
+    from scipy.stats import chisquare
+
     # 100 patches, 10 visible: the tails of a biased shuffle would show in some id or place.
     views = sample_views(20_000, 10, 10, 0, generator(5))
     for place in (0, 5, 9):
@@ -89,6 +92,8 @@ def test_every_patch_is_visible_equally_often():
 
 @pytest.mark.parametrize("gap", [1, 2, 4])
 def test_offsets_are_uniform_below_the_gap(gap):
+    from scipy.stats import chisquare
+
     views = sample_views(500, 6, 1, gap, generator(6))
     rows, columns = views.row_offsets, views.column_offsets
     assert rows.shape == columns.shape == (500, 6, 6)

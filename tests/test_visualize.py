@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.cluster import AgglomerativeClustering
 
 from data.base import DataError
 from data.picture import to_tensor
@@ -55,6 +54,8 @@ def same_partition(first: np.ndarray, second: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_each_level_is_scikit_learns_clustering(seed):
+    from sklearn.cluster import AgglomerativeClustering
+
     tokens, counts = vectors(seed=seed), [2, 3, 5, 12]
     for count, found in zip(counts, nested_clusters(tokens, counts), strict=True):
         assert same_partition(found, AgglomerativeClustering(count).fit_predict(tokens))

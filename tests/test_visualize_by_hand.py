@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.cluster.hierarchy import fcluster, linkage
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from eval import visualize
@@ -132,6 +130,8 @@ def components(tokens: list[np.ndarray]) -> tuple[list[np.ndarray], str]:
 
 
 def check_clusters(panels: dict[str, Panel], tokens: np.ndarray, grid: tuple[int, int]) -> None:
+    from scipy.cluster.hierarchy import fcluster, linkage
+
     tree, found = linkage(tokens, "ward"), {}
     for count in COUNTS:
         content = panels[f"{count} clusters"].content
@@ -146,6 +146,8 @@ def check_clusters(panels: dict[str, Panel], tokens: np.ndarray, grid: tuple[int
 
 def check_places(panels: dict[str, Panel], tokens: np.ndarray) -> None:
     """The tokens bit for bit: t-SNE makes much of the smallest difference."""
+    from sklearn.manifold import TSNE
+
     options = {"max_iter": MOST_STEPS, "init": "pca", "random_state": SEED}
     tsne = TSNE(perplexity=min(30, (len(tokens) - 1) / 3), **options)
     assert np.array_equal(panels["t-SNE"].places, tsne.fit_transform(tokens))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.base import ArrayDataset
 from data.transforms import EvalTransform
@@ -20,6 +19,7 @@ from tests.runs import (
     assert_same_state,
     final_state,
     finish,
+    read_board,
     records,
     run,
     start_process,
@@ -197,8 +197,7 @@ def test_a_run_that_is_watched(tmp_path):
     assert output.count(f"features {last}\n") == 1 and f"features     {last}\n" in output
     result = json.loads((job / "results" / "demo.json").read_text())
     assert (result["verdict"], result["since"]) == (last.verdict, last.since)
-    shown = EventAccumulator(str(job / "tensorboard"))
-    shown.Reload()
+    shown = read_board(job / "tensorboard")
     assert [event.step for event in shown.Scalars("collapse/rankme")] == [0, 4, 8, 10, 20, 24]
     (text,) = shown.Tensors("collapse/verdict")[-1].tensor_proto.string_val
     assert text.decode() == last.verdict

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import chi2_contingency
 from torch import Tensor
 
 from models.losses import (
@@ -279,6 +278,8 @@ def compare_means(golden: Golden, key: str, ours: Tensor, draws: int) -> None:
 
 
 def compare_histograms(golden: Golden, key: str, ours: dict[tuple[int, int], int]) -> None:
+    from scipy.stats import chi2_contingency
+
     theirs = {(height, width): n for height, width, n in golden.arrays[key].tolist()}
     pairs = np.array(
         [[h.get(box, 0) for box in ours.keys() | theirs.keys()] for h in (ours, theirs)]
