@@ -1,7 +1,8 @@
 """Run a worker on this machine: in this process, or in several that are started as torchrun would.
 
-torchrun's own agent kills processes 30 seconds after telling them to stop; saving a checkpoint may
-take longer.
+torch's own agent (elastic launch) does not tell what processes that were asked to stop ended with,
+does not end those that wait for one which has failed while saving, and does not leave at once when
+it is interrupted again.
 """
 
 import multiprocessing
@@ -48,10 +49,15 @@ def run_here(cfg: DictConfig) -> int:
     return run_processes(cfg, processes_per_node(cfg))
 
 
+def share_threads(processes: int) -> None:
+    """Among processes, before any of them loads torch. What the user has set counts."""
+    share = max(1, len(os.sched_getaffinity(0)) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+
 def run_processes(cfg: DictConfig, count: int) -> int:
     """-> exit code"""
-    # The threads are shared among the processes before any of them loads torch.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    share_threads(count)
     # Opened here, so that the port is taken before the processes are told of it.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {
@@ -62,18 +68,12 @@ def run_processes(cfg: DictConfig, count: int) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 need not open one
     }
     spawn = multiprocessing.get_context("spawn")
-    processes = []
-    for rank in range(count):
-        variables = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        arguments = [OmegaConf.to_container(cfg), variables]
-        processes.append(spawn.Process(target=run_and_exit, args=arguments, name=f"rank {rank}"))
-    with closing(PassedOn(processes)) as signals:
-        for process in processes:
-            process.start()
-            if signals.received:
-                tell(processes, signals.received[-1])  # it came while this one was being started
-                break
-        return wait_for_all(processes, signals.received)
+    with closing(Processes()) as processes:
+        for rank in range(count):
+            variables = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            arguments = [OmegaConf.to_container(cfg), variables]
+            processes.start(spawn.Process(target=run_and_exit, args=arguments))
+        return processes.wait_for_all()
 
 
 def run_and_exit(config: dict, variables: dict[str, str]) -> None:
@@ -81,41 +81,37 @@ def run_and_exit(config: dict, variables: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before training answers it
     open_streams()
     os.environ.update(variables)
-    if exit_code := run_configured_worker(config):
-        leave(exit_code)
+    leave(run_configured_worker(config))
 
 
 def run_side_by_side(configs: list[DictConfig], at_once: int, modules: Iterable[str] = ()) -> int:
     """So many runs at a time, each in a process of its own. They are forked from one that imports
     their workers, and these modules, once. -> exit code"""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // at_once)))
+    share_threads(at_once)
     multiprocessing.set_forkserver_preload([*{cfg.worker for cfg in configs}, *modules, __name__])
     waiting, exit_codes, begin = list(configs), [], time.monotonic()
     running: dict[int, BaseProcess] = {}  # by place
-    processes: list[BaseProcess] = []
-    with closing(PassedOn(processes)) as signals:
+    with closing(Processes()) as processes:
         while waiting or running:
             for place in range(at_once):
                 if waiting and place not in running:
                     running[place] = new_run(waiting.pop(0), place)
-                    processes.append(running[place])
-                    running[place].start()
-                    if signals.received:  # it came while this one was being started
-                        tell([running[place]], signals.received[-1])
-                if signals.received:  # once: told again, they would leave without saving
+                    processes.start(running[place])
+                if processes.received:
                     waiting.clear()
             wait([process.sentinel for process in running.values()], timeout=1)
             for place, process in [*running.items()]:
-                if not process.is_alive():
-                    del running[place]
-                    code = process.exitcode or 0
-                    exit_codes.append(code if code >= 0 else 1)
-                    took = (time.monotonic() - begin) / len(exit_codes)
-                    left = timedelta(seconds=int(took * (len(configs) - len(exit_codes))))
-                    what = f"exit code {code}" if code else "done"
-                    progress = f"{len(exit_codes)} of {len(configs)}, eta {left}"
-                    print(f"{process.name}: {what} ({progress})", flush=True)
-    return 128 + signals.received[0] if signals.received else max(exit_codes)
+                if process.is_alive():
+                    continue
+                del running[place]
+                code = process.exitcode or 0
+                exit_codes.append(code if code >= 0 else 1)
+                took = (time.monotonic() - begin) / len(exit_codes)
+                left = timedelta(seconds=int(took * (len(configs) - len(exit_codes))))
+                what = f"exit code {code}" if code else "done"
+                progress = f"{len(exit_codes)} of {len(configs)}, eta {left}"
+                print(f"{process.name}: {what} ({progress})", flush=True)
+    return 128 + processes.received[0] if processes.received else max(exit_codes)
 
 
 def new_run(cfg: DictConfig, place: int) -> BaseProcess:
@@ -140,56 +136,55 @@ def run_into_log(config: dict, variables: dict[str, str]) -> None:
     leave(run_here(cfg))
 
 
-def tell(processes: Sequence[BaseProcess], number: int) -> None:
+class Processes(Signals):
+    """Gets signals and passes them on to the processes; the same one again kills them and leaves.
+    (Each of them is told once: told again, it would leave without saving.)"""
+
+    def __init__(self) -> None:
+        self.started: list[BaseProcess] = []
+        super().__init__()
+
+    def start(self, process: BaseProcess) -> None:
+        self.started.append(process)
+        process.start()
+        if self.received:  # it came while this one was being started
+            tell([process], self.received[-1])
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        super().handle(number, frame)
+        tell(self.started, number)
+
+    def leave_at_once(self, number: int) -> None:
+        tell(self.started, signal.SIGKILL)
+        os._exit(128 + number)
+
+    def wait_for_all(self) -> int:
+        """Until all have ended, or one has failed. -> exit code"""
+        said = 0
+        while running := [process for process in self.started if process.is_alive()]:
+            wait([process.sentinel for process in running], timeout=0.5)
+            saved = {128 + number for number in self.received}
+            codes = enumerate(process.exitcode for process in self.started)
+            if failed := {rank: code for rank, code in codes if code and code not in saved}:
+                end(running)
+                return exit_code_of(failed, self.received)
+            waited = int(time.monotonic() - self.received_at)
+            if self.received and waited // SAY_SECONDS > said:
+                said = waited // SAY_SECONDS
+                what = f"waiting for {len(running)} processes to save, for {waited} s now"
+                ways = "Ctrl-C again leaves at once, without saving"
+                print(f"{what}; {ways}", file=sys.stderr, flush=True)
+        return max(process.exitcode or 0 for process in self.started)
+
+
+def tell(processes: list[BaseProcess], number: int) -> None:
     for process in processes:
-        if process.pid is not None and process.is_alive():
+        if process.is_alive() and process.pid:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
 
-class PassedOn(Signals):
-    """Passes signals on to the processes; the same one again kills them and leaves."""
-
-    def __init__(self, processes: Sequence[BaseProcess]):
-        self.processes = processes
-        super().__init__()
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        super().handle(number, frame)
-        tell(self.processes, number)
-
-    def leave_at_once(self, number: int) -> None:
-        tell(self.processes, signal.SIGKILL)
-        os._exit(128 + number)
-
-
-def wait_for_all(processes: Sequence[BaseProcess], received: list[int]) -> int:
-    """Until all have ended, or one has failed. -> exit code"""
-    told_at = said_at = None
-    while running := [process for process in processes if process.is_alive()]:
-        wait([process.sentinel for process in running], timeout=0.5)
-        saved = {128 + number for number in received}
-        codes = enumerate(process.exitcode for process in processes)
-        if failed := {rank: code for rank, code in codes if code and code not in saved}:
-            end(running)
-            # A process that does not handle signals yet is ended by the one that was passed on.
-            unasked = {rank: code for rank, code in failed.items() if -code not in received}
-            return exit_code_of(unasked) if unasked else 128 + received[0]
-        now = time.monotonic()
-        if received and told_at is None:
-            told_at = said_at = now
-        if received and now - said_at > SAY_SECONDS:
-            said_at = now
-            print(
-                f"waiting for {len(running)} processes to save, for {now - told_at:.0f} s now; "
-                f"Ctrl-C again leaves at once, without saving",
-                file=sys.stderr,
-                flush=True,
-            )
-    return max(process.exitcode or 0 for process in processes)
-
-
-def end(processes: Sequence[BaseProcess]) -> None:
+def end(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + END_SECONDS
@@ -198,13 +193,16 @@ def end(processes: Sequence[BaseProcess]) -> None:
         process.kill()
 
 
-def exit_code_of(failed: dict[int, int]) -> int:
+def exit_code_of(failed: dict[int, int], received: Sequence[int] = ()) -> int:
     """Of the whole, from those of the processes that failed. One that was ended by a signal
-    (negative: out of memory, a crash) could not report it itself."""
+    (negative: out of memory, a crash) could not report it itself; or it was told to stop before it
+    handled signals."""
     said = [exit_code for exit_code in failed.values() if exit_code > 0]
     if said:
         return min(said)
     rank, exit_code = next(iter(failed.items()))
+    if -exit_code in received:
+        return 128 - exit_code
     name = signal.Signals(-exit_code).name
     print(f"[rank {rank}] error: ended by {name}", file=sys.stderr, flush=True)
     return 1

@@ -2,12 +2,12 @@
 
 A process that is about to write leaves a file that says who it is, and then looks for other such
 files: of two that start together, at least one sees the other. The file outlives a process that was
-killed, so its reader checks whether the owner is alive. In addition there is the kernel's lock
-(flock), for processes of one machine that cannot see each other (containers); not all network file
-systems have it.
+killed, so its reader finds out whether the owner is alive: on this machine by its number and start,
+elsewhere by what Slurm says of its job. Where neither tells, the owner is taken to live. (Locks of
+the kernel would free themselves, but not all network file systems have them, and of those that do
+some have them on each machine by itself.)
 """
 
-import fcntl
 import json
 import os
 import random
@@ -23,7 +23,7 @@ from launch.queue import has_ended
 from util.files import write_json
 
 ATTEMPTS = 5
-HELD: dict[Path, tuple[Path, "KernelLock"]] = {}  # job -> the file of this process
+HELD: dict[Path, Path] = {}  # job -> the file of this process
 
 
 class JobBusy(UserError):
@@ -39,6 +39,7 @@ class Owner:
     started: str  # tells a process from a later one with the same number
     slurm_job: str | None
     restarts: int  # how often Slurm has started that job again
+    namespace: str = ""  # in which it has this number: that of a container is of its own
 
     def __str__(self) -> str:
         job = f" of Slurm job {self.slurm_job}" if self.slurm_job else ""
@@ -48,7 +49,8 @@ class Owner:
 def this_process() -> Owner:
     pid, slurm_job = os.getpid(), os.environ.get("SLURM_JOB_ID")
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    return Owner(socket.gethostname(), pid, start_of(pid), slurm_job, restarts)
+    namespace = os.readlink("/proc/self/ns/pid")
+    return Owner(socket.gethostname(), pid, start_of(pid), slurm_job, restarts, namespace)
 
 
 def start_of(pid: int) -> str:
@@ -62,7 +64,7 @@ def start_of(pid: int) -> str:
 
 
 def lives(owner: Owner, me: Owner) -> bool:
-    if owner.host == me.host:
+    if owner.host == me.host and owner.namespace in ("", me.namespace):  # "": an earlier version
         return start_of(owner.pid) == owner.started
     if owner.slurm_job is None:
         return True  # as far as can be told from here
@@ -74,56 +76,36 @@ def lives(owner: Owner, me: Owner) -> bool:
 def lock(job: Path) -> None:
     """Raises JobBusy if another process has it. Held until unlock, or the end of the process."""
     unlock(job)
-    me, folder = this_process(), job / "logs"
-    file = folder / f"running-{me.host}-{me.pid}.json"
-    kernel_lock = KernelLock(folder / "lock")
+    me = this_process()
+    number = "".join(filter(str.isdecimal, me.namespace))
+    file = job / "logs" / f"running-{me.host}-{me.pid}-{number}.json"
     for _ in range(ATTEMPTS):
-        kernel_lock.take()
-        reason = why_busy(folder, me, kernel_lock)
+        reason = why_busy(job, me)
         if reason is None:
             write_json(file, asdict(me))
-            reason = why_busy(folder, me, kernel_lock)
+            reason = why_busy(job, me)
             if reason is None:
-                HELD[job] = file, kernel_lock
+                HELD[job] = file
                 return
             file.unlink()  # another started at the same moment: give way and try again
         time.sleep(random.uniform(0, 0.3))
-    kernel_lock.close()
     raise JobBusy(f"job_name={job.name}: {reason}")
 
 
 def unlock(job: Path) -> None:
     """For a process that goes on with something else."""
     if job in HELD:
-        file, kernel_lock = HELD.pop(job)
         # On a disk that is gone. A file that is left names a process that does not live.
         with suppress(OSError):
-            file.unlink(missing_ok=True)
-        with suppress(OSError):
-            kernel_lock.close()
+            HELD.pop(job).unlink(missing_ok=True)
 
 
-def leave_it_to_the_parent() -> None:
-    """In a forked child: loader workers outlive a killed parent by some seconds, and would keep the
-    kernel's lock."""
-    for _, kernel_lock in HELD.values():
-        kernel_lock.close()
-    HELD.clear()
-
-
-os.register_at_fork(after_in_child=leave_it_to_the_parent)
-
-
-def why_busy(folder: Path, me: Owner, kernel_lock: "KernelLock") -> str | None:
-    """None if nobody is writing; the files of dead processes are then removed."""
-    others = {path: owner for path, owner in owners_in(folder) if owner != me}
+def why_busy(job: Path, me: Owner) -> str | None:
+    """None if nobody else is writing; the files of dead processes are then removed."""
+    others = {path: owner for path, owner in owners_in(job / "logs") if owner != me}
     for path, owner in others.items():
         if lives(owner, me):
-            return f"{owner} is running in {folder.parent}; if it no longer exists, remove {path}"
-    # A network file system may still hold the lock of a machine that was lost.
-    is_elsewhere = any(owner.host != me.host for owner in others.values())
-    if kernel_lock.is_taken and not is_elsewhere:
-        return f"another process of {me.host} is running in {folder.parent} ({kernel_lock.path})"
+            return f"{owner} is running in {job}; if it no longer exists, remove {path}"
     for path in others:
         path.unlink(missing_ok=True)
     return None
@@ -138,23 +120,3 @@ def owners_in(folder: Path) -> Iterator[tuple[Path, Owner]]:
         except (ValueError, TypeError) as error:
             raise JobBusy(f"{path} does not say who is running: remove it if nobody is") from error
         yield path, owner
-
-
-class KernelLock:
-    """Given back by the kernel when this process ends, however it ends."""
-
-    def __init__(self, path: Path):
-        self.path, self.is_taken = path, False
-        self.file = open(path, "w")  # noqa: SIM115 (held until the process ends)
-
-    def take(self) -> None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.is_taken = False
-        except BlockingIOError:
-            self.is_taken = True
-        except OSError:
-            pass  # this file system has no such locks
-
-    def close(self) -> None:
-        self.file.close()
