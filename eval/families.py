@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SwiGLUPacked
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
@@ -120,13 +120,12 @@ SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 14
 class Family(NamedTuple):
     """encoder, target: where the file keeps what which=encoder and which=target ask for, the first
     section that is there; a file of the encoder alone has none. prefix: what its keys start with
-    there. other: keys outside the encoder. renamed: a pattern and what replaces it."""
+    there. other: keys outside the encoder."""
 
     encoder: tuple[str, ...]
     target: tuple[str, ...]
     prefix: str = ""
     other: str = ""
-    renamed: tuple[tuple[str, str], ...] = ()
     image_side: int | None = None  # None: that of the position table
 
 
@@ -138,19 +137,8 @@ FAMILIES = {
     "ijepa": Family(("encoder",), ("target_encoder",), prefix=r"module\."),
     "dino": Family(STUDENT, TEACHER, WRAPPED, other=r"head\."),
     "ibot": Family(STUDENT, TEACHER, WRAPPED, other=r"head\.|masked_embed"),
-    "dinov2": Family(
-        STUDENT,
-        TEACHER,
-        prefix=r"(backbone\.)?",
-        other=r"dino_head\.|ibot_head\.|mask_token",
-        renamed=(
-            (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # files that were trained in chunks
-            (r"\.mlp\.w12\.", ".mlp.fc1."),
-            (r"\.mlp\.w3\.", ".mlp.fc2."),
-            (r"^register_tokens$", "reg_token"),
-        ),
-        image_side=224,  # as it is evaluated; it was trained up to 518
-    ),
+    # As it is evaluated; it was trained up to 518 pixels.
+    "dinov2": Family(STUDENT, TEACHER, WRAPPED, other=r"dino_head\.|ibot_head\.", image_side=224),
 }
 
 
@@ -160,7 +148,7 @@ def build_from_file(name: str, path: Path, which: str, random_init: bool) -> tup
     weights = encoder_weights(family, read_file(path), which, path)
     model = vit_like(weights, path)
     if not random_init:
-        load_weights(model, weights, path)
+        load_weights(model, checkpoint_filter_fn(weights, model), path)
     # Where the family has no fixed side, the size of the position table gives it.
     side = family.image_side or model.patch_embed.img_size[0]
     colours = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
@@ -170,42 +158,36 @@ def build_from_file(name: str, path: Path, which: str, random_init: bool) -> tup
 
 
 def encoder_weights(family: Family, contents: dict, which: str, path: Path) -> StateDict:
-    """The encoder's tensors under timm's names."""
+    """The encoder's tensors under the names that timm's filter knows."""
     found = {}
     for key, value in unwrap(contents, getattr(family, which), path).items():
         match = re.match(family.prefix, key)
         key = key[match.end() :] if match else ""
-        if not key or (family.other and re.match(family.other, key)):
-            continue
-        for pattern, replacement in family.renamed:
-            key = re.sub(pattern, replacement, key)
-        found[key] = value
-    if "reg_token" in found:
-        # The table's first row belongs to the class token; registers have no place.
-        found["cls_token"] = found["cls_token"] + found["pos_embed"][:, :1]
-        found["pos_embed"] = found["pos_embed"][:, 1:]
+        if key and not (family.other and re.match(family.other, key)):
+            # DINOv2's files of models that were trained in chunks number blocks twice.
+            found[re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)] = value
     return found
 
 
 def vit_like(weights: StateDict, path: Path) -> VisionTransformer:
     """The architecture, read off the shapes."""
-    require_keys(weights, ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"), path)
+    is_gated = "blocks.0.mlp.w12.weight" in weights
+    first = "blocks.0.mlp.w12.weight" if is_gated else "blocks.0.mlp.fc1.weight"
+    require_keys(weights, ("patch_embed.proj.weight", "pos_embed", first), path)
     width, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
     if width not in HEADS:
         raise BackboneError(f"{path}: has {width} channels; expected one of {list(HEADS)}")
-    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     has_class = "cls_token" in weights
-    places = weights["pos_embed"].shape[1] - int(has_class and not registers)
-    hidden = len(weights["blocks.0.mlp.fc1.weight"])
-    gated = hidden == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]
-    options = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if gated else {}
+    places = weights["pos_embed"].shape[1] - int(has_class)
+    options = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if is_gated else {}
     return VisionTransformer(
         img_size=round(places**0.5) * patch_size,
         patch_size=patch_size,
         embed_dim=width,
         depth=1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
         num_heads=HEADS[width],
-        mlp_ratio=(hidden + 0.5) / width,  # timm rounds the product down
+        mlp_ratio=(len(weights[first]) + 0.5) / width,  # timm rounds the product down
         qkv_bias="blocks.0.attn.qkv.bias" in weights,
         init_values=1e-5 if "blocks.0.ls1.gamma" in weights else None,
         class_token=has_class,

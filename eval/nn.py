@@ -8,7 +8,7 @@ python launcher.py --config-name=nn pretrained=checkpoints/lmim-vit_base data_pa
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from util.distributed import Ranks, all_reduce
 QUERIES = 1024  # at a time, the same pieces however many processes share them
 BANK_ROWS = 65536  # bank rows at a time
 SPARE = 32  # candidates beyond k
-MORE = 8  # times as many candidates where more digits leave a doubt
+MORE = 8  # times as many candidates where a doubt is left
 PAIR_VALUES = 2**24  # float64 values at a time when pairs are computed again
 
 
@@ -42,28 +42,25 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(run: EvalRun) -> None:
-    cfg = run.cfg
-    splits = ("eval", "train") if cfg.protocol == "knn" else ("eval",)
-    found = extract_labelled(run, labelled_images(run, *splits), cfg.pooling)
+    cfg, is_knn = run.cfg, run.cfg.protocol == "knn"
+    images = labelled_images(run, "eval", *(["train"] if is_knn else []))
+    found = extract_labelled(run, images, cfg.pooling)
     queries = found["eval"]
-    norm = "with" if cfg.final_norm else "without"
-    features = f"pooling {cfg.pooling}, {norm} final norm, percent"
     count = len(queries.labels)
-    if cfg.protocol == "paper":
+    if is_knn:
+        bank = found["train"]
+        check_bank(max(cfg.neighbours), len(bank.labels), "labelled training images")
+        results = knn(bank, queries, cfg.neighbours, cfg.temperature, run.ranks, run)
+        protocol = f"k-NN, bank of {len(bank.labels)} training images, votes of "
+        protocol += f"exp(cosine / {cfg.temperature})"
+        extra = {"bank": len(bank.labels)}
+    else:
         check_bank(1, count - 1, "evaluation images other than the query")
         results = {"top1": leave_one_out(queries, run.ranks, run)}
-        protocol = f"nearest neighbour, leave-one-out inside the evaluation images, {features}"
-        run.finish(results, protocol=protocol, images=count)
-        return
-    bank = found["train"]
-    check_bank(max(cfg.neighbours), len(bank.labels), "labelled training images")
-    run.finish(
-        knn(bank, queries, cfg, run.ranks, run),
-        protocol=f"k-NN, bank of {len(bank.labels)} training images, votes of "
-        f"exp(cosine / {cfg.temperature}), {features}",
-        images=count,
-        extra={"bank": len(bank.labels)},
-    )
+        protocol, extra = "nearest neighbour, leave-one-out inside the evaluation images", {}
+    norm = "with" if cfg.final_norm else "without"
+    protocol += f", pooling {cfg.pooling}, {norm} final norm, percent"
+    run.finish(results, protocol=protocol, images=count, extra=extra)
 
 
 def check_bank(wanted: int, present: int, what: str) -> None:
@@ -74,26 +71,35 @@ def check_bank(wanted: int, present: int, what: str) -> None:
 def leave_one_out(images: Features, ranks: Ranks, run: EvalRun | None = None) -> float:
     """Percent of the images whose nearest other image has their label. Of equally near images the
     first one counts."""
-    hits = torch.zeros((), dtype=torch.int64, device=ranks.device)
-    for rows, found in search_shared(images.features, images.features, 1, ranks, run, own=True):
-        hits += int((images.labels[found.indices[:, 0]] == images.labels[rows]).sum())
-    return 100 * all_reduce(hits).item() / len(images.labels)
+    # Classes numbered from 0, for the vote: an image without label (-1) is of a class, too.
+    images = images._replace(labels=images.labels.unique(return_inverse=True)[1])
+    return knn(images, images, [1], 1.0, ranks, run)["k1_top1"]
 
 
 def knn(
-    bank: Features, queries: Features, cfg: DictConfig, ranks: Ranks, run: EvalRun | None = None
+    bank: Features,
+    queries: Features,
+    neighbours: list[int],
+    temperature: float,
+    ranks: Ranks,
+    run: EvalRun | None = None,
 ) -> dict[str, float]:
-    """Percent of the queries whose class is the first, and among the first five, of the vote."""
+    """Percent of the queries whose class is the first, and among the first five, of the vote; each
+    process searches its part of them. Where the queries are the bank, none is a neighbour of
+    itself."""
     classes = int(torch.cat([bank.labels, queries.labels]).max()) + 1
-    hits = torch.zeros(len(cfg.neighbours), 2, dtype=torch.int64)
-    most = max(cfg.neighbours)
-    for rows, found in search_shared(bank.features, queries.features, most, ranks, run):
-        for row, k in enumerate(cfg.neighbours):
-            ranking = vote(found, bank.labels, k, cfg.temperature, classes)[:, :5]
+    hits = torch.zeros(len(neighbours), 2, dtype=torch.int64)
+    pieces = torch.arange(len(queries.labels)).split(QUERIES)
+    pieces = pieces[share_of(len(pieces), ranks.rank, ranks.world_size)]
+    for rows in pieces if run is None else run.tracked(pieces, "pieces of the queries:"):
+        own, itself = queries.features[rows], rows if queries is bank else None
+        found = nearest(bank.features, own, max(neighbours), ranks.device, leave_out=itself)
+        for row, k in enumerate(neighbours):
+            ranking = vote(found, bank.labels, k, temperature, classes)[:, :5]
             is_hit = ranking == queries.labels[rows, None]
             hits[row] += torch.stack([is_hit[:, 0].sum(), is_hit.sum()])
     shares = 100 * all_reduce(hits.to(ranks.device)).cpu().double() / len(queries.labels)
-    names = [f"k{k}_top{top}" for k in cfg.neighbours for top in (1, 5)]
+    names = [f"k{k}_top{top}" for k in neighbours for top in (1, 5)]
     return dict(zip(names, shares.flatten().tolist(), strict=True))
 
 
@@ -108,17 +114,6 @@ def vote(found: Neighbours, labels: Tensor, k: int, temperature: float, classes:
     has_votes = torch.zeros(votes.shape, dtype=torch.bool).scatter_(1, voters, True)
     votes, ranking = votes.where(has_votes, -1).sort(dim=1, descending=True, stable=True)
     return ranking.where(votes >= 0, -1)
-
-
-def search_shared(
-    bank: Tensor, queries: Tensor, k: int, ranks: Ranks, run: EvalRun | None, own: bool = False
-) -> Iterator[tuple[Tensor, Neighbours]]:
-    """This process's part of the queries: yields their rows, and what is nearest to them. own: the
-    queries are the bank, and none is a neighbour of itself."""
-    pieces = torch.arange(len(queries)).split(QUERIES)
-    pieces = pieces[share_of(len(pieces), ranks.rank, ranks.world_size)]
-    for rows in pieces if run is None else run.tracked(pieces, "pieces of the queries:"):
-        yield rows, nearest(bank, queries[rows], k, ranks.device, leave_out=rows if own else None)
 
 
 def leave_one_out_accuracy(
@@ -145,15 +140,16 @@ def leave_one_out_accuracy(
 # a float64 sum over one pair of vectors: it depends on nothing but these two vectors, so that equal
 # ones tie exactly, and of equal similarities the lower index comes first. Where rounding in the
 # matrix product could have hidden a neighbour among those that were left out, the query is searched
-# again: with more digits, then with more candidates, in the end with every row. The answer is
-# therefore the same for all chunk sizes, processes and devices.
+# again with more digits and more candidates, in the end with every row. The answer is therefore the
+# same for all chunk sizes, processes and devices.
 
 
 @torch.inference_mode()
 def nearest(
     bank: Tensor, queries: Tensor, k: int, device: torch.device, leave_out: Tensor | None = None
 ) -> Neighbours:
-    """The k rows of bank [N, D] of largest inner product with each query [Q, D].
+    """The k rows of bank [N, D] of largest inner product with each query [Q, D], all on the CPU;
+    device: of the matrix products.
 
     leave_out [Q]: one row of the bank per query that does not count, such as the query itself.
     Rows and queries are of length 1 at most; k is at most the number of rows that count."""
@@ -179,8 +175,7 @@ def nearest(
             is_certain = exact[:, k - 1] > approximate[:, -1].double() + error
             in_doubt.append(own[~is_certain & (kept < available)])
         waiting = torch.cat(in_doubt)
-        more = MORE if dtype == torch.float64 else 1
-        kept, dtype = min(more * kept, available), torch.float64
+        kept, dtype = min(MORE * kept, available), torch.float64
     return Neighbours(similarities, indices)
 
 
@@ -205,15 +200,12 @@ def top_candidates(
 
 
 def pair_similarities(queries: Tensor, bank: Tensor, candidates: Tensor) -> Tensor:
-    """float64 [Q, kept]: one sum per pair, on the CPU."""
-    queries = queries.cpu().double()
-    result = torch.empty(candidates.shape, dtype=torch.float64)
-    pairs = max(1, PAIR_VALUES // bank.shape[1])  # at a time
-    for columns in torch.arange(candidates.shape[1]).split(pairs):
-        for rows in torch.arange(len(queries)).split(max(1, pairs // len(columns))):
-            vectors = bank[candidates[rows][:, columns].to(bank.device)].cpu().double()
-            result[rows[:, None], columns] = (queries[rows, None] * vectors).sum(dim=2)
-    return result
+    """float64 [Q, kept]: one sum per pair."""
+    rows = torch.arange(len(queries)).repeat_interleave(candidates.shape[1])
+    at_a_time = max(1, PAIR_VALUES // bank.shape[1])
+    pairs = zip(rows.split(at_a_time), candidates.flatten().split(at_a_time), strict=True)
+    parts = [(queries[own].double() * bank[other].double()).sum(dim=1) for own, other in pairs]
+    return torch.cat(parts).view(candidates.shape)
 
 
 if __name__ == "__main__":

@@ -218,8 +218,8 @@ def test_scores():
     assert count_hits(logits, labels).tolist() == [1, 2]
     bank = nn.functional.normalize(tensor([[1.0, n] for n in range(10)]), dim=1)
     queries = Features(bank[:1].expand(3, -1), labels)
-    cfg = composed("nn", "neighbours=[10]")
-    found = knn(Features(bank, torch.arange(10)), queries, cfg, ALONE)
+    temperature = composed("nn").temperature
+    found = knn(Features(bank, torch.arange(10)), queries, [10], temperature, ALONE)
     assert found == approx({"k10_top1": 100 / 3, "k10_top5": 200 / 3})
     # Singular values of 3/4 and 1/4.
     assert collapse.rank_me(tensor([[3.0, 0], [0, 1]])) == approx(4 / 3**0.75)
