@@ -38,7 +38,7 @@ from util.distributed import (
 )
 from util.files import write_json
 from util.loaders import eval_loader, open_split
-from util.loop import Loop, Task, newest_for_all, train
+from util.loop import Loop, Task, newest_for_all, sum_over_processes, train
 from util.metrics import readable_time
 from util.precision import choose_precision
 from util.preemption import stoppable
@@ -247,14 +247,18 @@ class Classification(Task):
     """Trains `model`, all of it or parts of it, to name the classes of images."""
 
     names: Sequence[str]  # of what predicts in the model, each for itself
-    evaluated: int  # images that the accuracies are of
+    losses: Tensor  # float64, of this process, added up since the last log line
+    top1: dict[
+        str, float
+    ] = {}  # by name, percent of the evaluation images; empty: not yet measured
+    top5: dict[str, float]
+    evaluated: int  # images that these are of
 
     def __init__(self, run: EvalRun):
         self.run, self.cfg, self.ranks = run, run.cfg, run.ranks
         self.images = labelled_images(run, "train", "eval")
         self.dataset, self.evaluation = self.images["train"], self.images["eval"]
-        self.classes = count_classes(self.images["train"].labels, self.evaluation.labels)
-        self.accuracies: Tensor | None = None  # percent, [names, 2]: the first, the first five
+        self.classes = count_classes(self.dataset.labels, self.evaluation.labels)
 
     def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Of this process's evaluation images: the logits of each name, and the labels."""
@@ -264,8 +268,17 @@ class Classification(Task):
         with stoppable(self.ranks) as stop_flag:
             train(self, self.cfg, self.ranks, self.run.job, stop_flag)
 
+    def sums(self) -> list[Tensor]:
+        return [self.losses]
+
+    def mean_losses(self, steps: int) -> list[float]:
+        """Of these last steps, over all processes; the next ones are added up from zero."""
+        sums = sum_over_processes(self.losses.reshape(-1), self.loader, self.ranks)
+        self.losses.zero_()
+        return [loss / steps / self.ranks.world_size for loss in sums]
+
     def finish(self, loop: Loop) -> None:
-        if self.accuracies is None:  # the run that is resumed had come to its end
+        if not self.top1:  # the run that is resumed had come to its end
             self.evaluate()
             if self.ranks.is_main:
                 self.run.trained_in = loop.log.seconds()
@@ -274,14 +287,15 @@ class Classification(Task):
     def measure(self) -> None:
         """The accuracies on the evaluation images of all processes."""
         self.model.eval()
-        hits = torch.zeros(len(self.names), 2, dtype=torch.int64, device=self.ranks.device)
+        hits = torch.zeros(2, len(self.names), dtype=torch.int64, device=self.ranks.device)
         count = hits.new_zeros(())
         for predicted, labels in self.predictions():
-            hits += torch.stack([count_hits(logits, labels) for logits in predicted])
+            hits += torch.stack([count_hits(logits, labels) for logits in predicted], dim=1)
             count += len(labels)
         self.model.train()
         self.evaluated = int(all_reduce(count))
-        self.accuracies = 100 * all_reduce(hits).double() / self.evaluated
+        percent = (100 * all_reduce(hits).double() / self.evaluated).tolist()
+        self.top1, self.top5 = (dict(zip(self.names, row, strict=True)) for row in percent)
 
     def state(self) -> dict:
         return super().state() | {"backbone": self.run.backbone.describe()}

@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -28,11 +29,10 @@ from launch.command import run_worker
 from launch.job import describe_environment
 from launch.lock import lock
 from util.distributed import Ranks, barrier, broadcast_object, on_main, share_rows
-from util.files import read_json, remove_unfinished, write_json, write_whole
+from util.files import remove_unfinished, write_json, write_whole
 from util.loaders import open_split
 
 Vectors = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] on the device -> [B, width]
-Pair = tuple[Tensor, Tensor]
 ROWS = 65536  # features that are copied or normalised at a time: bounds the memory
 
 
@@ -109,12 +109,10 @@ def unit_length(features: Tensor) -> Tensor:
 @torch.inference_mode()
 def compute(run: EvalRun, dataset: ImageDataset, pooling: str) -> Tensor:
     """-> float32 [N, D], not normalised; NaN are the rows of images that could not be read"""
-
-    def vectors(images: Tensor) -> Tensor:
-        return pool(run.tokens(images), pooling)
-
     width = pooled_width(run.backbone.embed_dim, pooling)
-    features, is_read = encode(run.loader(dataset), vectors, width, run.ranks, run)
+    features, is_read = encode(
+        run.loader(dataset), lambda images: pool(run.tokens(images), pooling), width, run.ranks, run
+    )
     check_finite(features, f"precision={run.precision}")
     features[~is_read] = torch.nan
     return features
@@ -128,23 +126,17 @@ def check_finite(features: Tensor, settings: str) -> None:
 @torch.inference_mode()
 def encode(
     loader: EvalLoader, vectors: Vectors, width: int, ranks: Ranks, run: EvalRun | None = None
-) -> Pair:
+) -> tuple[Tensor, Tensor]:
     """Each process encodes its part; then all have all. -> float32 [N, width], on the CPU, and
     which of the images could be read, bool [N]; the rows of the others are zero"""
     features = torch.zeros(len(loader.dataset), width)
     is_read = torch.zeros(len(features), dtype=torch.uint8)
-    for indices, values in encoded(loader, vectors, run):
-        features[indices], is_read[indices] = values, 1
+    for batch in loader if run is None else run.batches(loader, "batches encoded:"):
+        indices = batch.indices.cpu()
+        features[indices], is_read[indices] = vectors(batch.images).float().cpu(), 1
     for rows in (features, is_read):
         share_rows(rows, loader.batch_size, ranks)
     return features, is_read.bool()
-
-
-@torch.inference_mode()
-def encoded(loader: EvalLoader, vectors: Vectors, run: EvalRun | None) -> Iterator[Pair]:
-    """This process's part, a batch at a time and in order: indices, vectors; both on the CPU."""
-    for batch in loader if run is None else run.batches(loader, "batches encoded:"):
-        yield batch.indices.cpu(), vectors(batch.images).float().cpu()
 
 
 def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) -> Path:
@@ -221,13 +213,10 @@ def claim(job: Path) -> None:
     (job / "logs").mkdir(exist_ok=True)
     lock(job)
     remove_unfinished(job / "results")
-    meta = job / "results" / "meta.json"
-    if earlier := read_json(meta).get("backbone"):
-        name = f"{earlier['family']} {earlier['name']}"
-        print(f"features: replacing those of {name} (sha256 {earlier['sha256'][:8]})", flush=True)
-    meta.unlink(missing_ok=True)
+    (job / "results" / "meta.json").unlink(missing_ok=True)
 
 
+@torch.inference_mode()
 def save_rows(
     run: EvalRun, dataset: ImageDataset, vectors: Vectors, shape: tuple
 ) -> tuple[Path, list[int]]:
@@ -236,37 +225,37 @@ def save_rows(
     one would lose its rows. -> the file, and the images whose rows it has"""
     dtype, path = np.dtype(run.cfg.dtype), run.job / "results" / "features.npy"
     size, kept = dtype.itemsize * math.prod(shape[1:]), list(range(len(dataset)))  # bytes of a row
-
-    def write_header(file: BinaryIO, rows: int) -> None:
-        """It is as long for any number of rows."""
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, *shape[1:])}
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header)
-        file.flush()
+    start = len(npy_header(dtype, shape))
 
     def write(file: BinaryIO | None = None) -> None:
-        if file is not None:
-            write_header(file, len(kept))
-        name, start = broadcast_object(file and (file.name, file.tell()), run.ranks)
+        name = broadcast_object(file and file.name, run.ranks)
         with open(name, "r+b") as rows:
-            for indices, values in encoded(run.loader(dataset), vectors, run):
-                values = values.to(getattr(torch, dtype.name))
+            for batch in run.batches(run.loader(dataset), "batches encoded:"):
+                values = vectors(batch.images).float().cpu().to(getattr(torch, dtype.name))
                 check_finite(values, f"dtype={dtype}, precision={run.precision}")
-                for index, row in zip(indices.tolist(), values.numpy(), strict=True):
+                for index, row in zip(batch.indices.tolist(), values.numpy(), strict=True):
                     rows.seek(start + index * size)
                     rows.write(np.ascontiguousarray(row).data)
         barrier()
-        if file is not None and (left_out := run.bad_images[dataset]):
-            kept[:] = [index for index in kept if dataset.describe(index) not in left_out]
-            with open(name, "r+b") as rows:
-                close_gaps(rows, start, size, kept)
-            write_header(file, len(kept))
+        if file is not None:
+            if left_out := run.bad_images[dataset]:
+                kept[:] = [index for index in kept if dataset.describe(index) not in left_out]
+                with open(name, "r+b") as rows:
+                    close_gaps(rows, start, size, kept)
+            file.write(npy_header(dtype, (len(kept), *shape[1:])))
 
     if run.ranks.is_main:
         write_whole(path, write)
     else:
         write()
     return path, kept
+
+
+def npy_header(dtype: np.dtype, shape: tuple) -> bytes:
+    """As long for any number of rows."""
+    header, file = {"descr": dtype.str, "fortran_order": False, "shape": shape}, BytesIO()
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
 
 
 def close_gaps(file: BinaryIO, start: int, size: int, kept: list[int]) -> None:

@@ -19,9 +19,9 @@ from eval.common import Classification, EvalRun, run_evaluation
 from eval.features import pool, pooled_width
 from launch.command import run_worker
 from launch.config import ConfigError, TrainingStopped
-from util.distributed import synchronised
+from util.distributed import all_reduce, synchronised
 from util.loaders import train_loader
-from util.loop import Line, sum_over_processes
+from util.loop import Line
 from util.metrics import FaultCounter
 from util.schedules import peak_learning_rate, warmup_cosine
 from util.streams import Stream, seed_of, seeded
@@ -61,7 +61,7 @@ def evaluate(run: EvalRun) -> None:
     task = Finetuning(run)
     task.train_to_the_end()
     run.finish(
-        dict(zip(("top1", "top5"), task.accuracies[0].tolist(), strict=True)),
+        {"top1": task.top1["head"], "top5": task.top5["head"]},
         protocol=f"fine-tuning, {run.cfg.epochs} epochs, top-1 of the last one",
         images=task.evaluated,
     )
@@ -70,12 +70,12 @@ def evaluate(run: EvalRun) -> None:
 class Finetuning(Classification):
     loader: TrainLoader
     model: Classifier
-    names = ("top1",)
+    names = ("head",)
 
     def __init__(self, run: EvalRun):
         super().__init__(run)
         cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
-        self.loader = train_loader(cfg, ranks, self.images["train"], build_transform(run))
+        self.loader = train_loader(cfg, ranks, self.dataset, build_transform(run))
         self.model = Classifier(backbone, cfg.pooling, self.classes, cfg.seed).to(ranks.device)
         backbone.set_drop_path(cfg.drop_path)
         freeze_what_is_not_used(self.model)
@@ -85,7 +85,7 @@ class Finetuning(Classification):
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=run.precision == "fp16")
         self.mixup = build_mixup(cfg, self.classes)
         self.peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
-        self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self.losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.bad_steps = FaultCounter(ranks.device)
 
     def introduction(self) -> str:
@@ -136,7 +136,7 @@ class Finetuning(Classification):
             smoothing = self.cfg.label_smoothing if self.mixup is None else 0.0
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             self.scaler.scale(loss / self.cfg.accum_iter).backward()
-        self.loss += loss.detach() / self.cfg.accum_iter
+        self.losses += loss.detach() / self.cfg.accum_iter
         self.bad_steps.add(step, ~loss.detach().isfinite())
 
     def set_learning_rates(self, epoch: float) -> None:
@@ -145,23 +145,15 @@ class Finetuning(Classification):
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_lr * share * group["lr_scale"]
 
-    def sums(self) -> list[Tensor]:
-        return [self.loss]
-
     def log_line(self, done: int, steps: int) -> Line:
-        mine = torch.stack([self.loss, self.bad_steps.count.double()])
-        loss, faults = sum_over_processes(mine, self.loader, self.ranks)
-        if faults:
+        (loss,) = self.mean_losses(steps)
+        if all_reduce(self.bad_steps.count):
             found = f"the loss or gradient is not finite before step {done}"
             raise TrainingStopped(f"{found}: a smaller blr may help")
-        self.loss.zero_()
         self.set_learning_rates((done - 1) / self.loader.steps_per_epoch)  # a resumed run had none
-        values = {
-            "loss": loss / steps / self.ranks.world_size,
-            # The head's learning rate, as it was in this step.
-            "lr": max(group["lr"] for group in self.optimizer.param_groups),
-        }
-        return values, f"loss {values['loss']:.4f}  lr {values['lr']:.2e}"
+        # The head's learning rate, as it was in this step.
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        return {"loss": loss, "lr": rate}, f"loss {loss:.4f}  lr {rate:.2e}"
 
     def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         loader = self.run.loader(self.evaluation)
@@ -172,7 +164,7 @@ class Finetuning(Classification):
 
     def evaluate(self) -> Line:
         self.measure()
-        top1, top5 = self.accuracies[0].tolist()
+        top1, top5 = self.top1["head"], self.top5["head"]
         return {"top1": top1, "top5": top5}, f"{top1:.2f} % (top-5 {top5:.2f} %)"
 
 

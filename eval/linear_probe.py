@@ -5,9 +5,7 @@ backbone. They share nothing else: each ends with the weights that it would have
 """
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +14,17 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as summed_with_gradients
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from data.base import DataError
 from data.loader import StepOrder, share_of
 from data.transforms import TrainTransform
-from eval.backbone import Backbone, Tokens
+from eval.backbone import Tokens
 from eval.common import Classification, EvalRun, run_evaluation
 from eval.features import extract_labelled, pool, pooled_width
 from launch.command import run_worker
 from launch.config import ConfigError
-from util.distributed import Ranks, all_reduce
+from util.distributed import all_reduce
 from util.lars import LARS
 from util.loaders import train_loader
-from util.loop import Line, sum_over_processes
+from util.loop import Line
 from util.schedules import peak_learning_rate, warmup_cosine
 
 ATTENTIVE = "attentive"
@@ -35,11 +32,8 @@ CHANNELS_PER_QUERY = 64
 NORM_EPS, NORM_MOMENTUM = 1e-6, 0.1
 
 
-class StepData(NamedTuple):
-    """What one optimiser step of this process sees."""
-
-    features: dict[str, Tensor]  # by pooling: [B, D] or [B, L, D], on the device
-    labels: Tensor  # int64 [B], on the device
+# On the device: features by pooling, [B, D] or [B, L, D], and labels, int64 [B].
+Batch = tuple[dict[str, Tensor], Tensor]
 
 
 def main(cfg: DictConfig) -> None:
@@ -47,13 +41,13 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(run: EvalRun) -> None:
-    cfg, task = run.cfg, CachedProbe(run) if run.cfg.cached else Probe(run)
+    cfg = run.cfg
+    task = CachedProbe(run) if cfg.cached else Probe(run)
     task.train_to_the_end()
-    columns = task.accuracies.T.tolist()
-    top1, top5 = (dict(zip(task.names, column, strict=True)) for column in columns)
+    top1, top5 = task.top1, task.top5
     best = max(task.names, key=lambda name: top1[name])
     run.finish(
-        {"top1": top1[best], "top5": top5[best]} | {f"top1/{name}": top1[name] for name in top1},
+        {"top1": top1[best], "top5": top5[best]} | task.by_head(),
         protocol=f"linear probe, {cfg.epochs} epochs of {task.source}, LARS; top1 is the best of "
         f"{len(top1)} heads (pooling/learning rate), chosen on the evaluation images",
         images=task.evaluated,
@@ -73,60 +67,75 @@ class Probe(Classification):
         cfg, ranks, backbone = run.cfg, run.ranks, run.backbone
         backbone.requires_grad_(False)
         self.loader = self.build_loader()
-        self.model = build_heads(cfg, ranks, backbone, self.classes)
-        self.optimizer = build_optimizer(cfg, ranks, self.model)
-        self.names = list(head_choices(cfg))
+        self.names, self.model, groups = [], nn.ModuleDict(), []
+        for pooling, blr in product(cfg.poolings, cfg.blrs):
+            name = f"{pooling}/{blr:g}"
+            head = ProbeHead(pooling, backbone.embed_dim, self.classes, ranks.world_size, cfg.seed)
+            peak = peak_learning_rate(blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
+            self.names.append(name)
+            self.model[name.replace(".", "_")] = head.to(ranks.device)  # modules' names hold no dot
+            groups.append({"params": list(head.parameters()), "peak_lr": peak})
+        self.optimizer = LARS(groups, weight_decay=cfg.weight_decay)
         self.losses = torch.zeros(len(self.names), dtype=torch.float64, device=ranks.device)
 
     def build_loader(self) -> StepOrder:
         cfg, side = self.cfg, self.run.backbone.image_side
         transform = TrainTransform(side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
-        return train_loader(cfg, self.ranks, self.images["train"], transform)
+        return train_loader(cfg, self.ranks, self.dataset, transform)
 
     def introduction(self) -> str:
         return f"linear_probe: {len(self.names)} heads, {self.classes} classes, {self.source}"
 
     def step(self, step: int, batches: Iterator) -> None:
         """The micro-steps of a step together: batch norm sees all its images."""
-        set_learning_rates(self.cfg, self.optimizer, step / self.loader.steps_per_epoch)
+        self.set_learning_rates(step / self.loader.steps_per_epoch)
         parts = [self.encoded(next(batches)) for _ in range(self.cfg.accum_iter)]
         poolings = self.cfg.poolings
-        features = {name: torch.cat([part.features[name] for part in parts]) for name in poolings}
-        data = StepData(features, torch.cat([part.labels for part in parts]))
+        features = {name: torch.cat([part[name] for part, _ in parts]) for name in poolings}
+        labels = torch.cat([labels for _, labels in parts])
         self.half_done = True  # batch norm moves before the optimiser does
-        self.losses += train_step(self.model, self.optimizer, data, self.ranks)
+        losses = [F.cross_entropy(head(features), labels) for head in self.model.values()]
+        # The sum trains each head as if it were alone: no parameter is in two of them.
+        (sum(losses) / self.ranks.world_size).backward()
+        if self.ranks.world_size > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses += torch.stack(losses).detach()
         self.half_done = False
 
-    def sums(self) -> list[Tensor]:
-        return [self.losses]
+    def set_learning_rates(self, epoch: float) -> None:
+        share = warmup_cosine(epoch, 0.0, self.cfg.warmup_epochs, self.cfg.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
 
     def log_line(self, done: int, steps: int) -> Line:
-        losses = sum_over_processes(self.losses, self.loader, self.ranks)
-        self.losses.zero_()
-        means = [loss / steps / self.ranks.world_size for loss in losses]
+        means = self.mean_losses(steps)
         values = {f"loss/{name}": mean for name, mean in zip(self.names, means, strict=True)}
         return values, f"loss {min(means):.4f} to {max(means):.4f}"
 
     @torch.no_grad()
-    def encoded(self, batch) -> StepData:
+    def encoded(self, batch) -> Batch:
         """Of a TrainBatch or an EvalBatch, which has labels here, too."""
         tokens = self.run.tokens(batch.images)
-        features = {name: probe_features(tokens, name) for name in self.cfg.poolings}
-        return StepData(features, batch.labels)
+        return {name: probe_features(tokens, name) for name in self.cfg.poolings}, batch.labels
 
-    def evaluation_parts(self) -> Iterator[StepData]:
+    def evaluation_parts(self) -> Iterator[Batch]:
         loader = self.run.loader(self.evaluation)
         return map(self.encoded, self.run.batches(loader, "evaluation batches:"))
 
     def predictions(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        for part in self.evaluation_parts():
-            yield [head(part.features) for head in self.model.values()], part.labels
+        for features, labels in self.evaluation_parts():
+            yield [head(features) for head in self.model.values()], labels
 
     def evaluate(self) -> Line:
         self.measure()
-        first = dict(zip(self.names, self.accuracies[:, 0].tolist(), strict=True))
-        summary = "  ".join(f"{name} {value:.2f} %" for name, value in first.items())
-        return {f"top1/{name}": value for name, value in first.items()}, summary
+        summary = "  ".join(f"{name} {value:.2f} %" for name, value in self.top1.items())
+        return self.by_head(), summary
+
+    def by_head(self) -> dict[str, float]:
+        return {f"top1/{name}": value for name, value in self.top1.items()}
 
 
 class CachedProbe(Probe):
@@ -135,36 +144,29 @@ class CachedProbe(Probe):
     source = "features without augmentation"
 
     def build_loader(self) -> StepOrder:
-        cfg, ranks = self.cfg, self.ranks
+        cfg, ranks, count = self.cfg, self.ranks, len(self.dataset)
         if ATTENTIVE in cfg.poolings:
             raise ConfigError("cached=True: expected poolings without attentive, it needs tokens")
-        train = self.images["train"]
-        sizes = (len(train), cfg.seed, cfg.batch_size, cfg.accum_iter)
-        order = StepOrder(*sizes, ranks.rank, ranks.world_size)
-        stored = partial(extract_labelled, self.run, self.images, normalised=False)
-        self.features = {pooling: stored(pooling=pooling) for pooling in cfg.poolings}
-        counts = [[len(part.labels) for part in parts.values()] for parts in self.features.values()]
-        if any(count != counts[0] for count in counts):
-            raise DataError(
-                "images that could be read for one of the poolings could not for another"
-            )
-        bad = self.run.bad_images[train.dataset]
-        kept = [index for index in range(len(train)) if not bad or train.describe(index) not in bad]
+        sizes = cfg.batch_size, cfg.accum_iter, ranks.rank, ranks.world_size
+        order = StepOrder(count, cfg.seed, *sizes)
+        # Of several poolings each is a part of cls+mean, or all of it.
+        pooling = cfg.poolings[0] if len(cfg.poolings) == 1 else "cls+mean"
+        self.stored = extract_labelled(self.run, self.images, pooling, normalised=False)
+        bad = self.run.bad_images[self.images["train"].dataset]
+        kept = [index for index in range(count) if self.dataset.describe(index) not in bad]
         # Of each training image; one that could not be read is replaced by the next, as elsewhere.
-        self.rows = torch.searchsorted(torch.tensor(kept), torch.arange(len(train))) % len(kept)
+        self.rows = torch.searchsorted(torch.tensor(kept), torch.arange(count)) % len(kept)
         return order
 
-    def encoded(self, indices: list[int] | Tensor, split: str = "train") -> StepData:
-        if split == "train":
-            indices = self.rows[indices]
-        features = {}
-        for pooling, splits in self.features.items():
-            features[pooling] = splits[split].features[indices].to(self.ranks.device)
-            labels = splits[split].labels[indices].to(self.ranks.device)  # the same for all
-        return StepData(features, labels)
+    def encoded(self, indices: list[int] | Tensor, split: str = "train") -> Batch:
+        rows = self.rows[indices] if split == "train" else indices
+        features, labels = (part[rows].to(self.ranks.device) for part in self.stored[split])
+        width = self.run.backbone.embed_dim
+        poolings = {"cls": features[:, :width], "mean": features[:, -width:], "cls+mean": features}
+        return poolings, labels
 
-    def evaluation_parts(self) -> Iterator[StepData]:
-        count = len(self.features[self.cfg.poolings[0]]["eval"].labels)
+    def evaluation_parts(self) -> Iterator[Batch]:
+        count = len(self.stored["eval"].labels)
         own = torch.arange(count)[share_of(count, self.ranks.rank, self.ranks.world_size)]
         for indices in own.split(self.cfg.batch_size):
             yield self.encoded(indices, "eval")
@@ -250,48 +252,6 @@ class ProbeHead(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """-> logits [B, classes]"""
         return self.linear(self.norm(self.pool(features[self.pooling])))
-
-
-def head_choices(cfg: DictConfig) -> dict[str, tuple[str, float]]:
-    """The pooling and base learning rate of each head, by its name."""
-    return {f"{choice[0]}/{choice[1]:g}": choice for choice in product(cfg.poolings, cfg.blrs)}
-
-
-def build_heads(cfg: DictConfig, ranks: Ranks, backbone: Backbone, classes: int) -> nn.ModuleDict:
-    settings = (backbone.embed_dim, classes, ranks.world_size, cfg.seed)
-    heads = {
-        name.replace(".", "_"): ProbeHead(pooling, *settings)  # names of modules hold no dot
-        for name, (pooling, _) in head_choices(cfg).items()
-    }
-    return nn.ModuleDict(heads).to(ranks.device)
-
-
-def build_optimizer(cfg: DictConfig, ranks: Ranks, heads: nn.ModuleDict) -> LARS:
-    """One group for each head, with its own peak learning rate."""
-    groups = []
-    for (_, blr), head in zip(head_choices(cfg).values(), heads.values(), strict=True):
-        peak = peak_learning_rate(blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
-        groups.append({"params": list(head.parameters()), "peak_lr": peak})
-    return LARS(groups, weight_decay=cfg.weight_decay)
-
-
-def set_learning_rates(cfg: DictConfig, optimizer: LARS, epoch: float) -> None:
-    share = warmup_cosine(epoch, 0.0, cfg.warmup_epochs, cfg.epochs)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * share
-
-
-def train_step(heads: nn.ModuleDict, optimizer: LARS, data: StepData, ranks: Ranks) -> Tensor:
-    """-> each head's loss on the images of this process"""
-    losses = [F.cross_entropy(head(data.features), data.labels) for head in heads.values()]
-    # The sum trains each head as if it were alone: no parameter is in two of them.
-    (sum(losses) / ranks.world_size).backward()
-    if ranks.world_size > 1:
-        gradients = [p.grad for p in heads.parameters() if p.grad is not None]
-        vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return torch.stack(losses).detach()
 
 
 if __name__ == "__main__":

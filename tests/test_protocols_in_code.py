@@ -135,12 +135,12 @@ def backbone() -> OwnBackbone:
 
 
 def test_linear_probe():
-    config = composed("linear_probe")
-    heads = linear_probe.build_heads(config, ALONE, backbone(), 10)
-    optimizer = linear_probe.build_optimizer(config, ALONE, heads)
+    config = composed("linear_probe", "dataset=digits")
+    task = linear_probe.Probe(EvalRun(config, ALONE, "linear_probe", backbone()))
+    groups = task.optimizer.param_groups
     for epoch, share in {0: 0, 5: 0.5, 10: 1, 50: 0.5, 90: 0}.items():
-        linear_probe.set_learning_rates(config, optimizer, epoch)
-        rates = [group["lr"] for group in optimizer.param_groups if group["weight_decay"] == 0]
+        task.set_learning_rates(epoch)
+        rates = [group["lr"] for group in groups if group["weight_decay"] == 0]
         assert rates == approx([0.1 * share, 0.2 * share, 0.4 * share] * 2)
     head = ProbeHead("mean", 500, 40, 1, seed=0)
     assert head.linear.weight.std().item() == approx(0.01, rel=0.02)
