@@ -1,6 +1,8 @@
 """Checkpoints and images for the tests of evaluations: small, made on the spot, never trained."""
 
 import importlib
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -26,15 +28,14 @@ TINY = [
 ]
 
 
-def digits_checkpoint(folder: Path, *overrides: str, seed: int = 0) -> Path:
-    """What a pre-training run on the digits leaves behind."""
+@cache
+def digits_contents(overrides: tuple[str, ...], seed: int) -> bytes:
     cfg = compose_config("demo", [*TINY, *overrides])
     torch.manual_seed(seed)
     model = build_model(cfg)
     with torch.no_grad():  # the target differs from the online encoder once training has begun
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape))
-    path = folder / "digits.pth"
     contents = {
         "state_dict": model.state_dict(),
         "config": OmegaConf.to_container(cfg, resolve=True),
@@ -42,7 +43,15 @@ def digits_checkpoint(folder: Path, *overrides: str, seed: int = 0) -> Path:
         "step": 10,
         "format": FORMAT,
     }
-    torch.save(contents, path)
+    file = BytesIO()
+    torch.save(contents, file)
+    return file.getvalue()
+
+
+def digits_checkpoint(folder: Path, *overrides: str, seed: int = 0) -> Path:
+    """What a pre-training run on the digits leaves behind."""
+    path = folder / "digits.pth"
+    path.write_bytes(digits_contents(overrides, seed))
     return path
 
 

@@ -6,16 +6,15 @@ import random
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from data.augmentation import FinetuneTransform, posterize
-from data.base import DataError
-from data.datasets import build_digits
+from eval.backbone import TimmBackbone
 from eval.common import run_joined
 from eval.finetune import (
     Classifier,
@@ -29,30 +28,25 @@ from eval.finetune import (
 from launch.config import ConfigError, TrainingStopped
 from tests.backbones import digits_checkpoint, load_backbone
 from tests.evaluations import (
-    arguments,
+    EVAL,
     assert_bad_input,
     config,
+    few_digits,
     launch,
+    numbers,
     results,
-    unlabelled_folder,
+    stop_in_step,
 )
-from tests.runs import (
-    LAUNCHER,
-    assert_same_state,
-    final_state,
-    finish,
-    kill_at_step,
-    records,
-    start_process,
-)
+from tests.runs import assert_same_state, final_state, records
 from tests.test_distributed import spawn
 from util.distributed import Ranks
 from util.streams import Stream, seeded
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def checkpoint(tmp_path_factory):
-    return digits_checkpoint(tmp_path_factory.mktemp("pretrained"))
+    with few_digits():
+        yield digits_checkpoint(tmp_path_factory.mktemp("pretrained"))
 
 
 # ---- The network and its optimiser. --------------------------------------------------------------
@@ -89,11 +83,12 @@ def test_layer_decay_by_name_in_this_projects_encoder(checkpoint):
 
 def test_layer_decay_equals_timms():
     """On timm's own ViT, which has a class token and learned positions."""
-    backbone = load_backbone("timm:vit_tiny_patch16_224", random_init=True, final_norm=False)
+    sizes = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    model = VisionTransformer(**sizes, num_classes=0)
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    backbone = TimmBackbone(model, family="timm", name="small", layer=-1, final_norm=False)
     found = groups_by_name(Classifier(backbone, "mean", 10, 0), 0.65)
-    reference = timm.create_model(
-        "vit_tiny_patch16_224", global_pool="avg", num_classes=10, pretrained=False
-    )
+    reference = VisionTransformer(**sizes, global_pool="avg", num_classes=10)
     names = {id(parameter): name for name, parameter in reference.named_parameters()}
     groups = param_groups_layer_decay(
         reference,
@@ -206,7 +201,7 @@ def test_erasing_leaves_the_rest_as_it_is():
 
 # ---- Runs. ---------------------------------------------------------------------------------------
 
-SHORT = ["epochs=2", "warmup_epochs=1", "batch_size=100", "print_freq=1", "blr=1e-3", "eval_freq=1"]
+SHORT = ["epochs=2", "warmup_epochs=1", "batch_size=32", "print_freq=1", "blr=1e-3", "eval_freq=1"]
 
 
 def finetune(checkpoint, folder, *overrides: str) -> dict:
@@ -216,13 +211,14 @@ def finetune(checkpoint, folder, *overrides: str) -> dict:
 
 def run_main(ranks, checkpoint, folder, overrides) -> None:
     cfg = config("finetune", checkpoint, folder, *SHORT, *overrides)
-    run_joined(cfg, ranks, "finetune", evaluate)
+    with few_digits():
+        run_joined(cfg, ranks, "finetune", evaluate)
 
 
 @pytest.mark.slow
 def test_the_split_into_processes_and_micro_steps_changes_nothing(checkpoint, tmp_path):
     """Mixing, dropped paths and augmentation included."""
-    spread = ["batch_size=50", "epochs=1"]
+    spread = ["batch_size=16", "epochs=1"]
     one = finetune(checkpoint, tmp_path / "one", *spread, "accum_iter=2")["state_dict"]
     spawn(run_main, 2, tmp_path, checkpoint, tmp_path / "two", spread)
     two = final_state(tmp_path / "two" / "finetune")["state_dict"]
@@ -236,43 +232,33 @@ def test_the_split_into_processes_and_micro_steps_changes_nothing(checkpoint, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_equals_undisturbed(checkpoint, tmp_path):
-    common = [*SHORT, "num_workers=1", "resume=True"]
-    finetune(checkpoint, tmp_path / "whole", *common)
-    often = arguments("finetune", checkpoint, tmp_path / "broken", *common, "save_minutes=0.0001")
-    job = tmp_path / "broken" / "finetune"
-    chance = random.Random(2)
-    for lowest in (3, 16):  # in the first epoch of 14 steps, then in the second
-        process = start_process([*LAUNCHER, *often])
-        kill_at_step(process, job, lowest + chance.randrange(6))
-    code, output = finish(start_process([*LAUNCHER, *often]))
-    assert code == 0 and "from step" in output, output
-    assert_same_state(final_state(job), final_state(tmp_path / "whole" / "finetune"))
-    steps = [record["step"] for record in records(job) if "loss" in record]
-    assert steps == list(range(1, 29)), "the log has lost or doubled a step"
-    whole, resumed = (results(tmp_path / n, "finetune")["results"] for n in ("whole", "broken"))
-    assert whole == resumed
+def test_stopped_and_resumed_equals_undisturbed(checkpoint, tmp_path, monkeypatch):
+    finetune(checkpoint, tmp_path / "whole", "resume=True")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, Finetuning, 6)
+        with pytest.raises(SystemExit):
+            finetune(checkpoint, tmp_path / "broken", "resume=True")
+    whole, broken = (tmp_path / name / "finetune" for name in ("whole", "broken"))
+    assert final_state(broken)["step"] == 7
+    finetune(checkpoint, tmp_path / "broken", "resume=True")
+    assert_same_state(final_state(broken), final_state(whole))
+    assert numbers(broken) == numbers(whole)
+    found = results(tmp_path / "broken", "finetune")["results"]
+    assert found == results(tmp_path / "whole", "finetune")["results"]
 
 
-@pytest.mark.slow
 def test_the_results_file_and_a_second_start(checkpoint, tmp_path, capsys):
     quick = ["epochs=1", "mixup=0", "cutmix=0", "auto_augment=null", "erase=0", "pooling=cls"]
     finetune(checkpoint, tmp_path, *quick)
     found = results(tmp_path, "finetune")
-    assert found["images"] == len(build_digits("eval", None)) == 397
+    assert found["images"] == EVAL
     assert 0 < found["results"]["top1"] <= found["results"]["top5"] <= 100
     finetune(checkpoint, tmp_path, *quick, "resume=True")
     assert results(tmp_path, "finetune")["results"] == found["results"]
-    assert "from step 14" in capsys.readouterr().out
+    assert "from step 5" in capsys.readouterr().out
 
 
 # ---- Bad input. ----------------------------------------------------------------------------------
-
-
-def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):
-    cfg = config("finetune", checkpoint, tmp_path, *unlabelled_folder(tmp_path / "images"))
-    assert_bad_input(main, cfg, DataError, "dataset=folder has no labels, and finetune needs them")
 
 
 def test_mixing_needs_pairs(checkpoint, tmp_path):

@@ -13,10 +13,9 @@ from timm.data import Mixup, create_transform
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from data.datasets import build_digits
 from eval.finetune import main
 from models.vit import Encoder
-from tests.evaluations import config, results
+from tests.evaluations import build_few_digits, config, few_digits, results
 from tests.runs import final_state, records
 from tests.test_probe_by_hand import (
     DATASET,
@@ -119,7 +118,7 @@ class ByHand:
         return losses, right
 
     def loss(self, step: int, epoch: int, position: int, indices: list[int]) -> Tensor:
-        digits, images = build_digits("train", None), []
+        digits, images = build_few_digits("train", None), []
         for index in indices:
             seed_all(4, self.seed, epoch, index)
             images.append(self.augment(digits.load(index)))
@@ -176,22 +175,22 @@ def compare(folder: Path, steps: list[list[dict]], by_hand: ByHand, evaluated, p
 def test_mixed_images(tmp_path):
     path = pretrained(tmp_path, "freeze_pe=False", colours=TRAINED)
     encoder = load_encoder(path, "encoder.", blocks=3, norm=False)
-    steps = "batch_size=176 accum_iter=2 epochs=2 warmup_epochs=0.75 eval_freq=0 seed=3".split()
-    adamw = "blr=0.015 min_lr=4e-3 layer_decay=0.7 weight_decay=0.2 drop_path=0.4".split()
+    steps = "batch_size=24 accum_iter=2 epochs=2 warmup_epochs=0.75 eval_freq=0 seed=3".split()
+    adamw = "blr=0.015 min_lr=1e-3 layer_decay=0.7 weight_decay=0.2 drop_path=0.4".split()
     images = "min_crop=0.5 dataset.flip=True dataset.crop_ratio=0.81 erase=0.4".split()
     mixing = "mixup=0.5 cutmix=0.7 label_smoothing=0.15".split()
     other = "auto_augment=rand-m6-n3-mstd0.4 pooling=mean print_freq=1".split()
     cfg = config("finetune", path, tmp_path, *steps, *adamw, *images, *mixing, *other, *DATASET)
-    with optimiser_steps() as taken:
+    with few_digits(), optimiser_steps() as taken:
         main(cfg)
 
-    peak, encoders = 0.015 * 352 / 256, "backbone.encoder."
+    peak, encoders = 0.015 * 48 / 256, "backbone.encoder."
     by_hand = ByHand(
         network=Network(encoder, [0.0, 0.2, 0.4], "mean", seed=3),
         seed=3,
-        batch_size=176,
+        batch_size=24,
         accum_iter=2,
-        rates=[learning_rate(step / 3, peak, 4e-3, 0.75, 2) for step in range(6)],
+        rates=[learning_rate(step / 3, peak, 1e-3, 0.75, 2) for step in range(6)],
         shares={"norm.": 1, "head.": 1}
         | {f"{encoders}blocks.{block}.": share for block, share in enumerate((0.343, 0.49, 0.7))}
         | {encoders + name: 0.7**4 for name in ("embed.", "pos_embed.", "cls_token")},
@@ -221,20 +220,20 @@ def test_unmixed_images(tmp_path):
     """Of a checkpoint that does not say its colours: those of the data set."""
     path = pretrained(tmp_path, colours=None)
     encoder = load_encoder(path, "target_encoder.", blocks=2, norm=True)
-    steps = "batch_size=360 accum_iter=1 epochs=2 warmup_epochs=0.5 eval_freq=1 seed=8".split()
+    steps = "batch_size=50 accum_iter=1 epochs=2 warmup_epochs=0.5 eval_freq=1 seed=8".split()
     adamw = "blr=0.02 min_lr=0 layer_decay=0.6 weight_decay=0.1 drop_path=0.3".split()
     images = "min_crop=0.6 dataset.crop_ratio=0.77 image_side=20 erase=0.6 auto_augment=null"
     mixing = "mixup=0 cutmix=0 label_smoothing=0.2 pooling=cls+mean print_freq=2".split()
     part = "which=target layer=1 final_norm=True".split()
     changes = [*steps, *adamw, *images.split(), *mixing, *part, *DATASET]
-    with optimiser_steps() as taken:
+    with few_digits(), optimiser_steps() as taken:
         main(config("finetune", path, tmp_path, *changes))
 
-    peak, encoders = 0.02 * 360 / 256, "backbone.encoder."
+    peak, encoders = 0.02 * 50 / 256, "backbone.encoder."
     by_hand = ByHand(
         network=Network(encoder, [0.0, 0.3], "cls+mean", seed=8),
         seed=8,
-        batch_size=360,
+        batch_size=50,
         accum_iter=1,
         rates=[learning_rate(step / 3, peak, 0, 0.5, 2) for step in range(6)],
         shares={"norm.": 1, "head.": 1, encoders + "norm.": 1}

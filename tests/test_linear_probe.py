@@ -1,8 +1,5 @@
 """Linear probe: LARS, batch norm over processes, heads together and alone, resume, bad input."""
 
-import random
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -21,38 +18,28 @@ from eval.common import (
 from eval.linear_probe import (
     AttentivePool,
     GlobalBatchNorm,
+    Probe,
     ProbeHead,
-    StepData,
-    build_heads,
-    build_optimizer,
     evaluate,
     main,
     probe_features,
-    set_learning_rates,
-    train_step,
 )
 from launch.config import ConfigError
 from tests.backbones import digits_checkpoint, load_backbone
 from tests.evaluations import (
-    arguments,
+    EVAL,
+    TRAIN,
     assert_bad_input,
     config,
-    launch,
+    few_digits,
+    numbers,
     results,
+    stop_in_step,
     unlabelled_folder,
 )
-from tests.runs import (
-    LAUNCHER,
-    assert_same_state,
-    final_state,
-    finish,
-    kill_at_step,
-    records,
-    start_process,
-)
+from tests.runs import assert_same_state, final_state
 from tests.test_distributed import spawn
 from util.checkpoint import CheckpointError
-from util.distributed import Ranks
 from util.lars import LARS
 from util.schedules import warmup_cosine
 
@@ -189,139 +176,97 @@ def test_images_without_label_are_left_out():
     assert labelled.describe(1) == "digits/eval[3]" and labelled.labels[1] == digits.labels[3]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"which": "target"}, {"layer": 0}, {"final_norm": False}, {"image_side": 36}, {"seed": 1}],
-)
-def test_another_backbone_is_not_resumed(checkpoint, change):
+def test_another_backbone_is_not_resumed(checkpoint):
     """Another part of the same file is another backbone, too."""
     before = load_backbone(checkpoint).describe()
     check_same_backbone({"backbone": before}, load_backbone(checkpoint))
-    now = load_backbone(checkpoint, random_init="seed" in change, **change)
-    with pytest.raises(CheckpointError, match="belongs to another backbone"):
-        check_same_backbone({"backbone": before}, now)
+    changes = {"which": "target", "layer": 0, "final_norm": False, "image_side": 36}
+    for change in [*({key: value} for key, value in changes.items()), {"random_init": True}]:
+        now = load_backbone(checkpoint, **change)
+        with pytest.raises(CheckpointError, match="belongs to another backbone"):
+            check_same_backbone({"backbone": before}, now)
 
 
 # ---- Runs. ---------------------------------------------------------------------------------------
 
-SHORT = ["epochs=3", "warmup_epochs=1", "batch_size=200", "print_freq=1", "eval_freq=2"]
-MANY = [*SHORT, "blrs=[0.1,20]"]
+SHORT = "epochs=2 warmup_epochs=1 batch_size=32 print_freq=1 eval_freq=2 blrs=[0.1,20]".split()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def checkpoint(tmp_path_factory):
-    return digits_checkpoint(tmp_path_factory.mktemp("pretrained"))
+    with few_digits():
+        yield digits_checkpoint(tmp_path_factory.mktemp("pretrained"))
 
 
 def probe(checkpoint, folder, *overrides: str) -> dict:
-    main(config("linear_probe", checkpoint, folder, *overrides))
+    main(config("linear_probe", checkpoint, folder, *SHORT, *overrides))
     return final_state(folder / "linear_probe")["state_dict"]
 
 
-ALL = "poolings=[cls,mean,cls+mean,attentive]"
-ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-def train_heads(cfg, steps: int = 12) -> dict[str, torch.Tensor]:
-    """Heads on random features; which features depends on the step alone."""
-    backbone = SimpleNamespace(embed_dim=24)
-    heads = build_heads(cfg, ALONE, backbone, 5)
-    optimizer = build_optimizer(cfg, ALONE, heads)
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for step in range(steps):
-        labels = torch.randint(5, (64,), generator=generator)
-        tokens = torch.randn(64, 9, 24, generator=generator) + F.one_hot(labels, 24)[:, None]
-        drawn = Tokens(tokens[:, 0], tokens[:, 1:], (2, 4))
-        features = {pooling: probe_features(drawn, pooling) for pooling in cfg.poolings}
-        set_learning_rates(cfg, optimizer, 90 * step / steps)
-        losses.append(train_step(heads, optimizer, StepData(features, labels), ALONE))
-    assert (losses[-1] != losses[0]).all()
-    return heads.state_dict()
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean", "attentive"])
-@pytest.mark.parametrize("blr", [1, 30])
-def test_heads_trained_together_equal_each_alone(tmp_path, pooling, blr):
-    """To the last bit."""
-    together = train_heads(config("linear_probe", None, tmp_path, ALL, "blrs=[1,30]"))
-    one = [f"poolings=[{pooling}]", f"blrs=[{blr}]"]
-    alone = train_heads(config("linear_probe", None, tmp_path, *one))
-    own = {key for key in together if key.startswith(f"{pooling}/{blr}.")}
-    assert alone.keys() == own != set()
-    for key, value in alone.items():
-        assert torch.equal(value, together[key]), key
-
-
-@pytest.mark.slow
 def test_heads_of_a_run_equal_that_of_a_run_of_its_own(checkpoint, tmp_path):
-    short = [*MANY, "epochs=1", "warmup_epochs=0"]
-    together = probe(checkpoint, tmp_path / "all", *short, "poolings=[mean,attentive]")
-    alone = probe(checkpoint, tmp_path / "one", *short, "poolings=[attentive]", "blrs=[20]")
-    for key, value in alone.items():
-        assert torch.equal(value, together[key]), key
+    """To the last bit."""
+    together = probe(checkpoint, tmp_path / "all", "poolings=[cls,mean,cls+mean,attentive]")
+    for pooling, blr in (("attentive", 20), ("cls+mean", 0.1)):
+        one = [f"poolings=[{pooling}]", f"blrs=[{blr}]"]
+        for key, value in probe(checkpoint, tmp_path / pooling, *one).items():
+            assert torch.equal(value, together[key]), key
+
+
+def test_stored_features_are_those_of_each_pooling(checkpoint, tmp_path):
+    """Of several poolings they come from one pass."""
+    together = probe(checkpoint, tmp_path / "all", "poolings=[mean,cls+mean,cls]", "cached=True")
+    for pooling in ("cls", "mean", "cls+mean"):
+        one = [f"poolings=[{pooling}]", "blrs=[20]", "cached=True"]
+        for key, value in probe(checkpoint, tmp_path / pooling, *one).items():
+            assert torch.equal(value, together[key]), key
+
+
+def run_main(ranks, checkpoint, folder, runs: dict[str, list[str]]) -> None:
+    with few_digits():
+        for name, overrides in runs.items():
+            cfg = config("linear_probe", checkpoint, folder / name, *SHORT, *overrides)
+            run_joined(cfg, ranks, "linear_probe", evaluate)
 
 
 @pytest.mark.slow
-def test_the_results_file(checkpoint, tmp_path):
-    learning = ["epochs=20", "poolings=[mean,cls+mean]", "blrs=[0.1,20]"]
-    probe(checkpoint, tmp_path, *SHORT, *learning, "cached=True", "eval_freq=0")
-    found = results(tmp_path, "linear_probe")
-    heads = [f"{pooling}/{blr}" for pooling in ("mean", "cls+mean") for blr in ("0.1", "20")]
-    assert list(found["results"]) == ["top1", "top5", *(f"top1/{head}" for head in heads)]
-    assert found["results"]["top1"] == found["results"][f"top1/{found['best_head']}"]
-    assert found["results"]["top1"] > 50  # chance: 10
-    assert found["images"] == 397 and list(found["top5_by_head"]) == heads
-
-
-def run_main(ranks, checkpoint, folder, overrides) -> None:
-    cfg = config("linear_probe", checkpoint, folder, *overrides)
-    run_joined(cfg, ranks, "linear_probe", evaluate)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cached", [False, True])
-def test_the_split_into_processes_and_batches_changes_nothing(checkpoint, tmp_path, cached):
+def test_the_split_into_processes_and_batches_changes_nothing(checkpoint, tmp_path):
     """Weights to 1e-4 of their size, accuracies to one image."""
-    poolings = "poolings=[cls,mean]" if cached else "poolings=[mean,attentive]"
-    common = [*MANY, "epochs=2", poolings, f"cached={cached}"]
-    one = probe(checkpoint, tmp_path / "one", *common)
-    split = probe(checkpoint, tmp_path / "split", *common, "batch_size=50", "accum_iter=4")
-    spread = [*common, "batch_size=50", "accum_iter=2"]
+    runs = {
+        "crops": ["batch_size=64", "poolings=[mean,attentive]"],
+        "stored": ["batch_size=64", "poolings=[cls,mean]", "cached=True"],
+    }
+    spread = {name: [*own, "batch_size=16", "accum_iter=2"] for name, own in runs.items()}
     spawn(run_main, 2, tmp_path, checkpoint, tmp_path / "two", spread)
-    two = final_state(tmp_path / "two" / "linear_probe")["state_dict"]
-    for key, value in one.items():
-        for other in (split, two):
-            assert (other[key] - value).norm() <= 1e-4 * value.norm() + 1e-9, key
-    first, *others = (
-        results(tmp_path / name, "linear_probe")["results"] for name in ("one", "split", "two")
-    )
-    for other in others:
-        assert other == pytest.approx(first, abs=100 / 397 + 1e-9)
+    for name, own in runs.items():
+        one = probe(checkpoint, tmp_path / "one" / name, *own)
+        split = ["batch_size=16", "accum_iter=4"]
+        alone = probe(checkpoint, tmp_path / "split" / name, *own, *split)
+        two = final_state(tmp_path / "two" / name / "linear_probe")["state_dict"]
+        for key, value in one.items():
+            for other in (alone, two):
+                assert (other[key] - value).norm() <= 1e-4 * value.norm() + 1e-9, key
+        first, *others = (
+            results(tmp_path / way / name, "linear_probe")["results"]
+            for way in ("one", "split", "two")
+        )
+        for other in others:
+            assert other == pytest.approx(first, abs=100 / EVAL + 1e-9)
 
 
-OFTEN = "save_minutes=0.0001"
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_equals_undisturbed(checkpoint, tmp_path):
-    common = [*MANY, "epochs=4", "poolings=[mean,attentive]", "resume=True"]
-    probe(checkpoint, tmp_path / "whole", *common)
-    broken = arguments("linear_probe", checkpoint, tmp_path / "broken", *common, OFTEN)
-    job = tmp_path / "broken" / "linear_probe"
-    chance = random.Random(1)
-    for lowest in (2, 11):  # in the first epoch of 7 steps, then in the second
-        process = start_process([*LAUNCHER, *broken])
-        kill_at_step(process, job, lowest + chance.randrange(4))
-    code, output = finish(start_process([*LAUNCHER, *broken]))
-    assert code == 0 and "from step" in output, output
-    assert_same_state(final_state(job), final_state(tmp_path / "whole" / "linear_probe"))
-    steps = [record["step"] for record in records(job) if "images_per_second" in record]
-    assert steps == list(range(1, 29)), "the log has lost or doubled a step"
-    whole, resumed = (
-        results(tmp_path / name, "linear_probe")["results"] for name in ("whole", "broken")
-    )
-    assert whole == resumed
+def test_stopped_and_resumed_equals_undisturbed(checkpoint, tmp_path, monkeypatch):
+    settings = ["poolings=[mean,attentive]", "resume=True"]
+    probe(checkpoint, tmp_path / "whole", *settings)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, Probe, 6)
+        with pytest.raises(SystemExit):
+            probe(checkpoint, tmp_path / "broken", *settings)
+    whole, broken = (tmp_path / name / "linear_probe" for name in ("whole", "broken"))
+    assert final_state(broken)["step"] == 7
+    probe(checkpoint, tmp_path / "broken", *settings)
+    assert_same_state(final_state(broken), final_state(whole))
+    assert numbers(broken) == numbers(whole)
+    found = results(tmp_path / "broken", "linear_probe")["results"]
+    assert found == results(tmp_path / "whole", "linear_probe")["results"]
 
 
 # ---- Bad input. ----------------------------------------------------------------------------------
@@ -339,8 +284,9 @@ def test_attentive_needs_the_tokens(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_step_larger_than_the_dataset_is_refused(checkpoint, tmp_path, cached):
-    cfg = config("linear_probe", checkpoint, tmp_path, f"cached={cached}", "batch_size=1401")
-    assert_bad_input(main, cfg, DataError, "has 1400 images, but one step needs 1401")
+    settings = [f"cached={cached}", f"batch_size={TRAIN + 1}"]
+    cfg = config("linear_probe", checkpoint, tmp_path, *settings)
+    assert_bad_input(main, cfg, DataError, f"has {TRAIN} images, but one step needs {TRAIN + 1}")
 
 
 def test_an_earlier_run_is_not_lost_by_accident(checkpoint, tmp_path):
@@ -366,10 +312,3 @@ def test_an_earlier_run_is_not_lost_by_accident(checkpoint, tmp_path):
 def test_invalid_values_are_refused(checkpoint, tmp_path, override, words):
     with pytest.raises(ConfigError, match=words):
         config("linear_probe", checkpoint, tmp_path, override)
-
-
-@pytest.mark.slow
-def test_bad_input_ends_with_exit_code_2(checkpoint, tmp_path):
-    code, output = launch("linear_probe", checkpoint, tmp_path, "batch_size=5000")
-    assert code == 2 and "error: the dataset has 1400 images" in output
-    assert "Traceback" not in output

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from data.datasets import build_digits
 from eval.backbone import OwnBackbone
 from eval.linear_probe import main
 from models.vit import Encoder
 from tests.backbones import digits_checkpoint
-from tests.evaluations import config, results
+from tests.evaluations import EVAL, TRAIN, build_few_digits, config, few_digits, results
 from tests.runs import final_state, records
 
 pytestmark = ON_CPU = pytest.mark.skipif(
@@ -91,7 +90,7 @@ def normalised(image: Image, colours: tuple) -> Tensor:
 
 def central_images(split: str, side: int, shorter: int, colours: tuple) -> tuple[Tensor, Tensor]:
     """Resized to shorter x shorter, of which the central side x side. -> images, labels"""
-    digits, edge = build_digits(split, None), (shorter - side) // 2
+    digits, edge = build_few_digits(split, None), (shorter - side) // 2
     box, images = (edge, edge, edge + side, edge + side), []
     for index in range(len(digits)):
         image = digits.load(index).resize((shorter, shorter), Resampling.BICUBIC)
@@ -101,8 +100,8 @@ def central_images(split: str, side: int, shorter: int, colours: tuple) -> tuple
 
 def images_of_step(step: int, per_step: int, seed: int) -> tuple[int, list[int]]:
     """-> epoch, the numbers of the images in their order"""
-    epoch, place = divmod(step, 1400 // per_step)
-    order = np.random.default_rng([2, seed, epoch]).permutation(1400)
+    epoch, place = divmod(step, TRAIN // per_step)
+    order = np.random.default_rng([2, seed, epoch]).permutation(TRAIN)
     return epoch, order[place * per_step : (place + 1) * per_step].tolist()
 
 
@@ -117,7 +116,7 @@ def learning_rate(epoch: float, peak: float, floor: float, warmup: float, epochs
 def percent_right(logits: Tensor, labels: Tensor) -> list[float]:
     """The label is the first; it is among the first five."""
     better = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
-    return [100 * int((better < first).sum()) / 397 for first in (1, 5)]
+    return [100 * int((better < first).sum()) / EVAL for first in (1, 5)]
 
 
 def means(values: list[float], count: int) -> list[float]:
@@ -264,6 +263,7 @@ def compare(
     assert_same(final, expected, within=1e-5)
 
     found, last = results(folder, "linear_probe"), right[max(evaluated)]
+    assert found["images"] == EVAL
     best = max(last, key=lambda name: last[name][0])
     assert found["best_head"] == best
     expected = {"top1": last[best][0], "top5": last[best][1]}
@@ -277,22 +277,22 @@ def test_augmented_images(tmp_path):
     path = pretrained(tmp_path, colours=TRAINED)
     encoder = load_encoder(path, "target_encoder.", blocks=2, norm=False).requires_grad_(False)
     choice = "poolings=[cls+mean,mean] blrs=[0.5,5] weight_decay=0.3 seed=3".split()
-    steps = "batch_size=250 accum_iter=2 epochs=3 warmup_epochs=0.75 eval_freq=2".split()
+    steps = "batch_size=36 accum_iter=2 epochs=3 warmup_epochs=0.75 eval_freq=2".split()
     images = "min_crop=0.4 dataset.flip=True dataset.crop_ratio=0.77 image_side=20".split()
     part = "which=target layer=1 final_norm=False print_freq=1".split()
     cfg = config("linear_probe", path, tmp_path, *choice, *steps, *images, *part, *DATASET)
-    with frozen_backbone(encoder), optimiser_steps() as taken:
+    with few_digits(), frozen_backbone(encoder), optimiser_steps() as taken:
         main(cfg)
 
-    digits, batches, heads = build_digits("train", None), [], {}
+    digits, batches, heads = build_few_digits("train", None), [], {}
     for step in range(6):
-        epoch, indices = images_of_step(step, 500, seed=3)
+        epoch, indices = images_of_step(step, 72, seed=3)
         crops = [random_crop(digits.load(index), 3, epoch, index) for index in indices]
         features = encode(encoder, torch.stack([normalised(crop, TRAINED) for crop in crops]))
         batches.append((features, torch.from_numpy(digits.labels[indices])))
     for pooling in ("cls+mean", "mean"):
         for blr in (0.5, 5):
-            rates = [learning_rate(step / 2, blr * 500 / 256, 0, 0.75, 3) for step in range(6)]
+            rates = [learning_rate(step / 2, blr * 72 / 256, 0, 0.75, 3) for step in range(6)]
             heads[f"{pooling}/{blr}"] = Head(pooling, rates, seed=3, weight_decay=0.3)
     images, labels = central_images("eval", side=20, shorter=26, colours=TRAINED)
     evaluation = encode(encoder, images), labels
@@ -304,20 +304,20 @@ def test_cached_features(tmp_path):
     path = pretrained(tmp_path, colours=None)
     encoder = load_encoder(path, "encoder.", blocks=3, norm=True).requires_grad_(False)
     choice = "poolings=[mean,cls] blrs=[2,0.2] weight_decay=0.2 seed=5".split()
-    steps = "batch_size=300 accum_iter=2 epochs=2 warmup_epochs=1.5 eval_freq=0".split()
+    steps = "batch_size=30 accum_iter=2 epochs=2 warmup_epochs=1.5 eval_freq=0".split()
     images = "cached=True dataset.flip=True dataset.crop_ratio=0.81 print_freq=2".split()
     cfg = config("linear_probe", path, tmp_path, *choice, *steps, *images, *DATASET)
-    with frozen_backbone(encoder), optimiser_steps() as taken:
+    with few_digits(), frozen_backbone(encoder), optimiser_steps() as taken:
         main(cfg)
 
     images, labels = central_images("train", side=24, shorter=30, colours=OF_DATASET)
     features, batches, heads = encode(encoder, images), [], {}
     for step in range(4):
-        _, indices = images_of_step(step, 600, seed=5)
+        _, indices = images_of_step(step, 60, seed=5)
         batches.append(({k: v[indices] for k, v in features.items()}, labels[indices]))
     for pooling in ("mean", "cls"):
         for blr in (2, 0.2):
-            rates = [learning_rate(step / 2, blr * 600 / 256, 0, 1.5, 2) for step in range(4)]
+            rates = [learning_rate(step / 2, blr * 60 / 256, 0, 1.5, 2) for step in range(4)]
             heads[f"{pooling}/{blr}"] = Head(pooling, rates, seed=5, weight_decay=0.2)
     images, labels = central_images("eval", side=24, shorter=30, colours=OF_DATASET)
     evaluation = encode(encoder, images), labels
