@@ -7,13 +7,14 @@ accumulation steps changes the images of a step.
 
 import atexit
 import logging
-import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 from types import FrameType
 from typing import NamedTuple
@@ -43,7 +44,7 @@ NO_LABEL = -1
 SHARED_MEMORY = "/dev/shm"
 QUEUE_BYTES = 2**16  # more than a worker's queue takes in it, without any image
 Augmentation = Callable[[Picture, int, int], Tensor]  # of a picture, its epoch and its index
-Loaded = tuple[Tensor, Tensor, tuple]  # images, labels, and of each image what else is known
+Loaded = tuple[Tensor, Tensor, tuple]  # images, labels, and for each the unreadable ones before it
 
 
 class TrainBatch(NamedTuple):
@@ -125,14 +126,14 @@ class TrainLoader(StepOrder):
         """order: the other arguments of StepOrder."""
         super().__init__(len(dataset), **order)
         self.dataset = dataset
-        self.samples = _TrainSamples(dataset, transform)
+        self.samples = _Samples(dataset, transform)
         self.workers = (num_workers, torch.device(device), data_timeout)
         self.max_bad_images = max_bad_images
 
     def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
         """One batch for each micro-step. The workers stay busy across epochs."""
         steps = self.micro_steps(first_step, last_step)
-        keys = ([(epoch, index) for index in indices] for epoch, indices in steps)
+        keys = ([(index, epoch, index) for index in indices] for epoch, indices in steps)
         for images, labels, unreadable in _load(self.samples, keys, *self.workers):
             batch = TrainBatch(images, labels, list(chain.from_iterable(unreadable)))
             for description in set(batch.unreadable) - self.bad_images:
@@ -174,7 +175,7 @@ class EvalLoader:
         max_bad_images: float = 1,
     ) -> None:
         self.dataset = dataset
-        self.samples, self.batch_size = _EvalSamples(dataset, transform), batch_size
+        self.samples, self.batch_size = _Samples(dataset, transform), batch_size
         self.max_bad_images = max_bad_images
         self.bad_images: set[str] = set()  # those of this process, until others are added
         indices = range(len(dataset)) if indices is None else indices
@@ -188,11 +189,15 @@ class EvalLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        for images, labels, rest in _load(self.samples, self.batches, *self.workers):
-            indices = torch.tensor([index for index, _ in rest]).to(self.device)
-            if bad := [index for index, unreadable in rest if unreadable]:
-                self.leave_out(bad)
-                is_read = ~torch.isin(indices, torch.tensor(bad).to(self.device))
+        keys = ([(index,) for index in own] for own in self.batches)
+        batches = _load(self.samples, keys, *self.workers)
+        for own, (images, labels, unreadable) in zip(self.batches, batches, strict=True):
+            indices = torch.tensor(list(own)).to(self.device)
+            if any(unreadable):
+                self.leave_out(
+                    [index for index, names in zip(own, unreadable, strict=True) if names]
+                )
+                is_read = torch.tensor([not names for names in unreadable]).to(self.device)
                 images, labels, indices = images[is_read], labels[is_read], indices[is_read]
             if len(indices):
                 yield EvalBatch(images, None if self.dataset.labels is None else labels, indices)
@@ -209,8 +214,10 @@ class EvalLoader:
 
 
 class _Samples(Dataset):
-    """What the workers read. They hand a DataError over as a value: raised there, it would reach
-    the user wrapped in the worker's traceback."""
+    """What the workers read. A key is the index of an image, then what else the transform takes.
+
+    A DataError is handed over as a value: raised here, it would reach the user wrapped in the
+    worker's traceback."""
 
     def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
         self.dataset, self.transform = dataset, transform
@@ -228,9 +235,11 @@ class _Samples(Dataset):
             self.dark[0] = index
         return picture
 
-    def first_readable(self, index: int, *place: int) -> tuple[Tensor, int, list[str]] | DataError:
-        """Of this image and the next ones, after the transform (place: what else that takes): the
-        image, its label, the names of those before it."""
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, int, list[str]] | DataError:
+        """(image, label, unreadable): in place of images that cannot be read, which are named, the
+        next one. It is cropped with the numbers of the image asked for: it may have its own turn in
+        this epoch, with another crop."""
+        index, *place = key
         unreadable = []
         for neighbour in range(index, index + MOST_NEIGHBOURS):
             position = neighbour % len(self.dataset)
@@ -245,35 +254,13 @@ class _Samples(Dataset):
         last = f"the last one being {unreadable[-1]}: {type(reason).__name__}: {reason}"
         return DataError(f"{MOST_NEIGHBOURS} images in a row could not be read, {last}")
 
+    def label(self, index: int) -> int:
+        return NO_LABEL if self.dataset.labels is None else int(self.dataset.labels[index])
+
     def dark_image(self) -> str | None:
         """The name of one, if there was any so far."""
         index = int(self.dark[0])
         return None if index < 0 else self.dataset.describe(index)
-
-    def label(self, index: int) -> int:
-        return NO_LABEL if self.dataset.labels is None else int(self.dataset.labels[index])
-
-
-class _TrainSamples(_Samples):
-    """Addressed by (epoch, index): the crop depends on both."""
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[str]] | DataError:
-        """(image, label, unreadable); an unreadable image is replaced by the next one."""
-        # Crop with the numbers of the image asked for: the neighbour itself may have its own turn
-        # in this epoch, with another crop.
-        return self.first_readable(key[1], *key)
-
-
-class _EvalSamples(_Samples):
-    """Addressed by index."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, tuple[int, bool]] | DataError:
-        """(image, label, (index, whether it could not be read)); then the image is another one."""
-        found = self.first_readable(index)
-        if isinstance(found, DataError):
-            return found
-        image, label, unreadable = found
-        return image, label, (index, bool(unreadable))
 
 
 def _collate(samples: list) -> Loaded | DataError:
@@ -281,9 +268,9 @@ def _collate(samples: list) -> Loaded | DataError:
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    images, labels, rest = zip(*samples, strict=True)
+    images, labels, unreadable = zip(*samples, strict=True)
     # torch's own collation puts the images where the main process can read them, without a copy.
-    return default_collate(list(images)), torch.tensor(labels), rest
+    return default_collate(list(images)), torch.tensor(labels), unreadable
 
 
 def _start_worker(worker_id: int) -> None:
@@ -322,33 +309,29 @@ def _load(
         # torch draws a seed for each set of workers: not from the generator that others use.
         generator=torch.Generator(),
     )
-    batches = map(_raise_error, _in_time(loader, timeout or FOREVER, samples))
+    has_folder = os.path.isdir(SHARED_MEMORY)  # other systems have it elsewhere
+    least = (num_workers + 1) * QUEUE_BYTES
+    if num_workers > 0 and has_folder and shutil.disk_usage(SHARED_MEMORY).free < least:
+        raise _no_shared_memory(num_workers)
     try:
-        if num_workers > 0 and _free_shared_memory() < (num_workers + 1) * QUEUE_BYTES:
-            raise DataError(_no_shared_memory(num_workers))
-        for batch in batches if device.type == "cpu" else _one_ahead(batches, device):
-            warn_of_dark(samples.dark_image())  # workers have consoles of their own
-            yield batch
+        # Closed, it ends the workers, also while something holds the traceback of an error.
+        with closing(_in_time(loader, timeout or FOREVER, samples)) as in_time:
+            batches = map(_or_raise, in_time)
+            for batch in batches if device.type == "cpu" else _one_ahead(batches, device):
+                warn_of_dark(samples.dark_image())  # workers have consoles of their own
+                yield batch
     except RuntimeError as error:
         if num_workers > 0 and "shared memory" in str(error):  # torch's words, also of a bus error
-            raise DataError(_no_shared_memory(num_workers)) from error
+            raise _no_shared_memory(num_workers) from error
         raise
 
 
-def _free_shared_memory() -> float:
-    try:
-        status = os.statvfs(SHARED_MEMORY)
-    except OSError:  # another system, which has it elsewhere
-        return math.inf
-    return status.f_bavail * status.f_frsize
-
-
-def _no_shared_memory(num_workers: int) -> str:
+def _no_shared_memory(num_workers: int) -> DataError:
     valid = f"0, or more room in {SHARED_MEMORY}, through which loaders hand over images"
-    return f"num_workers={num_workers}: expected {valid} (docker run --shm-size=8g)"
+    return DataError(f"num_workers={num_workers}: expected {valid} (docker run --shm-size=8g)")
 
 
-def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Iterator:
+def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Generator:
     """Raises a DataTimeout where a batch takes longer, also inside a read that does not return. A
     signal that asks a run to stop shortens the wait (util/preemption.py)."""
     if threading.current_thread() is not threading.main_thread():
@@ -380,10 +363,9 @@ def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Iterator:
         yield batch
 
 
-def _raise_error(batch: Loaded | DataError) -> Loaded:
+def _or_raise(batch: Loaded | DataError) -> Loaded:
     if isinstance(batch, DataError):
-        # Not batch itself: it would hold this frame, and with it the workers, in a cycle.
-        raise type(batch)(*batch.args)
+        raise batch
     return batch
 
 

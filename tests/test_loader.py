@@ -1,14 +1,12 @@
 """The loaders' promises: the same batches for any workers, any split into processes, any resume."""
 
 import ctypes
-import gc
 import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -143,21 +141,20 @@ def test_processes_and_accumulation_together_see_each_step_once():
 def test_pixels_do_not_depend_on_the_number_of_workers():
     dataset = build_dataset("textures", "train", options={"image_size": 24, "train_images": 22})
     # Five steps an epoch: the stream crosses epochs, and three workers share them unevenly.
-    streams = [train_loader(dataset, num_workers=workers).stream(3, 14) for workers in (0, 1, 3)]
-    expected, *others = (list(stream) for stream in streams)
+    streams = [train_loader(dataset, num_workers=workers).stream(3, 14) for workers in (0, 3)]
+    expected, found = (list(stream) for stream in streams)
     assert len(expected) == 11
-    for other in others:
-        assert_same_batches(other, expected)
+    assert_same_batches(found, expected)
 
 
-@pytest.mark.parametrize("first_step", [1, 5, 6, 12, 13])
-def test_resuming_continues_the_uninterrupted_stream(first_step):
+def test_resuming_continues_the_uninterrupted_stream():
     dataset = build_dataset("digits", "eval")
     dataset.images = dataset.images[:IMAGES]
     # Six steps an epoch: the starts lie inside epochs and on their borders.
     whole = list(train_loader(dataset, accum_iter=2).stream(0, 15))
-    resumed = train_loader(dataset, accum_iter=2, num_workers=1).stream(first_step, 15)
-    assert_same_batches(resumed, whole[first_step * 2 :])
+    for first_step, workers in ((1, 0), (5, 0), (6, 1), (12, 0), (13, 0)):
+        resumed = train_loader(dataset, accum_iter=2, num_workers=workers).stream(first_step, 15)
+        assert_same_batches(resumed, whole[first_step * 2 :])
 
 
 def test_workers_leave_torchs_random_numbers_alone():
@@ -215,10 +212,9 @@ def damaged_folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_replaced_by_the_next_and_reported(damaged_folder, workers, caplog):
+def test_an_unreadable_image_is_replaced_by_the_next_and_reported(damaged_folder, caplog):
     dataset = build_dataset("folder", "train", damaged_folder)
-    loader = train_loader(dataset, batch_size=12, num_workers=workers)
+    loader = train_loader(dataset, batch_size=12, num_workers=2)
     with caplog.at_level(logging.WARNING, logger="lmim.data"):
         batches = list(loader.stream(0, 2))
     replaced = {4: 6, 5: 6, 11: 0}
@@ -283,9 +279,10 @@ def loaders(folder, workers: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("kind", ["train", "eval"])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("most, warnings", [(4095, 1), (65535, 0)])
+@pytest.mark.parametrize(
+    "kind, workers, most, warnings",
+    [("train", 2, 4095, 1), ("eval", 0, 4095, 1), ("eval", 2, 4095, 1), ("train", 0, 65535, 0)],
+)
 def test_dark_images_of_16_bits_are_warned_of_once(
     tmp_path, kind, workers, most, warnings, caplog, monkeypatch
 ):
@@ -303,8 +300,7 @@ def test_dark_images_of_16_bits_are_warned_of_once(
         assert "dataset.options.max_value=4095 reads 12 bits" in record.getMessage()
 
 
-@pytest.mark.parametrize("kind", ["train", "eval"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind, workers", [("train", 2), ("eval", 0)])
 def test_the_first_image_whose_range_is_unknown_ends_the_run(tmp_path, kind, workers):
     for number in range(8):
         Image.fromarray(np.ones((20, 20), dtype=np.float32)).save(tmp_path / f"{number}.tif")
@@ -314,35 +310,38 @@ def test_the_first_image_whose_range_is_unknown_ends_the_run(tmp_path, kind, wor
     assert caught.value.exit_code == 2, "the same after some steps"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_without_any_readable_image_is_one_clear_error(tmp_path, workers):
+def test_a_folder_without_any_readable_image_is_one_clear_error(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
-    loader = train_loader(build_dataset("folder", "train", tmp_path), num_workers=workers)
+    loader = train_loader(build_dataset("folder", "train", tmp_path))
     with pytest.raises(DataError, match="^20 images in a row .* cannot identify image file"):
         list(loader.stream(0, 1))
 
 
 def test_an_error_in_a_worker_does_not_keep_the_workers(tmp_path):
+    """Nor does what holds the traceback of that error, as pytest.raises does."""
     (tmp_path / "empty.jpg").write_bytes(b"")
     loader = train_loader(build_dataset("folder", "train", tmp_path), batch_size=1, num_workers=2)
-    gc.collect()
     others = set(multiprocessing.active_children())
-    gc.disable()  # which would free them in an order in which they are waited for
-    with suppress(DataError):
+    with pytest.raises(DataError) as caught:
         list(loader.stream(0, 1))
-    gc.enable()
     assert set(multiprocessing.active_children()) <= others
+    assert caught.value.__traceback__
 
 
 HOLDS_ITS_WORKERS = """
-from tests.test_loader import train_loader
-stream = train_loader(num_workers=2).stream(0, 10_000)
+from data.datasets import build_digits
+from data.loader import TrainLoader
+from data.transforms import TrainTransform
+
+order = {"seed": 3, "batch_size": 4, "accum_iter": 1, "rank": 0, "world_size": 1}
+transform = TrainTransform(side=8, min_crop=0.2, flip=True, seed=3)
+loader = TrainLoader(build_digits("eval", None), transform, num_workers=2, device="cpu", **order)
+stream = loader.stream(0, 10_000)
 print(next(stream).unreadable)
 """
 
 
-@pytest.mark.slow
 def load_with_shared_memory_of(size: str, num_workers: int, answer) -> None:
     ctypes.CDLL(None).unshare(0x20000)  # CLONE_NEWNS: what is mounted here is seen here alone
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
@@ -426,13 +425,10 @@ def test_evaluation_does_not_depend_on_workers_and_can_be_repeated():
         assert torch.equal(images, expected)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_leaves_unreadable_images_out_up_to_max_bad_images(
-    damaged_folder, workers, caplog
-):
+def test_evaluation_leaves_unreadable_images_out_up_to_max_bad_images(damaged_folder, caplog):
     dataset = build_dataset("folder", "eval", damaged_folder)
     dataset.labels = np.arange(12) + 1000
-    loader = eval_loader(dataset, batch_size=2, num_workers=workers)
+    loader = eval_loader(dataset, batch_size=2, num_workers=1)
     loader.max_bad_images = 0.25
     with caplog.at_level(logging.WARNING, logger="lmim.data"):
         batches = [*loader, *loader]
@@ -443,7 +439,7 @@ def test_evaluation_leaves_unreadable_images_out_up_to_max_bad_images(
     assert np.allclose(brightness, [20 * index for index in 2 * kept], atol=3)
     names = {str(damaged_folder / name) for name in ("04.jpg", "05.jpg", "11.jpg")}
     assert loader.bad_images == names and len(caplog.records) == 3
-    loader = eval_loader(dataset, batch_size=2, num_workers=workers)
+    loader = eval_loader(dataset, batch_size=2)
     loader.max_bad_images = 0.24
     with pytest.raises(DataError, match=r"^3 of 12 .* max_bad_images=0.24 allows: .*/04.jpg, .*11"):
         list(loader)
