@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
+from eval.backbone import TimmBackbone
 from eval.common import load_for_all
 from eval.families import BackboneError
 from eval.features import pool
@@ -32,34 +33,36 @@ def tokens_of(pretrained, pixels, **options):
 
 def test_a_local_file_of_timm_gives_timms_features(tmp_path):
     torch.manual_seed(3)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
-    torch.save(model.state_dict(), tmp_path / "tiny.pth")
-    weights = str(tmp_path / "tiny.pth")
-    found = tokens_of("timm:vit_tiny_patch16_224", images(224), pretrained_weights=weights)
+    model = timm.create_model("test_vit", num_classes=10).eval()
+    torch.save(model.state_dict(), tmp_path / "small.pth")
+    weights = str(tmp_path / "small.pth")
+    found = tokens_of("timm:test_vit", images(160), pretrained_weights=weights)
     with torch.no_grad():
-        expected = model.forward_features(images(224))
+        expected = model.forward_features(images(160))
         layers = model.forward_intermediates(
-            images(224), indices=[4], output_fmt="NLC", intermediates_only=True
+            images(160), indices=[3], output_fmt="NLC", intermediates_only=True
         )
     torch.testing.assert_close(found.cls, expected[:, 0])
     torch.testing.assert_close(found.patches, expected[:, 1:])
-    backbone = load_backbone(
-        "timm:vit_tiny_patch16_224", pretrained_weights=weights, layer=4, final_norm=False
-    )
+    backbone = load_backbone("timm:test_vit", pretrained_weights=weights, layer=3, final_norm=False)
     with torch.no_grad():
-        torch.testing.assert_close(backbone(images(224)).patches, layers[0])
+        torch.testing.assert_close(backbone(images(160)).patches, layers[0])
         assert backbone(images(64, 96)).grid == (4, 6)
-    assert backbone.depth == 5 and backbone.mean == (0.5, 0.5, 0.5)
+    assert backbone.depth == 4 and backbone.mean == (0.5, 0.5, 0.5)
 
 
 def test_the_only_norm_of_a_vit_may_stand_behind_its_pooling():
-    name = "timm:eva02_tiny_patch14_224"
-    backbone = load_backbone(name, random_init=True)
-    bare = load_backbone(name, random_init=True, final_norm=False)
-    with torch.no_grad():
-        tokens, expected = backbone(images(224)), bare(images(224))
-        expected = F.layer_norm(expected.patches, expected.patches.shape[-1:], eps=1e-6)
-    torch.testing.assert_close(tokens.patches, expected)
+    sizes = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    tokens = {}
+    for final_norm in (True, False):
+        torch.manual_seed(0)
+        model = timm.create_model("eva02_tiny_patch14_224", num_classes=0, **sizes)
+        cut = {"layer": -1, "final_norm": final_norm}
+        with torch.no_grad():
+            found = TimmBackbone(model, family="timm", name="small", **cut).eval()(images(28))
+        tokens[final_norm] = found.patches
+    expected = F.layer_norm(tokens[False], tokens[False].shape[-1:], eps=1e-6)
+    torch.testing.assert_close(tokens[True], expected)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +75,13 @@ def test_models_that_give_no_grid_are_refused(name, side):
 
 
 def test_a_network_without_blocks_gives_its_last_feature_map():
-    backbone = load_backbone("timm:resnet10t", random_init=True)
+    backbone = load_backbone("timm:test_resnet", random_init=True)
     with torch.no_grad():
         found = backbone(images(64, 96))
         expected = backbone.model.forward_features(images(64, 96))
     assert found.cls is None and found.grid == (2, 3) and backbone.patch_size == 32
     torch.testing.assert_close(found.patches[:, 4], expected[:, :, 1, 1])
-    with pytest.raises(BackboneError, match="resnet10t: only plain ViTs can be fine-tuned"):
+    with pytest.raises(BackboneError, match="test_resnet: only plain ViTs can be fine-tuned"):
         backbone.set_drop_path(0.1)
 
 

@@ -8,11 +8,12 @@ from torch.nn.functional import normalize
 
 from eval import nn
 from eval.features import Features
-from eval.nn import Neighbours, nearest, vote
+from eval.nn import Neighbours, leave_one_out, nearest, vote
 from tests import eval_by_hand as by_hand
 from tests.backbones import digits_checkpoint, run_command
-from tests.evaluations import config
-from tests.runs import finish, run_together, start_process, torchrun
+from tests.evaluations import arguments, config, few_digits
+from tests.runs import run_together
+from util.distributed import Ranks
 
 CPU = torch.device("cpu")
 
@@ -74,6 +75,13 @@ def test_no_row_of_any_part_is_its_own_neighbour(monkeypatch):
     found = nearest(features, features, 3, CPU, leave_out=torch.arange(30))
     _, order = brute_force(features.double().numpy(), features.double().numpy(), 3, own=True)
     assert np.array_equal(found.indices.numpy(), order)
+
+
+def test_images_without_label_are_of_a_class_of_their_own():
+    """While pre-training, where a data set may have some."""
+    features = normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.3]]), dim=1)
+    images = Features(features, torch.tensor([-1, -1, 3, 700, 3]))
+    assert leave_one_out(images, Ranks(0, 1, CPU)) == 40
 
 
 def test_one_certain_neighbour_says_nothing_of_the_others():
@@ -171,50 +179,30 @@ def test_leave_one_out_of_fresh_weights_by_hand(tmp_path):
 # ---- The command. --------------------------------------------------------------------------------
 
 
-def results(tmp_path) -> dict[str, float]:
-    return by_hand.report_of(tmp_path / "nn")["results"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["paper", "knn"])
-def test_two_processes_give_the_same_number(tmp_path, protocol):
-    overrides = [
-        f"output_dir={tmp_path}",
-        f"pretrained={digits_checkpoint(tmp_path)}",
-        f"protocol={protocol}",
-        "neighbours=[5,10]",
-        f"cache_dir={tmp_path / 'cache'}",
-        "batch_size=100",
-    ]
-    assert run_command("nn", *overrides) == 0
-    alone = results(tmp_path)
-    for file in (tmp_path / "cache").iterdir():
-        file.unlink()
-    arguments = ["dataset=digits", "num_workers=0", *overrides]
-    for _ in range(2 if protocol == "knn" else 1):  # the second time from the cache
-        run_together(2, *arguments, program="eval/nn.py")
-        assert results(tmp_path) == alone
-
-
-@pytest.mark.slow
-def test_torchrun_as_in_the_readme(tmp_path):
-    overrides = [f"output_dir={tmp_path}", f"pretrained={digits_checkpoint(tmp_path)}"]
-    assert run_command("nn", *overrides) == 0
-    alone = results(tmp_path)
-    command = [*torchrun(2)[:-1], "-m", "eval.nn", "--config-name=nn"]
-    process = start_process([*command, "dataset=digits", "num_workers=0", *overrides])
-    code, output = finish(process)
-    assert code == 0, output
-    assert results(tmp_path) == alone
-    numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in alone.items())
-    facts, result = (line for line in output.splitlines() if line.startswith("nn: "))
-    assert result.startswith(f"nn: {numbers}  ("), "once, although there are two processes"
+def test_two_processes_give_the_same_number(tmp_path):
+    """Of several batches, also from the cache; and only one of them says it."""
+    root = by_hand.write_images(tmp_path / "images")
+    settings = ["dataset=imagefolder", f"data_path={root}", "batch_size=7", "neighbours=[5,10]"]
+    path = by_hand.write_checkpoint(tmp_path)
+    for protocol in ("paper", "knn"):
+        own = [*settings, f"protocol={protocol}"]
+        alone, together = tmp_path / f"{protocol}-1", tmp_path / f"{protocol}-2"
+        nn.main(config("nn", path, alone, *own))
+        expected = by_hand.report_of(alone / "nn")["results"]
+        own.append(f"cache_dir={tmp_path / 'cache'}")
+        for _ in range(2 if protocol == "knn" else 1):
+            output = run_together(2, *arguments("nn", path, together, *own), program="eval/nn.py")
+            assert by_hand.report_of(together / "nn")["results"] == expected
+            numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in expected.items())
+            facts, result = (line for line in output.splitlines() if line.startswith("nn: "))
+            assert result.startswith(f"nn: {numbers}  (")
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["protocol=knn", "neighbours=[10,1401]"], "neighbours=1401: expected 1 to 1400, as many"),
+        (["protocol=knn", "neighbours=[1,161]"], "neighbours=161: expected 1 to 160, as many"),
         (
             ["dataset=folder", "data_path={images}"],
             "dataset=folder has no labels, and nn needs them",
@@ -231,7 +219,8 @@ def test_bad_input_is_one_sentence(tmp_path, capfd, overrides, expected):
     Image.new("RGB", (8, 8)).save(folders["images"] / "a.png")
     pretrained = f"pretrained={digits_checkpoint(tmp_path)}"
     overrides = [text.format(**folders) for text in overrides]
-    assert run_command("nn", f"output_dir={tmp_path}", pretrained, *overrides) == 2
+    with few_digits():
+        assert run_command("nn", f"output_dir={tmp_path}", pretrained, *overrides) == 2
     message = capfd.readouterr().err
     assert message.startswith("error: ") and expected.format(**folders) in message
     assert message.count("\n") == 1
