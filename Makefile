@@ -1,19 +1,23 @@
 # make demo: see it learn. make test: the tests. Both make .venv first if it is missing.
 PYTHON ?= python3
 SEED ?= 0
+PAGE ?= gpu-results.md
 BIN = .venv/bin
+# One at a time, in a second process that can crash.
+ALONE = --numprocesses=1 --timeout-method=thread
 TOGETHER = --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo pictures challenges laboratory test test-fast test-slurm lint types clean
+.PHONY: help demo pictures challenges laboratory test test-fast test-slurm test-gpu lint types clean
 
 help:
 	@echo "make demo       see it learn: digits on a CPU, one to two minutes (SEED=1: another seed)"
 	@echo "make pictures   what patches of photographs become: 20 minutes on a CPU, into figs/"
 	@echo "make challenges the paper's argument in numbers: an hour on two cores, into docs/challenges.md"
 	@echo "make laboratory published choices of the target, compared: into docs/laboratory.md"
-	@echo "make test       all tests but those of Slurm"
+	@echo "make test       all tests but those of Slurm and GPUs"
 	@echo "make test-fast  without the slow ones"
 	@echo "make test-slurm on a cluster that they start on this machine; needs root and apt"
+	@echo "make test-gpu   what needs a GPU, in at most 15 minutes on one; PAGE=gpu-results.md is written"
 	@echo "make lint       ruff"
 	@echo "make types      mypy"
 	@echo "make clean      remove .venv"
@@ -45,6 +49,9 @@ test-fast: .venv/installed
 
 test-slurm: .venv/installed
 	$(BIN)/python -m pytest tests/slurm
+
+test-gpu: .venv/installed
+	timeout --signal=INT --kill-after=20 870 $(BIN)/python -m pytest tests/gpu -m gpu $(ALONE) --page=$(PAGE)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

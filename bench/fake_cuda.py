@@ -188,7 +188,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def without_generator(function: Callable) -> Callable:
-    return lambda *args, generator, **kwargs: function(*args, **kwargs)
+    return lambda *args, generator=None, **kwargs: function(*args, **kwargs)
 
 
 @contextmanager

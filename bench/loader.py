@@ -1,41 +1,39 @@
-"""How many images per second does one loader process deliver, and does training wait for it?
+"""How many images per second does one loader process deliver?
 
 python -m bench.loader                      # makes 300 JPEG files of ImageNet's sizes, reads them
-python -m bench.loader --data /path/to/imagenet --workers 1 2 4
-python -m bench.loader --train --encoder vit_small --batch 48 --precision bf16
+python -m bench.loader data_path=/path/to/imagenet num_workers=4
 
 Pipelines, measured in turns: `pil float`, the customary one (Pillow decodes, crops and resizes;
 float32, normalised, in the worker); `pil`, this project's with decoder=pil (uint8, normalised on
 the device); `fast`, with decoder=fast, also as a share of what one process decodes if it does
-nothing else. --train: loader and training step together.
+nothing else. In the process itself and with one worker, unless num_workers says otherwise. Whether
+a training waits for its loader each of its log lines says.
 """
 
 import statistics
 import tempfile
 import time
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from bench import step
+from bench.command import run_bench, show
+from bench.step import median_ratio
 from data.base import ImageDataset
-from data.datasets import build_dataset
-from data.loader import TrainLoader
+from data.loader import Augmentation
 from data.picture import decode
 from data.transforms import TrainTransform
-from engine_pretrain import train_step
-from util.distributed import Ranks, join_processes, leave_processes
-from util.metrics import Speed
+from util.build import read_geometry
+from util.distributed import Ranks
+from util.loaders import open_split, train_loader
 
-SIDE, BATCH = 280, 16
-WARM_UP = 3  # steps
-IMAGENET = step.RECIPE["dataset"]
+BATCH = 16
 PHOTO_SIZES = [(500, 375), (375, 500), (500, 333)]  # the most frequent ones of ImageNet
 PHOTO_CLASSES = 10
 
@@ -64,39 +62,37 @@ def write_photos(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(target, quality=int(rng.integers(90, 96)))
 
 
-BICUBIC = transforms.InterpolationMode.BICUBIC
-CUSTOMARY = transforms.Compose(
-    [
-        transforms.RandomResizedCrop(SIDE, (step.RECIPE["min_crop"], 1), interpolation=BICUBIC),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET["mean"], IMAGENET["std"]),
-    ]
-)
-
-
-def customary_transform(image: Image.Image, epoch: int, index: int) -> Tensor:
+def customary_transform(cfg: DictConfig) -> Augmentation:
     """What most code bases do in their loaders."""
-    return CUSTOMARY(image)
+    steps = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                read_geometry(cfg).side,
+                scale=(cfg.min_crop, 1),
+                interpolation=transforms.InterpolationMode.BICUBIC,
+            ),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(cfg.dataset.mean, cfg.dataset.std),
+        ]
+    )
+
+    def transform(image: Image.Image, epoch: int, index: int) -> Tensor:
+        return steps(image)
+
+    return transform
 
 
-def recipe_transform(side: int) -> TrainTransform:
-    return TrainTransform(side, step.RECIPE["min_crop"], IMAGENET["flip"], step.RECIPE["seed"])
+def recipe_transform(cfg: DictConfig) -> TrainTransform:
+    return TrainTransform(read_geometry(cfg).side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
 
 
-def build_loader(
-    data: ImageDataset, transform, batch: int, workers: int, ranks: Ranks
-) -> TrainLoader:
-    sizes = {"batch_size": batch, "accum_iter": 1, "num_workers": workers}
-    place = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
-    return TrainLoader(data, transform, seed=step.RECIPE["seed"], **sizes, **place)
-
-
-def rate(dataset: ImageDataset, transform, workers: int, images: int) -> float:
+def rate(cfg: DictConfig, dataset: ImageDataset, transform: Augmentation, images: int) -> float:
     """Images per second; the start of the workers and their end are left out."""
-    alone = Ranks(0, 1, torch.device("cpu"))
+    cfg = OmegaConf.merge(cfg, {"batch_size": BATCH, "accum_iter": 1})
     count = images // BATCH
-    batches = build_loader(dataset, transform, BATCH, workers, alone).stream(0, 3 * count)
+    loader = train_loader(cfg, Ranks(0, 1, torch.device("cpu")), dataset, transform)
+    batches = loader.stream(0, 3 * count)
     next(batches)
     start = time.perf_counter()
     delivered = sum(len(batch.images) for batch in islice(batches, count))
@@ -112,76 +108,39 @@ def decoding_rate(files: list[bytearray]) -> float:
     return len(files) / (time.perf_counter() - start)
 
 
-def measure(data: Path, workers: int, images: int, rounds: int) -> dict:
+def measure(cfg: DictConfig, images: int, rounds: int) -> dict:
     """Images per second, medians over the rounds."""
-    decoders = ({"decoder": name} for name in ("pil", "fast"))
-    pil, fast = (build_dataset("imagefolder", "train", str(data), own) for own in decoders)
-    ours = recipe_transform(SIDE)
-    kinds = {"pil float": (pil, customary_transform), "pil": (pil, ours), "fast": (fast, ours)}
+    pil, fast = (
+        open_split(OmegaConf.merge(cfg, {"dataset": {"options": {"decoder": decoder}}}), "train")
+        for decoder in ("pil", "fast")
+    )
+    ours = recipe_transform(cfg)
+    kinds = {"pil float": (pil, customary_transform(cfg)), "pil": (pil, ours), "fast": (fast, ours)}
     files = [fast.contents(index) for index in range(min(images, len(fast)))]
     rates = {name: [] for name in (*kinds, "decoding")}
     for _ in range(rounds):
         rates["decoding"].append(decoding_rate(files))
         for name, (dataset, transform) in kinds.items():
-            rates[name].append(rate(dataset, transform, workers, images))
-    result = {"workers": workers}
+            rates[name].append(rate(cfg, dataset, transform, images))
+    result = {"workers": cfg.num_workers}
     for name, values in rates.items():
         result[name] = statistics.median(values)
-        result[f"{name}, times pil float"] = step.median_ratio(values, rates["pil float"])
-    result["fast, share of decoding"] = step.median_ratio(rates["fast"], rates["decoding"])
+        result[f"{name}, times pil float"] = median_ratio(values, rates["pil float"])
+    result["fast, share of decoding"] = median_ratio(rates["fast"], rates["decoding"])
     return result
 
 
-def train(data: Path, setting: step.Setting, workers: int, steps: int, ranks: Ranks) -> dict:
-    """Images per second, and the share of the time that the step waits for data."""
-    training = step.build_training(setting, ranks)
-    dataset = build_dataset("imagefolder", "train", str(data))
-    transform = recipe_transform(step.image_side(training, setting))
-    loader = build_loader(dataset, transform, setting.batch, workers, ranks)
-    speed, all_steps = Speed(), WARM_UP + steps
-    batches = (batch.images for batch in speed.timed(loader.stream(0, all_steps)))
-    draw_views = step.view_source(setting, ranks)
-    for number in range(all_steps):
-        if number == WARM_UP:
-            training.meters.read()  # waits for the device, as a log point does
-            speed.read(WARM_UP, setting.batch, 0)
-        train_step(training, batches, lambda *_: draw_views(), number, number / all_steps)
-    training.meters.read()
-    measured = speed.read(steps, setting.batch * ranks.world_size, 0)
-    shown = {"images_per_second": measured["images_per_second"], "waiting": measured["data_wait"]}
-    about = {"workers": workers, "device": step.device_name(ranks.device)}
-    return asdict(setting) | about | shown
-
-
-def main() -> None:
-    parser = step.command_line(__doc__)
-    parser.add_argument("--data", type=Path, help="a folder with train/CLASS/*.jpg; else made here")
-    parser.add_argument("--photos", type=int, default=300, help="how many files to make")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--images", type=int, default=400, help="read in each round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--train", action="store_true", help="measure loader and step together")
-    step.add_training_options(parser)
-    parser.add_argument("--batch", type=int, default=48, help="with --train: images per process")
-    parser.add_argument("--steps", type=int, default=10, help="with --train")
-    options = parser.parse_args()
-    ranks = join_processes()
-    setting = step.setting_of(options, options.batch, step.GRID)
-    if not options.train:
-        torch.set_num_threads(1)  # as in a loader process
+def main(cfg: DictConfig, photos: int, images: int, rounds: int) -> None:
+    """photos: how many files to make. images: read in each round."""
+    torch.set_num_threads(1)  # as in a loader process
     with tempfile.TemporaryDirectory() as made:
-        data = options.data or Path(made)
-        if options.data is None:
-            write_photos(data, options.photos)
-        for workers in options.workers:
-            if options.train:
-                result = train(data, setting, workers, options.steps, ranks)
-            else:
-                result = measure(data, workers, options.images, options.rounds)
-            if ranks.is_main:
-                step.show(result)
-    leave_processes()
+        if cfg.data_path is None:
+            write_photos(Path(made), photos)
+            cfg.data_path, cfg.dataset.name = made, "imagefolder"
+        for workers in (0, 1) if cfg.num_workers is None else (cfg.num_workers,):
+            cfg.num_workers = workers
+            show(measure(cfg, images, rounds))
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(main, __doc__, photos=300, images=400, rounds=5)

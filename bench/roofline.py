@@ -12,19 +12,15 @@ is not written but made again. Outside of compiled code it is as eager. On top c
 kernels below both rates (util/machines.yaml), and waiting for other GPUs. No GPU has run this yet.
 """
 
-import re
-import sys
 from collections import Counter, defaultdict
-from itertools import repeat
 
-import torch
 import yaml
+from omegaconf import OmegaConf
 
+from bench.command import run_bench
 from bench.fake_cuda import CUDA, Operation, Recorder, fake_cuda
-from engine_pretrain import train_step
-from launch.command import run_worker
-from models.views import Views, sample_views
-from util.build import Training, build_model, read_geometry
+from bench.step import build_training, step_of
+from util.build import Training
 from util.distributed import Ranks
 from util.metrics import MACHINES
 
@@ -36,20 +32,13 @@ LARGEST = 10
 def record_step(cfg, precision: str) -> tuple[Training, Recorder]:
     """The second step of a run: the first one makes the optimiser's state."""
     with fake_cuda() as recorder:
-        ranks, geometry = Ranks(0, 1, CUDA), read_geometry(cfg)
-        training = Training(cfg, build_model(cfg), ranks, precision, cfg.batch_size)
-        training.compile()
-        side, (grid, _, gap, visible) = geometry.side, geometry
-        sizes, generator = (cfg.batch_size, grid, visible, gap), torch.Generator(CUDA)
-        images = repeat(torch.empty(cfg.batch_size, 3, side, side, dtype=torch.uint8))
-
-        def draw_views(step: int, micro_step: int, batch_size: int) -> Views:
-            return sample_views(*sizes, generator, masks=cfg.masks)
-
-        train_step(training, images, draw_views, 0, 0.0)
+        ranks = Ranks(0, 1, CUDA)
+        training = build_training(OmegaConf.merge(cfg, {"compile": True}), ranks, precision)
+        step = step_of(cfg, training, ranks)
+        step(0)
         recorder.kept.clear()
         with recorder:
-            train_step(training, images, draw_views, 1, 0.5)
+            step(1)
     return training, recorder
 
 
@@ -100,8 +89,10 @@ def show(head: list[str], rows: dict[str, list[float]]) -> None:
         print(f"| {' | '.join([name, *(f'{cell:.4g}' for cell in cells)])} |")
 
 
-def show_costs(cfg, training: Training, recorder: Recorder, sums: Counter) -> None:
-    gpus = OWN["gpus"] or (cfg.env.ngpu or 1) * cfg.env.world_size
+def show_costs(
+    cfg, training: Training, recorder: Recorder, sums: Counter, gpus: int, images: int
+) -> None:
+    gpus = gpus or (cfg.env.ngpu or 1) * cfg.env.world_size
     made = {storage._cdata for storage in recorder.made}
     kept = sum(size for key, size in recorder.kept.items() if key in made) / cfg.accum_iter / 1e9
     sizes = [(4e-9 * p.numel(), p.requires_grad) for p in training.model.parameters()]
@@ -110,9 +101,9 @@ def show_costs(cfg, training: Training, recorder: Recorder, sums: Counter) -> No
         f"\nmemory: weights {weights:.2f} GB, gradients {trained:.2f}, moments {2 * trained:.2f}, "
         f"for the backward pass {kept:.1f}: {weights + 3 * trained + kept:.1f} GB\n"
         f"all-reduce: {trained:.2f} GB of gradients per step among {gpus} GPUs\n"
-        f"{cfg.epochs} epochs of {OWN['images']} images, at least:"
+        f"{cfg.epochs} epochs of {images} images, at least:"
     )
-    steps = cfg.epochs * (OWN["images"] // (cfg.batch_size * cfg.accum_iter * gpus))
+    steps = cfg.epochs * (images // (cfg.batch_size * cfg.accum_iter * gpus))
     for name, machine in GPUS.items():
         for how in ("eager", "compiled"):
             value = sums[f"{name} {how} ms"]
@@ -123,7 +114,8 @@ def show_costs(cfg, training: Training, recorder: Recorder, sums: Counter) -> No
             )
 
 
-def main(cfg) -> None:
+def main(cfg, gpus: int, images: int) -> None:
+    """gpus: 0, as many as the config says. images: of the data set."""
     precision = "bf16" if cfg.precision == "auto" else cfg.precision
     training, recorder = record_step(cfg, precision)
     sums = add_up(recorder.operations, GPUS, cfg.accum_iter)
@@ -135,13 +127,8 @@ def main(cfg) -> None:
         moved[what] += o.bytes / cfg.accum_iter / 1e9
     rows = {what: [size] for what, size in moved.most_common(LARGEST)}
     show([f"the {LARGEST} that move most", "operation", "line", "GB"], rows)
-    show_costs(cfg, training, recorder, sums["all"])
+    show_costs(cfg, training, recorder, sums["all"], gpus, images)
 
 
 if __name__ == "__main__":
-    OWN = {"gpus": 0, "images": 1281167}
-    for name in OWN:
-        for text in [text for text in sys.argv if re.fullmatch(rf"{name}=\d+", text)]:
-            sys.argv.remove(text)
-            OWN[name] = int(text.partition("=")[2])
-    run_worker(main, __doc__)
+    run_bench(main, __doc__, gpus=0, images=1281167)

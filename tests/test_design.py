@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "eval": {"eval", "util", "launch", "data", "models"},
     "main_lmim": {"engine_pretrain", "eval", "util", "launch", "data", "models"},
     "launcher": {"launch"},
-    "bench": {"bench", "engine_pretrain", "eval", "util", "launch", "data", "models"},
+    "bench": {"bench", "main_lmim", "engine_pretrain", "eval", "util", "launch", "data", "models"},
     "figs": set(),
 }
 
