@@ -52,11 +52,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.rpartition("-")[2])
 
 
-def last_checkpoint(job: Path, epochs: int) -> Path | None:
-    """That of the last epoch, if it is written."""
-    return next((job / "checkpoints").glob(f"epoch-{epochs:04d}-step-*.pth"), None)
-
-
 def refuse_to_start_over(cfg: DictConfig) -> None:
     """The checkpoints of an earlier run are only removed on demand."""
     existing = list_checkpoints(job_directory(cfg) / "checkpoints")

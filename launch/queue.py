@@ -36,8 +36,12 @@ def job_state(job_id: str) -> dict[str, str]:
         return {"JobState": "forgotten" if "Invalid job id" in error.stderr else "unknown"}
     except (OSError, subprocess.TimeoutExpired):
         return {"JobState": "unknown"}
+    # One element of an array has the array's own number, which stands for all of them here.
+    records = text.strip().split("\n\n")
+    text = next((own for own in records if own.startswith(f"JobId={job_id} ")), records[-1])
     # A job's name, which may look like anything, comes first: of two values the last one counts.
-    record = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    record = {"JobState": "unknown"}
+    record |= dict(word.split("=", 1) for word in text.split() if "=" in word)
     return record | dict(re.findall(r"^ *(StdOut)=(.*)$", text, re.MULTILINE))
 
 
@@ -55,12 +59,4 @@ def read_note(job: Path) -> dict[str, str]:
 
 def has_ended(job_id: str) -> bool:
     """False too where Slurm cannot be asked."""
-    try:
-        lines = slurm_command("scontrol", "--oneliner", "show", "job", job_id).splitlines()
-    except subprocess.CalledProcessError as error:
-        return "Invalid job id" in error.stderr  # it is forgotten some minutes after its end
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    # One element of an array has the array's own number, which stands for all of them here.
-    own = [line.split() for line in lines if line.startswith(f"JobId={job_id} ")]
-    return any(f"JobState={state}" in words for words in own for state in OVER)
+    return job_state(job_id)["JobState"] in {*OVER, "forgotten"}

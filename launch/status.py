@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from launch.config import ConfigError
-from launch.job import last_checkpoint, list_checkpoints, step_of
+from launch.job import list_checkpoints
 from launch.lock import JobBusy, lives, owners_in, this_process
 from launch.queue import job_state, read_note, why_waiting
+from launch.results import has_ended, read_outline
 from util.files import read_json, read_records
 
 # With widths that most cells fit, since a row is printed as soon as it is known.
@@ -77,7 +79,7 @@ def state_of(job: Path, job_id: str, record: dict[str, str]) -> str:
     state, reason = record["JobState"], why_waiting(record)
     if job_id == "-" or state == "forgotten":
         return state_here(job)
-    if state == "unknown" and is_finished(job):
+    if state == "unknown" and has_come_to_its_end(job):
         return "finished"
     return state + (f" ({reason})" if reason else "")
 
@@ -92,22 +94,20 @@ def state_here(job: Path) -> str:
     for owner in owners:
         if lives(owner, me):
             return "running" if owner.host == me.host else f"running on {owner.host}"
-    if is_finished(job):
+    if has_come_to_its_end(job):
         return "finished"
     return "dead" if owners else "stopped"
 
 
-def is_finished(job: Path) -> bool:
+def has_come_to_its_end(job: Path) -> bool:
+    """With a result; what is trained, after the steps that it had planned."""
     try:
         cfg = OmegaConf.load(job / "config.yaml")
-        has_result = any((job / "results").glob("*.json"))
-        if "epochs" not in cfg:
-            return has_result and "worker" in cfg
-        newest = [step_of(path) for path in list_checkpoints(job / "checkpoints")[:1]]
-        ended = read_json(job / "results" / f"{job.name}.json").get("steps")  # also at max_steps
-        return has_result and (newest == [ended] or last_checkpoint(job, cfg.epochs) is not None)
-    except (OSError, ValueError, YAMLError):
+        trained = [read_outline(path) for path in list_checkpoints(job / "checkpoints")[:1]]
+        is_done = has_ended(cfg, *trained) if trained else "epochs" not in cfg and "worker" in cfg
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
         return False
+    return is_done and any((job / "results").glob("*.json"))
 
 
 def evaluations(job: Path) -> list[str]:

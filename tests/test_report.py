@@ -1,11 +1,13 @@
 """A report's numbers are those of the log files, and it needs nothing but itself."""
 
 import base64
+import io
 import json
 import math
 import re
 import statistics
 import sys
+from contextlib import redirect_stdout
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,12 +18,22 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import launcher
+import main_lmim
 from launch.command import run_command_line
 from launch.config import compose_config
-from launch.report import compare_workers, environments, evaluations, figure, readable, spread
+from launch.report import (
+    compare_workers,
+    environments,
+    evaluations,
+    figure,
+    main,
+    readable,
+    spread,
+)
 from launch.report_rows import Row, find_jobs, find_rows
+from tests.backbones import run_command
 from tests.evaluations import results
-from tests.runs import LAUNCHER, finish, records, start_process, succeed
+from tests.runs import configured_here, records
 
 LOSSES = {100: 2.0, 200: 1.5, 300: 1.25}
 ODD = '<b>&"odd" \'$body ${x} $$ ü'
@@ -73,6 +85,8 @@ class Page(HTMLParser):
         if tag in ("h2", "h3"):
             self.heading = ""
         elif tag == "table":
+            while self.heading in self.tables:  # of another worker
+                self.heading += " again"
             self.tables[self.heading] = []
         elif tag == "tr":
             self.tables[self.heading].append([])
@@ -109,16 +123,6 @@ def report(monkeypatch, capsys, tmp_path):
     return run
 
 
-@pytest.fixture
-def page_of(report, tmp_path):
-    def run(*overrides: str) -> Page:
-        exit_code, _, errors = report(*overrides)
-        assert (exit_code, errors) == (0, "")
-        return Page(tmp_path / "out" / "report" / "report.html")
-
-    return run
-
-
 def logged(jobs: list[Path], name: str) -> dict[int, list[float]]:
     """By step that all have, read off the files by hand."""
     curves = [{r["step"]: r[name] for r in records(job) if name in r} for job in jobs]
@@ -126,152 +130,135 @@ def logged(jobs: list[Path], name: str) -> dict[int, list[float]]:
     return {step: [curve[step] for curve in curves] for step in sorted(shared)}
 
 
-# ---- Numbers. ------------------------------------------------------------------------------------
+# ---- One page. -----------------------------------------------------------------------------------
+
+BAND = "s0 … s2 (3 runs)"
+REASON = "rankme 9 -> 2, 9 at most"
+JUDGED = {"verdict": "collapsed", "since": 200, "reason": REASON}
 
 
-def test_three_seeds_and_another_config_are_one_band_and_one_line(page_of, tmp_path):
-    shifts = (0.0, 0.25, 0.75)
-    seeds = [
+def write_jobs(folder: Path) -> None:
+    """Three seeds and others, evaluations of them and of other backbones, a picture."""
+    for n, shift in enumerate((0.0, 0.25, 0.75)):
+        judged = JUDGED if n == 0 else JUDGED | {"verdict": "healthy"}
         # What changes no result may differ.
-        write_job(tmp_path / f"s{n}", f"seed={n}", f"print_freq={n + 1}", "env=local", shift=shift)
-        for n, shift in enumerate(shifts)
-    ]
-    write_job(tmp_path / "other", "tau=0.1", shift=3.0)
-    page = page_of(f"jobs=[{tmp_path}/s*,{tmp_path}/other]")
-    band, line = "s0 … s2 (3 runs)", "other"
-    for name in ("loss", "lr", "nn_accuracy", "rankme", "images_per_second"):
-        found = page.numbers[f"main_lmim {name}"]
-        assert found.keys() == {band, line}
-        expected = logged(seeds, name)
-        assert found[band]["steps"] == list(expected)
-        means, deviations = (
-            map(statistics.mean, expected.values()),
-            map(statistics.stdev, expected.values()),
-        )
-        assert found[band]["mean"] == pytest.approx(list(means))
-        assert found[band]["std"] == pytest.approx(list(deviations), abs=1e-12)
-        assert "std" not in found[line]
-        alone = logged([tmp_path / "other"], name)
-        assert found[line]["mean"] == [value for (value,) in alone.values()]
-    settings = page.rows("Settings that differ")
-    assert settings[band] == {"": band, "seed": "0, 1, 2", "tau": "0.2"}
-    assert settings[line] == {"": line, "seed": "0", "tau": "0.1"}
-    training = page.rows("Training")
-    assert training.keys() == {band, line} and training[line]["loss"] == "4.25"
-    # 1.25 and the mean of the shifts, 1/3; their deviation is 0.382.
-    assert training[band]["loss"] == "1.58 ± 0.38" and training[band]["step"] == "300"
-    assert training[band]["lr"] == "0.001 ± 0"
-    assert len(page.rows("Runs")) == 4 and list(page.rows("Environments")) == ["s0, s1, s2, other"]
-
-
-@pytest.mark.slow
-def test_a_run_of_ones_own_over_the_band_of_the_same_settings(page_of, tmp_path):
-    for n in range(3):
-        write_job(tmp_path / f"s{n}", f"seed={n}")
-    write_job(tmp_path / "mine", "seed=7")
-    page = page_of(f"jobs=[{tmp_path}/*]", f"apart=[{tmp_path}/mine]")
-    assert page.rows("Training").keys() == {"mine", "s0 … s2 (3 runs)"}
-    assert "end at steps" not in page.text
-    assert page_of(f"jobs=[{tmp_path}/*]").rows("Training").keys() == {"mine … s2 (4 runs)"}
-
-
-def test_runs_on_other_numbers_of_images_are_no_band(page_of, tmp_path):
-    """The config does not say how many there are."""
-    jobs = [write_job(tmp_path / f"s{n}", f"seed={n}") for n in range(2)]
-    text = (jobs[1] / "log.txt").read_text()
-    (jobs[1] / "log.txt").write_text(re.sub(r'"epoch": (\d+)\.', r'"epoch": 1\1.', text))
-    settings = page_of(f"jobs=[{tmp_path}/s*]").rows("Settings that differ")
-    assert {row["steps per epoch"] for row in settings.values()} == {"10", "2"}
-
-
-@pytest.mark.slow
-def test_a_band_has_the_steps_that_all_have_and_says_so(report, page_of, tmp_path):
-    write_job(tmp_path / "a", "seed=1")
-    write_job(tmp_path / "b", "seed=2", steps=(150, 200), shift=0.5)
-    page = page_of(f"jobs=[{tmp_path}/a,{tmp_path}/b]")
-    (found,) = page.numbers["main_lmim loss"].values()
-    assert found == {"steps": [200], "mean": [1.75], "std": [pytest.approx(0.125**0.5)]}
-    note = "a … b (2 runs): these end at steps 300, 200; the band has the steps of all."
-    assert note in page.text and note in report(f"jobs=[{tmp_path}/a,{tmp_path}/b]")[1]
-    # Another config need not end there.
-    write_job(tmp_path / "c", "tau=0.1", steps=(100,))
-    assert "end at steps" not in page_of(f"jobs=[{tmp_path}/a,{tmp_path}/c]").text
-
-
-def test_the_verdicts(page_of, tmp_path):
-    reason = "rankme 9 -> 2, 9 at most"
-    judged = {"verdict": "collapsed", "since": 200, "reason": reason}
-    write_job(tmp_path / "s0", "seed=0", **judged)
-    write_job(tmp_path / "s1", "seed=1", **judged | {"verdict": "healthy"})
-    write_job(tmp_path / "other", "tau=0.1", **judged)
-    turned = write_job(tmp_path / "turned", "tau=0.3", **judged)  # at first it was healthy
+        own = [f"seed={n}", f"print_freq={n + 1}", "env=local"]
+        run = write_job(folder / f"s{n}", *own, shift=shift, **judged)
+        write_evaluation(folder / f"nn-{n}", run, 60.0 + 2 * n)
+    write_evaluation(folder / "random", run, 20.0, random_init=True)
+    write_evaluation(folder / "timm", "timm:vit_tiny_patch16_224", 50.0)
+    write_evaluation(folder / "loose", folder / "gone", 51.0)
+    write_job(folder / "mine", "seed=7")
+    other = write_job(folder / "other", "tau=0.1", shift=3.0, **JUDGED)
+    before = {"before": 58.0, "after": None, "seconds": 3.5, "protocol": "nearest neighbour"}
+    (other / "results" / "other.json").write_text(json.dumps(before))
+    picture = other / "results" / "pictures" / "000-digit.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (5, 4), "red").save(picture)
+    one = {"evaluation": "few_shot", "protocol": "ridge", "pretrained": str(other)}
+    found = {"few_shot": {"trained": one | {"results": {"shots_1": 40.5}}}}
+    evaluation = write_evaluation(folder / "evaluate", other, 61.0)
+    (evaluation / "results" / "evaluate.json").write_text(json.dumps({"evaluations": found}))
+    write_evaluation(folder / "nn", other, 66.0)  # the same protocol once more
+    turned = write_job(folder / "turned", "tau=0.3", **JUDGED)  # at first it was healthy
     log = (turned / "log.txt").read_text()
     log = log.replace('"collapsed", "since": 200', '"healthy", "since": 100', 1)
     (turned / "log.txt").write_text(log)
-    page = page_of(f"jobs=[{tmp_path}/s*,{tmp_path}/other,{turned}]")
+    write_job(folder / "no-number", "tau=0.4", shift=math.nan)
+    write_job(folder / "late0", "seed=1", "tau=0.5")
+    write_job(folder / "late1", "seed=2", "tau=0.5", steps=(150, 200), shift=0.5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Page, str]:
+    """-> the jobs' folder, the page, what was printed"""
+    folder, printed = tmp_path_factory.mktemp("jobs"), io.StringIO()
+    write_jobs(folder)
+    overrides = [f"jobs=[{folder}/*]", f"apart=[{folder}/mine]", f"output_dir={folder}/out"]
+    with redirect_stdout(printed):
+        main(compose_config("report", overrides))
+    return folder, Page(folder / "out" / "report" / "report.html"), printed.getvalue()
+
+
+def test_three_seeds_and_another_config_are_one_band_and_one_line(made):
+    folder, page, _ = made
+    for name in ("loss", "lr", "nn_accuracy", "rankme", "images_per_second"):
+        found = page.numbers[f"main_lmim {name}"]
+        assert {BAND, "other", "mine"} <= found.keys()
+        expected = logged([folder / f"s{n}" for n in range(3)], name)
+        assert found[BAND]["steps"] == list(expected)
+        means = [statistics.mean(values) for values in expected.values()]
+        deviations = [statistics.stdev(values) for values in expected.values()]
+        assert found[BAND]["mean"] == pytest.approx(means)
+        assert found[BAND]["std"] == pytest.approx(deviations, abs=1e-12)
+        assert "std" not in found["other"]
+        alone = logged([folder / "other"], name)
+        assert found["other"]["mean"] == [value for (value,) in alone.values()]
+    settings = page.rows("Settings that differ")
+    assert settings[BAND] == {"": BAND, "seed": "0, 1, 2", "tau": "0.2"}
+    assert settings["mine"] == {"": "mine", "seed": "7", "tau": "0.2"}
+    assert settings["other"] == {"": "other", "seed": "0", "tau": "0.1"}
+    training = page.rows("Training")
+    rows = {BAND, "mine", "other", "turned", "no-number", "late0 … late1 (2 runs)"}
+    assert training.keys() == rows and training["other"]["loss"] == "4.25"
+    # 1.25 and the mean of the shifts, 1/3; their deviation is 0.382.
+    assert training[BAND]["loss"] == "1.58 ± 0.38" and training[BAND]["step"] == "300"
+    assert training[BAND]["lr"] == "0.001 ± 0"
+    ran = [{*names.split(", ")} for names in page.rows("Environments")]
+    assert len(ran) == 2 and any({"s0", "s1", "s2", "other"} <= names for names in ran)
+
+
+def test_a_band_has_the_steps_that_all_have_and_says_so(made):
+    _, page, printed = made
+    found = page.numbers["main_lmim loss"]["late0 … late1 (2 runs)"]
+    assert found == {"steps": [200], "mean": [1.75], "std": [pytest.approx(0.125**0.5)]}
+    note = "late0 … late1 (2 runs): these end at steps 300, 200; the band has the steps of all."
+    assert note in page.text and note in printed
+    assert page.text.count("end at steps") == 1, "another config need not end there"
+
+
+def test_the_verdicts(made):
+    _, page, _ = made
     features = page.rows("Features")
     assert features["other"]["verdict"] == features["turned"]["verdict"] == "collapsed"
     assert page.rows("Runs")["turned"]["features"] == "collapsed since step 200"
-    assert features["s0 … s1 (2 runs)"]["verdict"] == "collapsed (1), healthy (1)"
-    assert features["other"]["rankme"] == "9" and features["other"]["position_probe"] == "90"
+    assert features[BAND]["verdict"] == "collapsed (1), healthy (2)"
+    assert features["other"]["rankme"] == "12" and features["other"]["position_probe"] == "90"
     run = page.rows("Runs")["s1"]
-    assert (run["features"], run["reason"]) == ("healthy since step 200", reason)
+    assert (run["features"], run["reason"]) == ("healthy since step 200", REASON)
 
 
-def test_a_loss_that_is_no_number(page_of, tmp_path):
-    write_job(tmp_path / "a", shift=math.nan)
-    page = page_of(f"jobs=[{tmp_path}/a]")
-    assert page.numbers["main_lmim loss"]["a"]["mean"] == [None] * 3
-    assert page.rows("Training")["a"]["loss"] == "nan"
+def test_a_loss_that_is_no_number(made):
+    _, page, _ = made
+    assert page.numbers["main_lmim loss"]["no-number"]["mean"] == [None] * 3
+    assert page.rows("Training")["no-number"]["loss"] == "nan"
 
 
-# ---- Evaluations and pictures. -------------------------------------------------------------------
-
-
-def test_an_evaluation_belongs_to_the_run_that_it_is_of(page_of, tmp_path):
-    for n, top1 in enumerate((60.0, 62.0, 64.0)):
-        run = write_job(tmp_path / f"s{n}", f"seed={n}")
-        write_evaluation(tmp_path / f"nn-{n}", run, top1)
-    write_evaluation(tmp_path / "random", run, 20.0, random_init=True)
-    write_evaluation(tmp_path / "timm", "timm:vit_tiny_patch16_224", 50.0)
-    write_evaluation(tmp_path / "loose", tmp_path / "gone", 51.0)
-    page = page_of(f"jobs=[{tmp_path}/*]")
-    band = "s0 … s2 (3 runs)"
+def test_an_evaluation_belongs_to_the_run_that_it_is_of(made):
+    _, page, _ = made
     found = {row: cells["top1"] for row, cells in page.rows("nn").items()}
-    assert found == {band: "62.0 ± 2.0", "timm": "50", "loose": "51"}
-    assert page.rows("nn")[band]["checkpoint"] == "step-300.pth"
-    assert page.rows("nn, random init")[band]["top1"] == "20 (1 of 3 runs)"
+    assert found == {BAND: "62.0 ± 2.0", "timm": "50", "loose": "51", "other": "61"}
+    assert page.rows("nn")[BAND]["checkpoint"] == "step-300.pth"
+    assert page.rows("nn, random init")[BAND]["top1"] == "20 (1 of 3 runs)"
     assert "leave-one-out &lt;i&gt; (digits)" in page.text
 
 
-def test_what_pretraining_and_several_evaluations_leave(page_of, tmp_path):
-    run = write_job(tmp_path / "run")
-    before = {"before": 58.0, "after": None, "seconds": 3.5, "protocol": "nearest neighbour"}
-    (run / "results" / "run.json").write_text(json.dumps(before))
-    one = {"evaluation": "few_shot", "protocol": "ridge", "pretrained": str(run)}
-    found = {"few_shot": {"trained": one | {"results": {"shots_1": 40.5}}}}
-    evaluation = write_evaluation(tmp_path / "evaluate", run, 61.0)
-    (evaluation / "results" / "evaluate.json").write_text(json.dumps({"evaluations": found}))
-    write_evaluation(tmp_path / "nn", run, 66.0)  # the same protocol once more
-    page = page_of(f"jobs=[{tmp_path}/*]")
-    assert page.rows("pre-training")["run"] | {"": ""} == {
-        **{"": "", "before": "58", "after": "–", "seconds": "3.5", "checkpoint": "–"}
-    }
-    assert page.rows("few_shot")["run"]["shots_1"] == "40.5"
-    assert page.rows("nn")["run"]["top1"] == "61" and page.rows("nn (2)")["run"]["top1"] == "66"
+def test_what_pretraining_and_several_evaluations_leave(made):
+    _, page, _ = made
+    expected = {"": "", "before": "58", "after": "–", "seconds": "3.5", "checkpoint": "–"}
+    assert page.rows("pre-training")["other"] | {"": ""} == expected
+    assert page.rows("few_shot")["other"]["shots_1"] == "40.5"
+    assert page.rows("nn (2)")["other"]["top1"] == "66"
 
 
-def test_the_page_needs_nothing_but_itself(page_of, tmp_path):
-    job = write_job(tmp_path / "a")
-    picture = job / "results" / "pictures" / "000-digit.png"
-    picture.parent.mkdir()
-    Image.new("RGB", (5, 4), "red").save(picture)
-    page = page_of(f"jobs=[{job}]")
+def test_the_page_needs_nothing_but_itself(made):
+    folder, page, _ = made
     *curves, pictured = page.addresses
     # loss, lr, images per second, waiting; nearest neighbour and four of the watch
-    assert len(curves) == 4 + 5 and page.captions[-1] == "a: 000-digit"
+    assert len(curves) == 4 + 5 and page.captions[-1] == "other: 000-digit"
     kind, _, contents = pictured.partition(",")
     assert kind == "data:image/png;base64"
+    picture = folder / "other" / "results" / "pictures" / "000-digit.png"
     assert base64.b64decode(contents, validate=True) == picture.read_bytes()
     for address in curves:
         kind, _, contents = address.partition(",")
@@ -279,19 +266,19 @@ def test_the_page_needs_nothing_but_itself(page_of, tmp_path):
         assert kind == "data:image/svg+xml;base64" and "</svg>" in drawn
         assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', drawn))
     assert not re.search(r"url\(|@import|<link|<script (?!type=.application/json)", page.text)
-    first = page.text
-    assert page_of(f"jobs=[{job}]").text == first, "the same jobs, another page"
 
 
-def test_odd_names(page_of, tmp_path):
-    write_job(tmp_path / ODD, "seed=1", reason="</script><script>", verdict="x", since=0)
-    folders = [tmp_path / "a" / "same", tmp_path / "a</script><b>" / "same"]  # three folders deep
-    for number, folder in enumerate(folders):
-        write_job(folder, f"tau=0.{number + 3}")
-    page = page_of(f"jobs=['{tmp_path}/*','{folders[0]}','{folders[1]}']")
+def test_odd_names(report, tmp_path):
+    odd = {"worker": "w", "verdict": "x", "since": 0, "reason": "</script><script>"}
+    folders = [tmp_path / ODD, tmp_path / "a" / "same", tmp_path / "a</script><b>" / "same"]
+    for number, folder in enumerate(folders):  # the last one three folders deep
+        small_job(folder, {"step": 1, "loss": 1.0} | odd, tau=number)
+    exit_code, _, errors = report(f"jobs=['{tmp_path}/*','{folders[1]}','{folders[2]}']")
+    assert (exit_code, errors) == (0, "")
+    page = Page(tmp_path / "out" / "report" / "report.html")
     assert "b" not in page.tags and page.tags.count("script") == 1
-    assert page.rows("Runs").keys() == {ODD, *map(str, folders)}
-    assert page.numbers["main_lmim loss"].keys() == {ODD, *map(str, folders)}
+    names = {ODD, *map(str, folders[1:])}
+    assert page.rows("Runs").keys() == names == page.numbers["w loss"].keys()
     assert unescape(re.search(r"<h1>(.*)</h1>", page.text).group(1)).count(ODD) == 1
 
 
@@ -337,6 +324,12 @@ def test_what_is_one_row(tmp_path):
     assert len(rows_of(*in_other_order)) == 1
 
 
+def test_runs_on_other_numbers_of_images_are_no_band(tmp_path):
+    """The config does not say how many there are."""
+    jobs = [small_job(tmp_path / f"{n}", {"step": 20, "epoch": n}, seed=n) for n in (2, 10)]
+    assert [row.jobs[0].settings()["steps per epoch"] for row in rows_of(*jobs)] == [10, 2]
+
+
 def test_what_a_row_says(tmp_path):
     lines = [{"step": n, "loss": 1.0} for n in (1, 2, 3)] + [{"step": 2, "rankme": 5.0}]
     judged = {"step": 3, "verdict": "healthy"}
@@ -375,6 +368,7 @@ def test_a_curve_is_drawn_in_the_colour_of_its_row(tmp_path):
     for row, drawing in zip(rows, drawings, strict=True):
         assert row.colour.lower() in drawing
     assert rows[1].colour.lower() not in drawings[0]
+    assert figure("loss", [rows[0]])[2].decode() == drawings[0], "the same job, another drawing"
     assert drawings[0].count("<use") == drawings[1].count("<use") + 20
     for number, dashes in ((1, "6,2"), (2, "2,2"), (3, "8,2,2,2")):  # times the line's width
         scaled = ",".join(f"{1.6 * float(length):g}" for length in dashes.split(","))
@@ -440,14 +434,12 @@ def test_numbers_and_environments_as_text(tmp_path):
 
 def test_bad_input_is_one_sentence(report, tmp_path):
     (tmp_path / "empty").mkdir()
-    silent = write_job(tmp_path / "silent")
-    (silent / "log.txt").write_text("")
-    damaged = write_job(tmp_path / "damaged")
+    silent = small_job(tmp_path / "silent")
+    line = {"step": 100, "loss": 1.0}
+    damaged = small_job(tmp_path / "damaged", line)
     (damaged / "results" / "nn.json").write_text("{")
-    for n, steps in enumerate([(100,), (110,)]):
-        write_job(tmp_path / f"s{n}", f"seed={n}", steps=steps)
-        path = tmp_path / f"s{n}" / "log.txt"
-        path.write_text(path.read_text().split("\n", 1)[1])  # without step 0
+    for n, step in enumerate((100, 110)):
+        small_job(tmp_path / f"s{n}", line | {"step": step}, seed=n)
     cases = {
         f"jobs=[{tmp_path}/gone]": "gone holds no config.yaml",
         f"jobs=[{tmp_path}/empty]": f"jobs={tmp_path}/empty: expected a job's folder",
@@ -472,14 +464,13 @@ def test_bad_input_is_one_sentence(report, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_a_real_run_and_its_evaluation(page_of, tmp_path):
-    succeed(LAUNCHER, "max_steps=12", "watch_images=60", f"output_dir={tmp_path}")
-    command = [*LAUNCHER, "--config-name=nn", f"pretrained={tmp_path}/demo", "dataset=digits"]
-    code, output = finish(start_process([*command, f"output_dir={tmp_path}"]))
-    assert code == 0, output
-    page = page_of(f"jobs=[{tmp_path}/*]")
+def test_of_a_real_run_and_its_evaluation(tmp_path):
+    main_lmim.main(configured_here(tmp_path, "max_steps=3", "watch_images=60"))
+    assert run_command("nn", f"pretrained={tmp_path}/demo", f"output_dir={tmp_path}") == 0
+    main(compose_config("report", [f"jobs=[{tmp_path}/*]", f"output_dir={tmp_path}/out"]))
+    page = Page(tmp_path / "out" / "report" / "report.html")
     expected = logged([tmp_path / "demo"], "loss")
-    assert len(expected) == 12
+    assert len(expected) == 3
     assert page.numbers["main_lmim loss"]["demo"]["mean"] == [loss for (loss,) in expected.values()]
     result = results(tmp_path, "nn")
     name, value = next(iter(result["results"].items()))

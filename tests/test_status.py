@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import re
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,6 +13,14 @@ from omegaconf import OmegaConf
 
 from launch import status
 from launch.lock import Owner, this_process
+
+
+def write_checkpoint(path: Path) -> None:
+    """As much of one of these steps as is read, ten of which are an epoch."""
+    step = int(path.stem.rpartition("-")[2])
+    contents = {"step": step, "steps_per_epoch": 10, "config": {"batch_size": 1}}
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(contents))
 
 
 @pytest.fixture
@@ -25,7 +35,7 @@ def make(tmp_path):
             (job / folder).mkdir(parents=True)
         (job / "config.yaml").write_text("epochs: 3\n")
         for checkpoint in checkpoints:
-            (job / "checkpoints" / checkpoint).touch()
+            write_checkpoint(job / "checkpoints" / checkpoint)
         if has_result:
             (job / "results" / f"{name}.json").write_text('{"before": 1}')
         if owner is not None:
@@ -146,23 +156,15 @@ def test_a_config_that_is_none_hides_no_other_job(make, rows, text):
     assert states == {"broken": "stopped", "whole": "finished"}
 
 
-def test_what_ended_before_its_last_epoch_or_has_no_number(tmp_path, capsys):
+def test_what_ended_before_its_last_epoch_or_has_no_number(make, rows):
     """A trial of some steps, one that has gone on since, and features on the disk."""
-    for name, step, steps in (("trial", 30, 30), ("more", 40, 30)):
-        checkpoint = tmp_path / name / "checkpoints" / f"step-{step:08d}.pth"
-        for folder in (checkpoint.parent, tmp_path / name / "logs", tmp_path / name / "results"):
-            folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.touch()
-        (tmp_path / name / "config.yaml").write_text("epochs: 60\n")
-        (tmp_path / name / "results" / f"{name}.json").write_text(f'{{"steps": {steps}}}')
-    for folder in ("logs", "results"):
-        (tmp_path / "features" / folder).mkdir(parents=True)
-    (tmp_path / "features" / "config.yaml").write_text("worker: eval.features\n")
-    (tmp_path / "features" / "results" / "meta.json").write_text("{}")
-    status.main(OmegaConf.create({"output_dir": str(tmp_path)}))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [(row[0], row[2]) for row in rows] == [
-        ("features", "finished"),
-        ("more", "stopped"),
-        ("trial", "finished"),
-    ]
+    configs = {
+        "trial": "epochs: 60\nmax_steps: 30\n",
+        "more": "epochs: 60\n",
+        "features": "worker: eval.features\n",
+    }
+    for name, config in configs.items():
+        checkpoints = ["step-00000030.pth"] if name != "features" else []
+        (make(name, *checkpoints) / "config.yaml").write_text(config)
+    states = {name: cells[1] for name, cells in rows().items()}
+    assert states == {"features": "finished", "more": "stopped", "trial": "finished"}
