@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -25,8 +24,6 @@ from models.losses import (
 from models.target import average_layers, make_projection
 from models.views import extract_patches, sample_views
 from tests.published import prediction_loss
-from tests.test_distributed import spawn
-from util.distributed import all_reduce
 
 DOUBLE, SINGLE = 1e-6, 1e-5  # largest relative errors, by what the original computed in
 # Of samplers: in standard errors of the difference; the probability of a histogram.
@@ -204,24 +201,24 @@ def sigreg(golden: Golden) -> None:
 
 
 def sigreg_of_processes(golden: Golden, knots: Tensor) -> None:
+    """One after the other: each notes its means, then each gets the sum of all."""
     processes = len(golden.find(r"ranks/x\d+"))
     if not processes:
         return  # a file need not have this part; other ranks/* alone are "not compared"
-    samples = [golden[f"ranks/x{rank}"] for rank in range(processes)]
-    with TemporaryDirectory() as folder:
-        inputs = (Path(folder), samples, golden["ranks/directions"], knots)
-        spawn(sigreg_of_a_process, processes, *inputs[:1], *inputs)
-        for rank in range(processes):
-            loss, gradient = torch.load(Path(folder) / f"rank{rank}")
-            name = f"ranks/x{rank}"
-            golden.compare(f"ranks/loss{rank}", loss, computed_in=name)
-            golden.compare(f"ranks/grad{rank}", gradient)
+    samples = [golden[f"ranks/x{rank}"].requires_grad_() for rank in range(processes)]
+    directions, means = golden["ranks/directions"], []
 
+    def note(own: Tensor) -> Tensor:
+        means.append(own)
+        return own
 
-def sigreg_of_a_process(ranks, folder: Path, samples, directions, knots) -> None:
-    own = samples[ranks.rank].requires_grad_()
-    loss = epps_pulley(own, directions, knots, ranks.world_size, all_reduce).mean()
-    torch.save((loss.detach(), torch.autograd.grad(loss, own)[0]), folder / f"rank{ranks.rank}")
+    for own in samples:
+        epps_pulley(own, directions, knots, processes, note)
+    total = torch.stack(means).sum(dim=0)
+    for rank, own in enumerate(samples):
+        loss = epps_pulley(own, directions, knots, processes, lambda _: total).mean()
+        golden.compare(f"ranks/loss{rank}", loss, computed_in=f"ranks/x{rank}")
+        golden.compare(f"ranks/grad{rank}", torch.autograd.grad(loss, own)[0])
 
 
 def block_masks(golden: Golden) -> None:
