@@ -92,15 +92,14 @@ LAYOUTS = {
     "voc": masks.VOC_LAYOUT,
     "DAVIS-2017": davis.LAYOUT,
 }
-# The options of those that are stored in files, and their defaults.
+# The options of those that are stored in files, and their defaults. One process lists the files for
+# all.
 DECODING: dict[str, dict[str, object]] = {
     **dict.fromkeys(
         (*OF_CLASS_FOLDERS, "tar", "folder", "images"), {"decoder": "fast", "max_value": None}
     ),
     "masks": {"max_value": None},
 }
-# One process lists their files for all. Tars have an index, which the first one to need it makes.
-LISTED = (*OF_CLASS_FOLDERS, "folder")
 
 
 def build_dataset(

@@ -9,8 +9,7 @@ import numpy as np
 
 from data.base import ImageDataset
 from data.files import EVAL_FOLDERS, FileDataset, PathList, images_below
-from data.tar import TarDataset
-from data.tar_index import COMPRESSED, index_of
+from data.tar import COMPRESSED, TarDataset, index_of
 
 EXPECTED = "a folder of images, of class folders, or of train/ and val/; or a .tar of one of these"
 KEPT = 10  # one image of so many

@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from data.base import DataError, ImageDataset
-from data.datasets import LISTED, build_dataset
+from data.datasets import DECODING, build_dataset
 from data.loader import Augmentation, EvalLoader, TrainLoader
 from launch.resuming import training_batch_size
 from util.distributed import Ranks, default_workers, on_main
@@ -23,7 +23,7 @@ def open_split(cfg: DictConfig, split: str, ranks: Ranks | None = None) -> Image
             raise DataError(f"dataset={cfg.dataset.name}: its {split} split holds no image")
         return dataset
 
-    return on_main(open_it, ranks) if ranks and cfg.dataset.name in LISTED else open_it()
+    return on_main(open_it, ranks) if ranks and cfg.dataset.name in DECODING else open_it()
 
 
 def train_loader(
