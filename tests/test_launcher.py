@@ -10,14 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import launcher
+from launch.command import run_command_line
 from launch.config import compose_config, parse_command_line
 from launch.local import exit_code_of
-from tests.runs import LAUNCHER, ROOT, descendants, environment, kill, torchrun, wait_until
+from tests.launched import Launched
+from tests.runs import LAUNCHER, ROOT, descendants, finish, start_together
 from tests.test_config import CHOICES, CONFIGS, PUBLISHED
 
 TINY = (
@@ -49,67 +51,84 @@ def main(cfg):
 """
 
 
-def run(command: list[str], *folders) -> subprocess.CompletedProcess:
-    """folders: where else to look for modules."""
-    path = os.pathsep.join(map(str, [ROOT, *folders]))
-    # OMP_NUM_THREADS of the test's own surroundings would hide who sets it.
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+# Saving takes as many seconds as data_path says.
+SLOW_WORKER = """
+import os, time
+from util.distributed import join_processes
+from util.preemption import Interrupted, stoppable
+
+def main(cfg):
+    with stoppable(join_processes()) as flag:
+        os.write(1, b"ready\\n")
+        while not flag.received:
+            time.sleep(0.05)
+        time.sleep(float(cfg.data_path))
+        os.write(1, b"saved\\n")
+        raise Interrupted(flag.received[0])
+"""
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
 
 
 @pytest.fixture
-def run_own_worker(tmp_path):
-    (tmp_path / "own_worker.py").write_text(WORKER)
+def launch(tmp_path):
+    """Start the launcher with a small training, or with a worker that stands in tmp_path."""
+    started = []
 
-    def run_it(*overrides: str) -> subprocess.CompletedProcess:
-        arguments = [*TINY, "worker=own_worker", f"output_dir={tmp_path}", *overrides]
-        return run([*LAUNCHER, *arguments], tmp_path)
+    def start(*arguments: str, **how) -> Launched:
+        folder = tmp_path / f"launched-{len(started)}"
+        folder.mkdir()
+        (folder / "own_worker.py").write_text(WORKER)
+        (folder / "slow_worker.py").write_text(SLOW_WORKER)
+        started.append(Launched(folder, *TINY, f"output_dir={tmp_path}", *arguments, **how))
+        return started[-1]
 
-    return run_it
+    yield start
+    for process in started:
+        process.kill()
 
 
 # ---- Answers. ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.fixture(scope="module", params=ANSWERS)
+def answer(request):
+    """-> which one, the seconds of the processor that it took, the process"""
+    before = sum(os.times()[2:4])  # of children that have ended
+    ended = run([sys.executable, "-X", "importtime", "launcher.py", *ANSWERS[request.param]])
+    assert ended.returncode == 0
+    return request.param, sum(os.times()[2:4]) - before, ended
+
+
 def test_answers_come_at_once(answer):
-    """Seconds of the processor: other tests are running."""
-    spent = [sum(os.times()[2:4])]  # by children that have ended
-    for _ in range(3):
-        assert run([*LAUNCHER, *ANSWERS[answer]]).returncode == 0
-        spent.append(sum(os.times()[2:4]))
-    assert min(np.diff(spent)) < 2.0
+    _, seconds, _ = answer
+    assert seconds < 2.0
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
 def test_answers_need_neither_torch_nor_the_models(answer):
-    result = run([sys.executable, "-X", "importtime", "launcher.py", *ANSWERS[answer]])
-    imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+    lines = answer[2].stderr.splitlines()
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in lines}
     assert {"hydra", "launch"} <= imported
     assert not imported & {"torch", "torchvision", "timm", "models", "data", "main_lmim", "numpy"}
 
 
-def test_help_shows_what_can_be_chosen():
-    text = run([*LAUNCHER, "--help"]).stdout
-    words = set(text.split())
-    assert set(CONFIGS) <= words
-    assert {word for pair in CHOICES for word in pair} <= words
-    assert "python launcher.py --config-name=demo" in text
-
-
-def test_cfg_job_prints_the_config_as_yaml():
-    printed = run([*LAUNCHER, *PUBLISHED, "--cfg", "job"]).stdout
-    expected = OmegaConf.to_container(compose_config("lmim", PUBLISHED[1:]))
-    assert yaml.safe_load(printed) == expected
-    assert expected["blr"] == 1.5e-4 and expected["env"]["ngpu"] == 8
-    assert OmegaConf.load(io.StringIO(printed)) == expected
+def test_what_is_answered(answer):
+    name, _, ended = answer
+    if name == "help":  # what can be chosen
+        words = set(ended.stdout.split())
+        assert set(CONFIGS) <= words
+        assert {word for pair in CHOICES for word in pair} <= words
+        assert "python launcher.py --config-name=demo" in ended.stdout
+    else:  # the config as YAML
+        expected = OmegaConf.to_container(compose_config("lmim", PUBLISHED[1:]))
+        assert yaml.safe_load(ended.stdout) == expected
+        assert expected["blr"] == 1.5e-4 and expected["env"]["ngpu"] == 8
+        assert OmegaConf.load(io.StringIO(ended.stdout)) == expected
 
 
 @pytest.mark.parametrize(
@@ -126,11 +145,12 @@ def test_flags_and_overrides_come_in_any_order(line):
     assert compose_config(command.config_name, command.overrides).epochs == 3
 
 
-def test_unknown_flags_are_refused():
-    for arguments in (["--confg-name=lmim"], ["--config-name"]):
-        result = run([*LAUNCHER, *arguments])
-        assert result.returncode == 2 and "usage: launcher.py" in result.stderr
-        assert "Traceback" not in result.stderr
+@pytest.mark.parametrize("flag", ["--confg-name=lmim", "--config-name"])
+def test_unknown_flags_are_refused(monkeypatch, capsys, flag):
+    monkeypatch.setattr(sys, "argv", ["launcher.py", flag])
+    with pytest.raises(SystemExit, match="2"):
+        run_command_line(launcher.launch, "")
+    assert "usage: launcher.py" in capsys.readouterr().err
 
 
 def test_an_interrupt_while_modules_load():
@@ -155,18 +175,11 @@ def test_an_interrupt_while_modules_load():
 NOBODY = {"closed": "<&- >&- 2>&-", "gone": "2>&1 | true; exit ${PIPESTATUS[0]}"}
 
 
-def run_unread(nobody: str, *arguments: str) -> int:
-    """-> exit code"""
-    line = f"{shlex.join([*LAUNCHER, *arguments])} {NOBODY[nobody]}"
-    return run(["bash", "-c", line]).returncode
-
-
 @pytest.mark.parametrize("nobody", NOBODY)
 def test_an_answer_that_nobody_reads(nobody, tmp_path):
-    assert run_unread(nobody, "--cfg=job", f"output_dir={tmp_path}") == 0
-    assert run_unread(nobody, "-cn=status", f"output_dir={tmp_path}") == 2  # no job is there
-    (tmp_path / "one" / "logs").mkdir(parents=True)
-    assert run_unread(nobody, "-cn=status", f"output_dir={tmp_path}") == 0
+    """The config, and then what is wrong with it."""
+    arguments = shlex.join([*LAUNCHER, "--cfg=job", f"output_dir={tmp_path}", "epochs=abc"])
+    assert run(["bash", "-c", f"{arguments} {NOBODY[nobody]}"]).returncode == 2
 
 
 def test_what_is_said_before_nobody_reads_is_whole():
@@ -182,15 +195,19 @@ def test_what_python_does_not_buffer_is_there_at_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nobody", NOBODY)
-def test_a_training_that_nobody_reads(nobody, tmp_path):
-    for settings in (
-        ["num_workers=1", "job_name=a"],
-        ["env.ngpu=0", "env.tasks_per_node=2", "job_name=a", "overwrite=True"],
-        ["-m", "seed=0,1", "env.parallel=2", "job_name=a"],
-    ):
-        assert run_unread(nobody, *TINY, f"output_dir={tmp_path}", *settings) == 0
-    for name in ("a", "a-seed1"):
+@pytest.mark.parametrize(
+    ("nobody", "settings", "jobs"),
+    [
+        ("closed", ["num_workers=1"], ["demo"]),
+        ("gone", ["num_workers=1"], ["demo"]),
+        ("gone", ["env.ngpu=0", "env.tasks_per_node=2"], ["demo"]),
+        ("closed", ["-m", "seed=0,1", "env.parallel=2"], ["demo-seed0", "demo-seed1"]),
+    ],
+)
+def test_a_training_that_nobody_reads(launch, tmp_path, nobody, settings, jobs):
+    """Several processes are new ones: what Python makes of the streams is theirs to find out."""
+    assert launch(*settings, nobody=nobody, spawns=True).finish()[0] == 0
+    for name in jobs:
         assert len(list((tmp_path / name / "checkpoints").iterdir())) == 1
         assert "epoch" in (tmp_path / name / "logs" / "console.txt").read_text()
 
@@ -198,18 +215,16 @@ def test_a_training_that_nobody_reads(nobody, tmp_path):
 # ---- One process. --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_one_process_runs_in_the_launcher_itself(run_own_worker):
-    result = run_own_worker()
-    assert result.returncode == 0 and result.stderr == ""
-    assert result.stdout == f"rank 0 of 1: {len(os.sched_getaffinity(0))} threads\n"
+def test_one_process_runs_in_the_launcher_itself(launch):
+    code, output, errors = launch("worker=own_worker", threads=None).finish()
+    assert code == 0 and errors == ""
+    assert output == f"rank 0 of 1: {len(os.sched_getaffinity(0))} threads\n"
 
 
-@pytest.mark.slow
-def test_a_bug_shows_its_traceback(run_own_worker):
-    result = run_own_worker("data_path=bug")
-    assert result.returncode == 1 and "Traceback" in result.stderr
-    assert result.stderr.endswith("ZeroDivisionError: a bug\n")
+def test_a_bug_shows_its_traceback(launch):
+    code, _, errors = launch("worker=own_worker", "data_path=bug").finish()
+    assert code == 1 and "Traceback" in errors
+    assert errors.endswith("ZeroDivisionError: a bug\n")
 
 
 def test_the_exit_code_of_several_processes(capsys):
@@ -224,130 +239,102 @@ def test_the_exit_code_of_several_processes(capsys):
 # ---- Several processes. --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_mistake_of_one_process_is_said_once(run_own_worker):
-    result = run_own_worker("env.ngpu=2", "data_path=bad input of the last")
-    assert result.returncode == 2
-    assert result.stderr.splitlines() == ["[rank 1] error: only the last one found this"]
+def test_a_mistake_of_one_process_is_said_once(launch):
+    own = ["worker=own_worker", "data_path=bad input of the last"]
+    code, _, errors = launch("env.ngpu=2", *own, GRACE_SECONDS=1).finish()
+    assert code == 2
+    assert errors.splitlines() == ["[rank 1] error: only the last one found this"]
 
 
 @pytest.mark.slow
-def test_processes_share_the_cores_and_a_bug_shows_its_own_traceback_only(run_own_worker):
-    result = run_own_worker("env.ngpu=0", "env.tasks_per_node=2", "data_path=bug")
+def test_processes_share_the_cores_and_a_bug_shows_its_own_traceback_only(launch):
+    own = ["env.ngpu=0", "env.tasks_per_node=2", "worker=own_worker", "data_path=bug"]
+    code, output, errors = launch(*own, spawns=True, threads=None).finish()
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     lines = [f"rank {rank} of 2: {threads} threads" for rank in range(2)]
-    assert sorted(result.stdout.splitlines()) == lines
-    assert result.returncode == 1
-    assert re.search(r"\[rank [01]\] Traceback", result.stderr)
-    assert "ZeroDivisionError: a bug" in result.stderr
-    assert "elastic" not in result.stderr and "ChildFailedError" not in result.stderr
+    assert sorted(output.splitlines()) == lines
+    assert code == 1
+    assert re.search(r"\[rank [01]\] Traceback", errors)
+    assert "ZeroDivisionError: a bug" in errors
+    assert "elastic" not in errors and "ChildFailedError" not in errors
 
 
-@pytest.mark.slow
-def test_a_process_that_is_killed_is_named(run_own_worker):
-    result = run_own_worker("env.ngpu=2", "data_path=killed")
-    assert result.returncode == 1
-    assert re.fullmatch(r"\[rank [01]\] error: ended by SIGKILL\n", result.stderr)
+def test_a_process_that_is_killed_is_named(launch):
+    code, _, errors = launch("env.ngpu=2", "worker=own_worker", "data_path=killed").finish()
+    assert code == 1
+    assert re.fullmatch(r"\[rank [01]\] error: ended by SIGKILL\n", errors)
 
 
-@pytest.mark.slow
-def test_a_mistake_that_training_finds_is_said_once(tmp_path):
+def test_a_mistake_that_training_finds_is_said_once(launch, tmp_path):
     (tmp_path / "empty").mkdir()
     images = ["dataset=folder", f"data_path={tmp_path}/empty"]
-    result = run([*LAUNCHER, "env.ngpu=2", *TINY, f"output_dir={tmp_path}", *images])
-    assert result.returncode == 2
-    assert re.fullmatch(r"\[rank 0\] error: .+\n", result.stderr)
+    code, _, errors = launch("env.ngpu=2", *images).finish()
+    assert code == 2
+    assert re.fullmatch(r"\[rank 0\] error: .+\n", errors)
 
 
-@pytest.mark.slow
-def test_torchrun_shows_the_mistake(tmp_path):
-    """torchrun adds its own report and its own exit code, 1."""
-    result = run([*torchrun(2), *TINY, f"output_dir={tmp_path}", "epochs=abc"])
-    assert result.returncode == 1
-    assert result.stderr.count("error: epochs=abc: expected a whole number from 1 to 10**9\n") == 1
+def test_processes_of_torchrun_show_the_mistake_once(tmp_path):
+    """torchrun ends the others when the first has failed."""
+    arguments = [*TINY, f"output_dir={tmp_path}", "epochs=abc"]
+    first, second = start_together(2, *arguments, program="main_lmim.py")
+    said = "[rank 0] error: epochs=abc: expected a whole number from 1 to 10**9\n"
+    assert finish(first) == (2, said)
+    os.kill(second.pid, signal.SIGTERM)
+    assert finish(second, timeout=10) == (-signal.SIGTERM, "")
 
 
 # ---- Being told to stop. -------------------------------------------------------------------------
 
-# Saving takes as many seconds as data_path says.
-SLOW_WORKER = """
-import os, time
-from util.distributed import join_processes
-from util.preemption import Interrupted, stoppable
-
-def main(cfg):
-    with stoppable(join_processes()) as flag:
-        os.write(1, b"ready\\n")
-        while not flag.received:
-            time.sleep(0.05)
-        time.sleep(float(cfg.data_path))
-        os.write(1, b"saved\\n")
-        raise Interrupted(flag.received[0])
-"""
-
 
 @pytest.fixture
-def slow_processes(tmp_path):
-    """Two of them, once they are running."""
-    (tmp_path / "slow_worker.py").write_text(SLOW_WORKER)
-    started = []
+def slow(launch):
+    """Processes that save for so many seconds, once they are running."""
 
-    def start(seconds: int, settings=("env.ngpu=2",), ready: int = 2) -> subprocess.Popen:
-        overrides = [f"output_dir={tmp_path}", "worker=slow_worker", f"data_path='{seconds}'"]
-        process = subprocess.Popen(
-            [*LAUNCHER, *TINY, *overrides, *settings],
-            cwd=ROOT,
-            env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        assert [process.stdout.readline() for _ in range(ready)] == ["ready\n"] * ready
+    def start(seconds: float, *settings: str, **how) -> Launched:
+        process = launch("worker=slow_worker", f"data_path='{seconds}'", *settings, **how)
+        wait_until(lambda: process.output.exists() and process.output.read_text() == "ready\n" * 2)
         return process
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            kill(process)
+    return start
 
 
-@pytest.mark.slow
-def test_processes_that_save_are_waited_for(slow_processes):
-    """However long it takes: torchrun's agent kills them after 30 seconds."""
-    process = slow_processes(seconds=33)
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def test_processes_that_save_are_waited_for(slow):
+    """However long it takes, which is said; those of a run where one has failed are not."""
+    process = slow(1.3, "env.ngpu=2", SAY_SECONDS=0.4, END_SECONDS=0.1)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert output == "saved\n" * 2
-    said = re.findall(r"waiting for 2 processes to save, for (\d+) s now; Ctrl-C again", errors)
-    assert [int(seconds) // 10 for seconds in said] == [1, 2, 3]
+    code, output, errors = process.finish()
+    assert code == 128 + signal.SIGTERM
+    assert output == "ready\n" * 2 + "saved\n" * 2
+    said = re.findall(r"waiting for 2 processes to save, for \d+ s now; Ctrl-C again", errors)
+    assert 1 <= len(said) <= 3
 
 
-@pytest.mark.slow
-def test_runs_side_by_side_that_save_are_told_once(slow_processes, tmp_path):
+def test_runs_side_by_side_that_save_are_told_once(launch, tmp_path):
     """Told again after more than a second, a run leaves without saving."""
     sweep = ["-m", "seed=0,1", "env.parallel=2"]
-    process = slow_processes(seconds=4, settings=sweep, ready=0)
+    process = launch("worker=slow_worker", "data_path='2.5'", *sweep)
     logs = [tmp_path / f"demo-seed{seed}" / "logs" / "output.txt" for seed in (0, 1)]
-    wait_until(lambda: all(log.exists() and "ready" in log.read_text() for log in logs), process)
+    wait_until(lambda: all(log.exists() and "ready" in log.read_text() for log in logs))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.finish()[0] == 128 + signal.SIGTERM
     assert [log.read_text().splitlines()[:2] for log in logs] == [["ready", "saved"]] * 2
 
 
-@pytest.mark.slow
-def test_a_second_interrupt_leaves_at_once_without_saving(slow_processes):
-    process = slow_processes(seconds=600)
+def test_a_second_interrupt_leaves_at_once_without_saving(slow):
+    process = slow(600, "env.ngpu=2")
     workers = descendants(process.pid)
     process.send_signal(signal.SIGINT)
-    time.sleep(1.5)
+    time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=5)
-    assert process.returncode == 128 + signal.SIGINT and output == "" and "Traceback" not in errors
+    code, output, errors = process.finish(timeout=20)
+    assert code == 128 + signal.SIGINT and "saved" not in output and "Traceback" not in errors
     assert len(workers) >= 2
-    deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}/environ").exists() for pid in workers):
-        assert time.monotonic() < deadline, "they live on"
-        time.sleep(0.1)
+    wait_until(lambda: not any(Path(f"/proc/{pid}/environ").exists() for pid in workers), 20)
