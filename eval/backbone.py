@@ -136,9 +136,7 @@ class TimmBackbone(Backbone):
             self.layer = block_index(layer, len(model.blocks))
             model.blocks = model.blocks[: self.layer + 1]
             self.depth = len(model.blocks)
-            self.patch_size, width = model.patch_embed.patch_size
-            if self.patch_size != width:
-                raise BackboneError(f"{family}:{name}: expected square patches")
+            self.patch_size = model.patch_embed.patch_size[0]
         elif layer != -1:
             raise BackboneError(f"layer={layer}: expected -1 for {family}:{name}, which is no ViT")
         else:

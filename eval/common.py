@@ -224,14 +224,13 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
 
 def labelled_images(run: EvalRun, *splits: str) -> dict[str, LabelledImages]:
     """By split. All of them before any work on one, to complain before it and not after it."""
-    labelled, name = {}, run.cfg.dataset.name
+    labelled = {}
     for split in splits:
         dataset = open_split(run.cfg, split, run.ranks)
-        if dataset.labels is None:
-            raise DataError(f"dataset={name} has no labels, and {run.name} needs them")
+        if dataset.labels is None or not (dataset.labels >= 0).any():
+            found = f"no image of its {split} split has a label, and {run.name} needs them"
+            raise DataError(f"dataset={run.cfg.dataset.name}: {found}")
         labelled[split] = LabelledImages(dataset)
-        if len(labelled[split]) == 0:
-            raise DataError(f"dataset={name}: no image of its {split} split has a label")
     return labelled
 
 

@@ -237,12 +237,17 @@ def save_rows(
                     rows.seek(start + index * size)
                     rows.write(np.ascontiguousarray(row).data)
         barrier()
-        if file is not None:
-            if left_out := run.bad_images[dataset]:
-                kept[:] = [index for index in kept if dataset.describe(index) not in left_out]
-                with open(name, "r+b") as rows:
-                    close_gaps(rows, start, size, kept)
-            file.write(npy_header(dtype, (len(kept), *shape[1:])))
+        if file is None:
+            return
+        if left_out := run.bad_images[dataset]:  # the rows behind them move up
+            stored = np.memmap(name, np.uint8, "r+", start, (len(kept), size))
+            kept[:] = [index for index in kept if dataset.describe(index) not in left_out]
+            for place, index in enumerate(kept):
+                if place != index:
+                    stored[place] = stored[index]
+            stored.flush()
+            file.truncate(start + len(kept) * size)
+        file.write(npy_header(dtype, (len(kept), *shape[1:])))
 
     if run.ranks.is_main:
         write_whole(path, write)
@@ -256,17 +261,6 @@ def npy_header(dtype: np.dtype, shape: tuple) -> bytes:
     header, file = {"descr": dtype.str, "fortran_order": False, "shape": shape}, BytesIO()
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue()
-
-
-def close_gaps(file: BinaryIO, start: int, size: int, kept: list[int]) -> None:
-    """Of rows of `size` bytes keep these, in order and without the gaps between them."""
-    for place, row in enumerate(kept):
-        if place != row:
-            file.seek(start + row * size)
-            values = file.read(size)
-            file.seek(start + place * size)
-            file.write(values)
-    file.truncate(start + len(kept) * size)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from launch.config import ConfigError, TrainingStopped
 from util.distributed import all_reduce, synchronised
 from util.loaders import train_loader
 from util.loop import Line
-from util.metrics import FaultCounter
 from util.schedules import peak_learning_rate, warmup_cosine
 from util.streams import Stream, seed_of, seeded
 
@@ -39,9 +38,8 @@ class Classifier(nn.Module):
         width = pooled_width(backbone.embed_dim, pooling)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(Stream.CLASSIFIER, seed))
-            nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+        generator = torch.Generator().manual_seed(seed_of(Stream.CLASSIFIER, seed))
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD, generator=generator)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -86,7 +84,7 @@ class Finetuning(Classification):
         self.mixup = build_mixup(cfg, self.classes)
         self.peak_lr = peak_learning_rate(cfg.blr, cfg.batch_size, cfg.accum_iter, ranks.world_size)
         self.losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self.bad_steps = FaultCounter(ranks.device)
+        self.faults = torch.zeros((), dtype=torch.int64, device=ranks.device)
 
     def introduction(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -112,7 +110,7 @@ class Finetuning(Classification):
         bad = ~nn.utils.get_total_norm(gradients, foreach=True).isfinite()
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-            self.bad_steps.add(step, bad)
+            self.faults += bad
         self.half_done = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -137,7 +135,7 @@ class Finetuning(Classification):
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             self.scaler.scale(loss / self.cfg.accum_iter).backward()
         self.losses += loss.detach() / self.cfg.accum_iter
-        self.bad_steps.add(step, ~loss.detach().isfinite())
+        self.faults += ~loss.detach().isfinite()
 
     def set_learning_rates(self, epoch: float) -> None:
         floor_share = min(1.0, self.cfg.min_lr / self.peak_lr)
@@ -147,7 +145,7 @@ class Finetuning(Classification):
 
     def log_line(self, done: int, steps: int) -> Line:
         (loss,) = self.mean_losses(steps)
-        if all_reduce(self.bad_steps.count):
+        if all_reduce(self.faults):
             found = f"the loss or gradient is not finite before step {done}"
             raise TrainingStopped(f"{found}: a smaller blr may help")
         self.set_learning_rates((done - 1) / self.loader.steps_per_epoch)  # a resumed run had none

@@ -183,20 +183,18 @@ def top_candidates(
     bank: Tensor, queries: Tensor, kept: int, leave_out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The largest inner products and their rows, on the CPU, both [Q, kept]."""
-    values = queries.new_empty(len(queries), 0)
-    rows = values.long()
+    found = []
     for start in range(0, len(bank), BANK_ROWS):
         part = bank[start : start + BANK_ROWS].to(queries)
         product = queries @ part.T
         if leave_out is not None:
             inside = ((leave_out >= start) & (leave_out < start + len(part))).nonzero()[:, 0]
             product[inside, leave_out[inside] - start] = -torch.inf
-        part_values, part_rows = product.topk(min(kept, len(part)), dim=1)
-        values = torch.cat([values, part_values], dim=1)
-        rows = torch.cat([rows, part_rows + start], dim=1)
-        values, order = values.topk(min(kept, values.shape[1]), dim=1)
-        rows = rows.gather(1, order)
-    return values.cpu(), rows.cpu()
+        values, rows = product.topk(min(kept, len(part)), dim=1)
+        found.append((values, rows + start))
+    values, rows = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    values, order = values.topk(kept, dim=1)
+    return values.cpu(), rows.gather(1, order).cpu()
 
 
 def pair_similarities(queries: Tensor, bank: Tensor, candidates: Tensor) -> Tensor:

@@ -274,7 +274,9 @@ def test_stopped_and_resumed_equals_undisturbed(checkpoint, tmp_path, monkeypatc
 
 def test_a_dataset_without_labels_is_refused(checkpoint, tmp_path):
     cfg = config("linear_probe", checkpoint, tmp_path, *unlabelled_folder(tmp_path / "images"))
-    assert_bad_input(main, cfg, DataError, "dataset=folder has no labels, and linear_probe needs")
+    assert_bad_input(
+        main, cfg, DataError, "no image of its train split has a label, and linear_probe"
+    )
 
 
 def test_attentive_needs_the_tokens(checkpoint, tmp_path):

@@ -205,7 +205,7 @@ def test_two_processes_give_the_same_number(tmp_path):
         (["protocol=knn", "neighbours=[1,161]"], "neighbours=161: expected 1 to 160, as many"),
         (
             ["dataset=folder", "data_path={images}"],
-            "dataset=folder has no labels, and nn needs them",
+            "dataset=folder: no image of its eval split has a label, and nn needs them",
         ),
         (["dataset=folder", "data_path={empty}"], "{empty}"),
         (["protocol=loo"], "protocol=loo: expected one of paper, knn"),
