@@ -29,13 +29,12 @@ from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
 from util.build import Training, build_model, read_geometry
 from util.checkpoint import first_words
-from util.cpu import tune_for_cpu
 from util.distributed import Ranks, gather_objects, join_processes, leave_processes, on_main
 from util.files import read_json, write_json
 from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, print_error, sum_over_processes, train
 from util.metrics import dense_peak, describe_nodes, memory_in_use
-from util.precision import choose_precision
+from util.precision import choose_precision, tune_for_cpu
 from util.preemption import StopFlag, stoppable
 from util.streams import Stream, seed_of
 

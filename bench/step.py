@@ -29,11 +29,10 @@ from launch.config import ConfigError
 from main_lmim import view_source
 from models.views import Views
 from util.build import AUTOCAST, Training, build_model, read_geometry
-from util.cpu import tune_for_cpu, write_out_attention
 from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
 from util.metrics import memory_in_use
 from util.optim import parameter_groups
-from util.precision import choose_precision
+from util.precision import choose_precision, tune_for_cpu, write_out_attention
 
 MATRIX_SIDES = {"cpu": (1024, 1536, 2048, 3072), "cuda": (4096, 8192, 12288, 16384)}
 EPOCH = 10.0  # any, for the schedules

@@ -22,9 +22,9 @@ from eval.features import extract_labelled, pool, pooled_width
 from launch.command import run_worker
 from launch.config import ConfigError
 from util.distributed import all_reduce
-from util.lars import LARS
 from util.loaders import train_loader
 from util.loop import Line
+from util.optim import LARS
 from util.schedules import peak_learning_rate, warmup_cosine
 
 ATTENTIVE = "attentive"

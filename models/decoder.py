@@ -98,20 +98,19 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(self.block(dim, num_heads) for _ in range(depth))
         self.apply(initialise_weights)
 
-    def embed_visible(self, latents: Tensor, visible_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """latents [N, 1 + V, encoder_dim] -> [N, 1 + V, d] without and with position rows."""
+    def embed_both(
+        self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """latents [N, 1 + V, encoder_dim] -> visible tokens [N, 1 + V, d], one token per masked
+        position [N, M, d], all with their position rows."""
         embedded = self.embed(latents)
         class_row = self.pos_embed.class_row().expand(embedded.shape[0], -1, -1)
         positions = torch.cat([class_row, self.pos_embed.patch_rows(visible_ids)], dim=1)
-        return embedded, embedded + positions
-
-    def mask_tokens(self, embedded: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """One token per masked position, with its position row. -> [N, M, d]"""
-        tokens = self.mask_token + self.pos_embed.patch_rows(masked_ids)
+        masked = self.mask_token + self.pos_embed.patch_rows(masked_ids)
         if self.visual_cue:
-            positions = self.pos_embed.pos_embeds[1:]
-            tokens = tokens + visual_cue(positions, embedded[:, 1:], visible_ids, masked_ids)
-        return tokens
+            table = self.pos_embed.pos_embeds[1:]
+            masked = masked + visual_cue(table, embedded[:, 1:], visible_ids, masked_ids)
+        return embedded + positions, masked
 
     def project(self, tokens: Tensor) -> Tensor:
         return self.head(self.norm(tokens))
@@ -129,11 +128,9 @@ class CrossDecoder(Decoder):
         self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """-> queries [N, 1 + M, d], context [N, 1 + V, d]"""
-        embedded, context = self.embed_visible(latents, visible_ids)
+        context, masked = self.embed_both(latents, visible_ids, masked_ids)
         cls_token = self.cls_token + self.pos_embed.class_row()
-        queries = self.mask_tokens(embedded, visible_ids, masked_ids)
-        queries = torch.cat([cls_token.expand(queries.shape[0], -1, -1), queries], dim=1)
-        return queries, context
+        return torch.cat([cls_token.expand(len(masked), -1, -1), masked], dim=1), context
 
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
         """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, target_dim], its own class token first."""
@@ -145,16 +142,15 @@ class CrossDecoder(Decoder):
 class SelfDecoder(Decoder):
     block = staticmethod(transformer_block)
 
+    def embed_tokens(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
+        """-> [N, 1 + V + M, d]"""
+        return torch.cat(self.embed_both(latents, visible_ids, masked_ids), dim=1)
+
     def forward(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
         """latents [N, 1 + V, encoder_dim] -> [N, 1 + M, target_dim], the encoder's token first."""
         tokens = self.embed_tokens(latents, visible_ids, masked_ids)
         tokens = run_blocks(self.blocks, tokens, recompute=self.recompute)
         return self.project(torch.cat([tokens[:, :1], tokens[:, latents.shape[1] :]], dim=1))
-
-    def embed_tokens(self, latents: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """-> [N, 1 + V + M, d]"""
-        embedded, visible = self.embed_visible(latents, visible_ids)
-        return torch.cat([visible, self.mask_tokens(embedded, visible_ids, masked_ids)], dim=1)
 
 
 DECODERS = {"cross": CrossDecoder, "self": SelfDecoder}

@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Imported in fixtures: the process that only hands out tests to others needs no torch.
 @pytest.fixture(scope="session", autouse=True)
 def freed_memory_is_kept() -> None:
-    from util.cpu import keep_freed_memory
+    from util.precision import keep_freed_memory
 
     keep_freed_memory()
 

@@ -29,9 +29,9 @@ from tests.published import PLACES, recipe
 from tests.runs import TINY, records
 from tests.test_models import random_inputs, small_model
 from util.build import Training
-from util.cpu import write_out_attention
 from util.distributed import Ranks
 from util.metrics import dense_peak
+from util.precision import write_out_attention
 from util.preemption import stoppable
 
 SMALL = {

@@ -25,8 +25,7 @@ from tests.published import prediction_loss
 from tests.test_protocols import GROUPS, composed
 from util.build import Training, build_model
 from util.distributed import Ranks
-from util.lars import LARS
-from util.optim import build_adamw
+from util.optim import LARS, build_adamw
 
 # ---- Pre-training and images. --------------------------------------------------------------------
 

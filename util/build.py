@@ -3,7 +3,6 @@
 cfg: a composed config, or anything with its keys as attributes.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -120,6 +119,6 @@ class Training:
             setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
         self.objective = torch.compile(self.objective, dynamic=False)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         dtype = AUTOCAST[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)

@@ -1,4 +1,6 @@
-"""AdamW as published: which parameters decay, and the fused implementation."""
+"""AdamW as published: which parameters decay. LARS for linear probes."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -25,3 +27,38 @@ def build_adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     Fused: one kernel for all parameters, which can leave a step out on the device (`found_inf`)."""
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+class LARS(torch.optim.Optimizer):
+    """Stochastic gradient descent whose step is proportional to the size of what it changes, as
+    MAE's linear probe has it: matrices get a layer-wise rate and weight decay, vectors (bias and
+    norm) plain momentum. timm's divides by |gradient| + weight_decay * |weight| instead.
+
+    step = lr * v, where v = momentum * v + rate * (gradient + weight_decay * weight) and
+    rate = trust_coefficient * |weight| / |gradient + weight_decay * weight|, or 1 where either norm
+    is 0."""
+
+    def __init__(self, params: Iterable, lr: float = 0.0, weight_decay: float = 0.0):
+        constants = {"momentum": 0.9, "trust_coefficient": 0.001}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **constants})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # it takes no closure
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, group)
+
+    def update(self, parameter: torch.Tensor, group: dict) -> None:
+        change = parameter.grad
+        if parameter.ndim > 1:
+            change = change + group["weight_decay"] * parameter
+            weight_norm, change_norm = parameter.norm(), change.norm()
+            rate = group["trust_coefficient"] * weight_norm / change_norm
+            # On the device: no answer is waited for.
+            change = change * torch.where((weight_norm > 0) & (change_norm > 0), rate, 1.0)
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].mul_(group["momentum"]).add_(change)
+        parameter.sub_(group["lr"] * state["momentum"])

@@ -6,7 +6,7 @@ from timm.models.vision_transformer import Attention
 
 from models.decoder import CrossAttention
 from tests.test_models import random_inputs, small_model
-from util.cpu import tune_for_cpu
+from util.precision import tune_for_cpu
 
 
 @pytest.mark.parametrize("precision, is_fused", [("fp32", True), ("bf16", False)])
