@@ -194,7 +194,7 @@ def without_generator(function: Callable) -> Callable:
 @contextmanager
 def fake_cuda() -> Iterator[Recorder]:
     """Inside, networks that are built are on a fake GPU; enter the recorder to note what runs."""
-    recorder, optimizer = Recorder(), torch.optim.Optimizer
+    recorder = Recorder()
     patches = [
         (torch, "compile", recorder.compile),
         (torch, "Generator", lambda device: mock.Mock(device=CUDA)),
@@ -205,7 +205,6 @@ def fake_cuda() -> Iterator[Recorder]:
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch._C, "_current_graph_task_id", lambda: 1),  # recomputing asks for it
         (FakeTensorMode, "__deepcopy__", lambda mode, memo: mode),  # the target is a copy
-        *((optimizer, name, lambda _: None) for name in dir(optimizer) if "graph_capture" in name),
     ]
     with ExitStack() as stack:
         for owner, name, value in patches:

@@ -2,7 +2,7 @@
 
 python -m bench.roofline                                          # the published recipe, 8 GPUs
 python -m bench.roofline encoder=vit_large batch_size=64 gpus=64  # any other, in bf16
-python -m bench.roofline --config-name=images images=50000        # another config, and data set
+python -m bench.roofline --config-name=textures images=50000      # another config, and data set
 
 eager: each operation takes the longest of its arithmetic, its bytes and 3 microseconds.
 compiled: a lower bound of compile=True. Matrix products and attention are as they were. All else in
