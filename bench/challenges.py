@@ -71,11 +71,11 @@ class Run(NamedTuple):
 
     @property
     def evaluated(self) -> Path:
-        """The folder of its evaluations."""
+        """The folder of its evaluations"""
         return self.folder.with_name(f"{self.folder.name}-evaluated")
 
     def results(self) -> dict:
-        """Of the evaluations of its last checkpoint; empty where there are none."""
+        """Read the evaluations of its last checkpoint; empty where any of them is missing."""
         sha256 = sha256_of(list_checkpoints(self.folder / "checkpoints")[0])
         for found in map(read_json, self.evaluated.glob("results/evaluate-*.json")):
             evaluations, backbone = found.get("evaluations", {}), found.get("backbone", {})
@@ -87,14 +87,12 @@ class Run(NamedTuple):
 
 def main(cfg: DictConfig) -> None:
     Path(cfg.page).parent.mkdir(parents=True, exist_ok=True)
-    given = {"digits": cfg.digits, "textures": cfg.textures}
-    plans = {name: plan(cfg, name, own) for name, own in given.items() if own is not None}
-    named = {run.folder: run for runs in plans.values() for own in runs.values() for run in own}
-    runs = [*named.values()]
+    plans = {name: plan(cfg, name) for name in RECIPES if cfg[name] is not None}
+    runs = different_runs(plans)
     finish(cfg, [run.cfg for run in runs if not is_finished(run.cfg)])
     finish(cfg, [evaluation(run) for run in runs if not run.results()])
     pictures = draw(cfg, plans.get("textures", {}))
-    jobs = [*map(str, named), *(str(run.evaluated) for run in runs)]
+    jobs = [str(run.folder) for run in runs] + [str(run.evaluated) for run in runs]
     keys = [f"output_dir={cfg.output_dir}", f"job_name={cfg.job_name}", f"jobs=[{','.join(jobs)}]"]
     report.main(compose_config("report", keys))
     text = "\n\n".join(describe(cfg, plans, pictures))
@@ -110,21 +108,26 @@ def finish(cfg: DictConfig, configs: list[DictConfig]) -> None:
 # --- what runs ----------------------------------------------------------------------------------
 
 
-def plan(cfg: DictConfig, name: str, overrides: list[str]) -> dict[str, list[Run]]:
-    """By experiment, the recipe first."""
-    common = [f"output_dir={cfg.output_dir}", f"job_name={name}", "resume=True", *overrides]
+def plan(cfg: DictConfig, name: str) -> dict[str, list[Run]]:
+    """List the runs of each experiment on these images, those of the recipe first."""
+    common = [f"output_dir={cfg.output_dir}", f"job_name={name}", "resume=True", *cfg[name]]
     found = {}
     for experiment in cfg.experiments:
         runs: dict[str, Run] = {}
         for chosen in ([], [f"experiment={experiment}"]):
-            command = Namespace(config_name=RECIPES[name][0], config_dir=CONFIG_DIR)
-            command.overrides, command.multirun = [*chosen, *common], True
+            command = Namespace(
+                config_name=RECIPES[name][0],
+                config_dir=CONFIG_DIR,
+                overrides=[*chosen, *common],
+                multirun=True,
+            )
             for own in compose_all(command):
                 label = own.job_name.removeprefix(name).removeprefix(f"-seed{own.seed}")
                 label = label.removeprefix("-").removeprefix("experiment-")
                 runs[own.job_name] = Run(name, label, own)
         if cfg.equal_gflop:
-            cost = {run.label: flops_per_image(run.cfg) for run in runs.values()}
+            rows = by_label([*runs.values()])
+            cost = {label: flops_per_image(own[0].cfg) for label, own in rows.items()}
             for run in runs.values():
                 run.cfg.epochs = round(run.cfg.epochs * cost[""] / cost[run.label])
         for run in runs.values():
@@ -134,23 +137,33 @@ def plan(cfg: DictConfig, name: str, overrides: list[str]) -> dict[str, list[Run
     return found
 
 
+def different_runs(plans: dict[str, dict[str, list[Run]]]) -> list[Run]:
+    """List each run once: experiments share those of the recipe."""
+    found = {run.folder: run for plan in plans.values() for runs in plan.values() for run in runs}
+    return [*found.values()]
+
+
 def evaluations_of(recipe: str) -> dict[str, None]:
-    """In the order of its columns."""
+    """Name the evaluations of a recipe, in the order of its columns."""
     return dict.fromkeys(path.split("/")[0] for path in RECIPES[recipe][1].values())
 
 
 def evaluation(run: Run) -> DictConfig:
-    names, folder = ",".join(evaluations_of(run.recipe)), run.evaluated
-    keys = {"pretrained": run.folder, "output_dir": folder.parent, "job_name": folder.name}
-    keys |= {"dataset": run.cfg.dataset.name, "evals": f"[{names}]"}
-    keys["seed"] = run.cfg.seed  # of the random weights, too
-    cfg = compose_config("evaluate", [f"{key}={value}" for key, value in keys.items()])
-    cfg.dataset, cfg.beside_random_init = run.cfg.dataset, not run.label
+    keys = [
+        f"pretrained={run.folder}",
+        f"output_dir={run.evaluated.parent}",
+        f"job_name={run.evaluated.name}",
+        f"evals=[{','.join(evaluations_of(run.recipe))}]",
+        f"seed={run.cfg.seed}",  # of the random weights, too
+        f"beside_random_init={not run.label}",
+    ]
+    cfg = compose_config("evaluate", keys)
+    cfg.dataset = run.cfg.dataset
     return cfg
 
 
 def draw(cfg: DictConfig, runs: dict[str, list[Run]]) -> dict[str, Path]:
-    """By experiment, clusters of a few mosaics for the first seed of each row."""
+    """Draw clusters of a few mosaics for the first seed of each row: the picture by experiment."""
     if not runs:
         return {}
     folder = Path(cfg.output_dir) / "mosaics"
@@ -160,8 +173,8 @@ def draw(cfg: DictConfig, runs: dict[str, list[Run]]) -> dict[str, Path]:
         mosaics.load(index).save(folder / f"{index}.png")
     drawn = {}
     for experiment, own in runs.items():
-        rows = {run.label: str(run.folder) for run in reversed(own)}  # first seeds win
-        keys = [f"pretrained=[{','.join([*rows.values()][::-1])}]", f"images={folder}"]
+        firsts = [str(runs[0].folder) for runs in by_label(own).values()]
+        keys = [f"pretrained=[{','.join(firsts)}]", f"images={folder}"]
         keys += [f"output_dir={cfg.output_dir}", f"job_name={experiment}", "dataset=textures"]
         keys += ["clusters=[4]", "max_iter=null", "point=null", "controls=[pixels]"]
         drawn[experiment] = compose_config("visualize", keys)
@@ -175,10 +188,10 @@ def draw(cfg: DictConfig, runs: dict[str, list[Run]]) -> dict[str, Path]:
 def describe(
     cfg: DictConfig, plans: dict[str, dict[str, list[Run]]], pictures: dict[str, Path]
 ) -> Iterator[str]:
-    """The parts of the page."""
+    """Write the parts of the page."""
     yield f"# {cfg.title}\n\n```bash\n{cfg.command}\n```"
-    runs = {run.folder: run for own in plans.values() for row in own.values() for run in row}
-    seconds = sum(trained(run)["seconds"] for run in runs.values())
+    runs = different_runs(plans)
+    seconds = sum(trained(run)["seconds"] for run in runs)
     settings = "; ".join(f"{name}: {' '.join(cfg[name])}" for name in plans)
     yield (
         f"{date.today()}, commit {git('rev-parse', '--short', 'HEAD')}: {len(runs)} runs, "
@@ -201,7 +214,7 @@ def describe(
 
 
 def introduce(experiment: str) -> Iterator[str]:
-    """The paragraphs of the comment that its config begins with, without the command, which is
+    """Quote the comment that its config begins with: its paragraphs without the command, which is
     indented, and without what it says of changed results."""
     lines = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text().splitlines()
     comment = takewhile(lambda line: line.startswith("#"), lines)
@@ -212,10 +225,8 @@ def introduce(experiment: str) -> Iterator[str]:
 
 
 def describe_rows(name: str, experiment: str, runs: list[Run]) -> Iterator[str]:
-    """A table with a row per setting, and what it shows."""
-    rows: dict[str, list[Run]] = {}
-    for run in runs:
-        rows.setdefault(run.label, []).append(run)
+    """Write a table with a row per setting, and what it shows."""
+    rows = by_label(runs)
     measured = {label: numbers_of(own, "trained") for label, own in rows.items()}
     titles, judged = [*RECIPES[name][1]], next(iter(RECIPES[name][1]))
     lines = [[name, *titles, "loss", "chance", "verdict", "GFLOP"]]
@@ -241,8 +252,15 @@ def describe_rows(name: str, experiment: str, runs: list[Run]) -> Iterator[str]:
     yield "\n".join(seen)
 
 
+def by_label(runs: list[Run]) -> dict[str, list[Run]]:
+    rows: dict[str, list[Run]] = {}
+    for run in runs:
+        rows.setdefault(run.label, []).append(run)
+    return rows
+
+
 def numbers_of(runs: list[Run], weights: str) -> dict[str, np.ndarray]:
-    """By title, one number per run."""
+    """Read the numbers of each column, one per run."""
     evaluated = [run.results() for run in runs]
     numbers = {}
     for title, path in RECIPES[runs[0].recipe][1].items():
@@ -257,12 +275,13 @@ def numbers_of(runs: list[Run], weights: str) -> dict[str, np.ndarray]:
 
 
 def trained(run: Run) -> dict:
-    """What its training has come to."""
+    """Read what its training has come to."""
     return read_json(run.folder / "results" / f"{run.cfg.job_name}.json")
 
 
 def compare(base: np.ndarray, values: np.ndarray, is_claimed: bool) -> str:
-    """base: of the recipe, one number per seed. Claimed: that the recipe is better."""
+    """Say what a row shows. base, values: one number per seed, of the recipe and of the row;
+    is_claimed: the paper says that the recipe is better."""
     lower = base.mean() - values.mean()
     text = f"{abs(lower):.1f} {'lower' if lower > 0 else 'higher'} than the recipe"
     if min(len(base), len(values)) < 2:

@@ -63,100 +63,97 @@ def evaluate(run: EvalRun) -> None:
     shape = (places, run.backbone.embed_dim)
     tokens = measure_tokens(tokens_of(fitted), tokens_of(tested), shape, run.ranks)
     run.finish(
-        {"rankme": rank_me(pooled), **cosine_and_std(pooled), **tokens},
+        measure_pooled(pooled) | tokens,
         protocol=f"{cfg.split} split, pooling {cfg.pooling}, tokens of {len(chosen)} images",
         images=len(pooled),
     )
 
 
-def rank_me(features: Tensor) -> float:
-    """Singular values from the D x D products, so that any number of images fits."""
-    products = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+def measure_pooled(features: Tensor) -> dict[str, float]:
+    """Measure features [N, D] of images, part by part, so that any number of them fits."""
+    count, width = features.shape
+    products = torch.zeros(width, width, dtype=torch.float64)
+    sums = torch.zeros(2, width, dtype=torch.float64)  # of rows of length 1, and of their squares
     for part in features.split(ROWS):
         part = part.double()
         products += part.T @ part
+        unit = F.normalize(part, dim=1)
+        sums += torch.stack([unit.sum(dim=0), unit.square().sum(dim=0)])
+    # The singular values, from the D x D products.
     singular = torch.linalg.eigvalsh(products).clamp_min(0).sqrt()
     share = singular / singular.sum()
-    return torch.special.entr(share).sum().exp().item()
-
-
-def cosine_and_std(features: Tensor) -> dict[str, float]:
-    """Of all rows, brought to length 1, from the sum of each channel and that of its square."""
-    count, width = features.shape
-    sums = torch.zeros(2, width, dtype=torch.float64)
-    for part in features.split(ROWS):
-        unit = F.normalize(part.double(), dim=1)
-        sums += torch.stack([unit.sum(dim=0), unit.square().sum(dim=0)])
     mean, square = sums / count
     # The sum over all pairs is the squared length of the sum, less each with itself.
     cosine = (sums[0].square().sum() - count) / (count * (count - 1))
     std = (square - mean**2).clamp_min(0).sqrt().mean() * width**0.5
-    return {"mean_cosine": cosine.item(), "channel_std": std.item()}
+    return {
+        "rankme": torch.special.entr(share).sum().exp().item(),
+        "mean_cosine": cosine.item(),
+        "channel_std": std.item(),
+    }
 
 
 def measure_tokens(
     fitted: Iterable[Tensor], tested: Iterable[Tensor], shape: tuple[int, int], ranks: Ranks
 ) -> dict[str, float]:
-    """Of two sets of images: this process's tokens, [B, *shape] at a time; shape: places, width. A
-    linear map from token to place is fitted to the first set in closed form and tested on the
-    second; similarities are those of both."""
+    """Measure the tokens of two sets of images: this process's tokens, [B, *shape] at a time;
+    shape: places, width. A linear map from token to place is fitted to the first set in closed form
+    and tested on the second; similarities are those of both."""
     places, width = shape
     zeros = partial(torch.zeros, dtype=torch.float64, device=ranks.device)
-    similar = Similarities(places, width, ranks.device)
-    products, by_place, count = zeros(width, width), zeros(places, width), zeros(())
+    # Of both sets: sums of tokens of length 1, place by place; of cosines inside images; images.
+    unit_sums, inside, images = zeros(places, width), zeros(()), zeros(())
+
+    def add(tokens: Tensor) -> Tensor:
+        tokens = tokens.double()
+        unit_sums.add_(F.normalize(tokens, dim=-1).sum(dim=0))
+        inside.add_(average_similarity(tokens) * len(tokens))
+        images.add_(len(tokens))
+        return tokens
+
     # Ridge regression of the one-hot place. Each place occurs once per image, so that the sum of
     # tokens over images, place by place, is the product of tokens and one-hot places.
-    for tokens in fitted:
-        similar.add(tokens)
-        by_place += tokens.double().sum(dim=0)
-        flat = tokens.flatten(0, 1).double()
+    products, sums, count = zeros(width, width), zeros(places, width), zeros(())
+    for tokens in map(add, fitted):
+        sums += tokens.sum(dim=0)
+        flat = tokens.flatten(0, 1)
         products += flat.T @ flat
         count += len(flat)
-    for sums in (products, by_place, count):
-        all_reduce(sums)
-    mean = by_place.sum(dim=0) / count
+    for values in (products, sums, count):
+        all_reduce(values)
+    mean = sums.sum(dim=0) / count
     covariance = products / count - mean[:, None] * mean
-    cross = by_place.T / count - mean[:, None] / places  # the mean of a one-hot place is 1 / L
+    cross = sums.T / count - mean[:, None] / places  # the mean of a one-hot place is 1 / L
     ridge = RIDGE * covariance.trace() / width + torch.finfo(torch.float64).tiny
     covariance.diagonal().add_(ridge)
     weight = torch.linalg.lstsq(covariance, cross).solution  # [D, L]
     bias = 1 / places - mean @ weight  # [L]
 
-    counts = zeros(2)  # hits, tokens
-    for tokens in tested:
-        similar.add(tokens)
-        predicted = (tokens.double() @ weight + bias).argmax(dim=2)
-        counts[0] += (predicted == torch.arange(places, device=ranks.device)).sum()
-        counts[1] += predicted.numel()
-    hits, tested_tokens = all_reduce(counts).tolist()
-    probe = {"position_probe": 100 * hits / tested_tokens, "position_chance": 100 / places}
-    return similar.read() | probe
+    hits = zeros(())
+    for tokens in map(add, tested):
+        predicted = (tokens @ weight + bias).argmax(dim=2)
+        hits += (predicted == torch.arange(places, device=ranks.device)).sum()
+    for values in (hits, unit_sums, inside, images):
+        all_reduce(values)
+    probed = 100 * hits / (images * places - count)
+    probe = {"position_probe": probed.item(), "position_chance": 100 / places}
+    return similarities(unit_sums, inside, images) | probe
 
 
-class Similarities:
-    """Cosines of patch tokens, averaged over pairs: from sums over tokens of length 1."""
-
-    def __init__(self, places: int, width: int, device: torch.device):
-        self.by_place = torch.zeros(places, width, dtype=torch.float64, device=device)
-        self.images, self.inside = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add(self, tokens: Tensor) -> None:
-        self.by_place += F.normalize(tokens.double(), dim=-1).sum(dim=0)
-        self.inside += average_similarity(tokens.double()) * len(tokens)
-        self.images += len(tokens)
-
-    def read(self) -> dict[str, float]:
-        """Over all processes."""
-        for sums in (self.by_place, self.images, self.inside):
-            all_reduce(sums)
-        places, n = len(self.by_place), self.images
-        # All pairs, less those of one image and, of one place, those of a token with itself.
-        same = self.by_place.square().sum() - n * places
-        everything = self.by_place.sum(dim=0).square().sum() - places**2 * self.inside
-        pairs = n * (n - 1) * places
-        other = (everything - same) / (pairs * max(places - 1, 1))
-        found = {"token_similarity": self.inside / n, "same_place": same / pairs}
-        return {name: value.item() for name, value in (found | {"other_places": other}).items()}
+def similarities(unit_sums: Tensor, inside: Tensor, images: Tensor) -> dict[str, float]:
+    """Average the cosines of patch tokens over pairs. unit_sums [L, D]: of the tokens of length 1
+    of all images, place by place; inside: of the averages over the pairs of an image."""
+    places = len(unit_sums)
+    # All pairs, less those of one image and, of one place, those of a token with itself.
+    same = unit_sums.square().sum() - images * places
+    everything = unit_sums.sum(dim=0).square().sum() - places**2 * inside
+    pairs = images * (images - 1) * places
+    found = {
+        "token_similarity": inside / images,
+        "same_place": same / pairs,
+        "other_places": (everything - same) / (pairs * max(places - 1, 1)),
+    }
+    return {name: value.item() for name, value in found.items()}
 
 
 if __name__ == "__main__":

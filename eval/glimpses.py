@@ -15,8 +15,8 @@ CLUSTERS = [3, 5]  # the colours of the last; the parts of one of the first shar
 
 
 def picture(images: Tensor, views: Views, geometry: Geometry, tokens: Tensor) -> bytes:
-    """A PNG with a row per image: the image, its visible patches, its masked ones, the clusters of
-    its tokens. images: uint8 [N, 3, H, W]; tokens [N, L, D], of the whole grid."""
+    """Draw a PNG with a row per image: the image, its visible patches, its masked ones, the
+    clusters of its tokens. images: uint8 [N, 3, H, W]; tokens [N, L, D], of the whole grid."""
     side = geometry.side
     resized = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True).byte()
     parts = [resized, *only_patches(resized, views, geometry), cluster_maps(tokens, side)]
@@ -29,13 +29,17 @@ def picture(images: Tensor, views: Views, geometry: Geometry, tokens: Tensor) ->
 
 
 def only_patches(images: Tensor, views: Views, geometry: Geometry) -> list[Tensor]:
-    """The visible patches on grey, and the masked ones: as the networks' own function cuts them,
+    """Show the visible patches on grey, and the masked ones. The networks' own function cuts them,
     here out of an image of pixel numbers."""
     count, side = len(images), geometry.side
-    numbers = torch.arange(side**2, device=images.device).reshape(1, 1, side, side)
-    offsets = views.row_offsets, views.column_offsets
-    cut = (geometry.patch_size, geometry.patch_gap, *offsets)
-    places = extract_patches(numbers.expand(count, -1, -1, -1), *cut)
+    numbers = torch.arange(side**2, device=images.device).expand(count, -1)
+    places = extract_patches(
+        numbers.reshape(count, 1, side, side),
+        geometry.patch_size,
+        geometry.patch_gap,
+        views.row_offsets,
+        views.column_offsets,
+    )
     found = []
     for ids in (views.visible_ids, views.masked_ids):
         shown = torch.zeros(count, side**2, dtype=torch.bool, device=images.device)
@@ -45,7 +49,7 @@ def only_patches(images: Tensor, views: Views, geometry: Geometry) -> list[Tenso
 
 
 def cluster_maps(tokens: Tensor, side: int) -> Tensor:
-    """-> uint8 [N, 3, side, side]"""
+    """Draw the clusters of the tokens of each image: uint8 [N, 3, side, side]."""
     grid, maps = round(tokens.shape[1] ** 0.5), []
     for own in tokens.float().cpu().numpy():
         colours = torch.from_numpy(nested_colours(nested_clusters(own, CLUSTERS))[-1])

@@ -1,55 +1,26 @@
-"""How well segments agree with masks: matched mIoU and ARI per image, mIoU over a data set. And the
-measures of DAVIS: region similarity J and boundary accuracy F of one object in one frame, and their
-means over frames, objects and sequences."""
+"""How well segments agree with masks: matched mIoU per image. And the measures of DAVIS: region
+similarity J and boundary accuracy F of one object in one frame, and their means over frames,
+objects and sequences."""
 
 import math
 from statistics import fmean  # rounded once: the order of the values changes nothing
 
 import numpy as np
 
-from data.masks import IGNORE
-
-CLASSES = 256  # as many values as a mask can hold
 BOUNDARY_SHARE = 0.008  # boundaries match within this part of the image's diagonal
 
 
 def matched_miou(truth: np.ndarray, segments: np.ndarray) -> float:
     """Each true label gets the segment that makes the mean IoU largest, no segment twice. The mean
-    is over the true labels; one that gets no segment has IoU 0. Unlabelled pixels are left out."""
+    is over the true labels; one that gets no segment has IoU 0. Both [N]: of labelled pixels."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics.cluster import contingency_matrix
 
-    labelled = truth != IGNORE
-    counts = contingency_matrix(truth[labelled], segments[labelled])
+    counts = contingency_matrix(truth, segments)
     union = counts.sum(axis=1, keepdims=True) + counts.sum(axis=0, keepdims=True) - counts
     iou = counts / union
     rows, columns = linear_sum_assignment(iou, maximize=True)
     return float(iou[rows, columns].sum() / len(iou))
-
-
-def adjusted_rand_index(truth: np.ndarray, segments: np.ndarray) -> float:
-    """Pairs of labelled pixels that mask and segments treat alike, corrected for chance: 1 is the
-    same partition, 0 what chance gives."""
-    from sklearn.metrics import adjusted_rand_score
-
-    labelled = truth != IGNORE
-    return float(adjusted_rand_score(truth[labelled], segments[labelled]))
-
-
-def confusion_matrix(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """int64 [CLASSES, CLASSES]: pixels of each true class (row) that were taken for each class."""
-    labelled = truth != IGNORE
-    codes = truth[labelled].astype(np.int64) * CLASSES + predicted[labelled]
-    return np.bincount(codes, minlength=CLASSES**2).reshape(CLASSES, CLASSES)
-
-
-def class_ious(confusion: np.ndarray) -> dict[int, float]:
-    """IoU over a whole data set, of each class that its masks hold."""
-    hits = np.diag(confusion)
-    true, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
-    present = np.flatnonzero(true)
-    iou = hits[present] / (true + predicted - hits)[present]
-    return dict(zip(present.tolist(), iou.tolist(), strict=True))
 
 
 def region_similarity(truth: np.ndarray, predicted: np.ndarray) -> float:

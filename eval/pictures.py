@@ -2,7 +2,6 @@
 
 import textwrap
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,12 @@ from util.files import write_whole
 # apart. Tints and shades of them (mixed with so much white, or black) differ in lightness.
 HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
 MIXED = (0, 0.6, -0.5, 0.3, -0.25, 0.8, -0.7, 0.45, -0.12, 0.15, -0.37, 0.7)
+PALETTE = np.array(
+    [
+        [np.array(ImageColor.getrgb(hue)) / 255 * (1 - abs(part)) + max(part, 0) for part in MIXED]
+        for hue in HUES
+    ]
+)
 
 # Inches, and points for letters.
 PANEL, GAP, LINE, MARGIN = 2.0, 0.08, 0.2, 0.1
@@ -30,99 +35,82 @@ class Panel(NamedTuple):
     note: str = ""
 
 
-class Row(NamedTuple):
-    label: str
-    panels: dict[str, Panel]  # by title; the first one has the shape of all
+Rows = dict[str, dict[str, Panel]]  # panels by label and title; a row's first has the shape of all
 
 
 def nested_clusters(tokens: np.ndarray, counts: list[int]) -> list[np.ndarray]:
-    """For each count the cluster of each token, int [L]: one tree, cut at several heights."""
-    from scipy.cluster.hierarchy import ward  # not needed by most of the trainings that load this
+    """Find the cluster of each token for each of the counts, int [L]: one tree, cut at several
+    heights."""
+    from scipy.cluster.hierarchy import cut_tree, ward  # not needed by most trainings
 
-    merges = ward(tokens)[:, :2].astype(int)
-    levels, leaves = [], len(tokens)
-    for count in counts:
-        # Merge i makes the node leaves + i. The last count - 1 are undone; below, each node takes
-        # the name of the one that it is merged into.
-        names = np.arange(leaves + len(merges))
-        for merge in reversed(range(leaves - count)):
-            names[merges[merge]] = names[leaves + merge]
-        levels.append(np.unique(names[:leaves], return_inverse=True)[1])
-    return levels
+    return list(cut_tree(ward(tokens), counts).T)
 
 
 def nested_colours(levels: list[np.ndarray]) -> list[np.ndarray]:
-    """Of clusters, coarse to fine, each level dividing the one before: the colours of all places,
-    [L, 3] from 0 to 1. The largest part of a cluster keeps its colour, the others its hue."""
-    parents: dict[int, tuple[int, int]] = {}
-    used = [0] * len(HUES)
-    found, coarser = [], np.zeros_like(levels[0])
+    """Give clusters, coarse to fine, each level dividing the one before, their colours: of all
+    places, [L, 3] from 0 to 1. The largest part of a cluster keeps its colour, the others its hue.
+    """
+    coarser, hues, tints = np.zeros((3, len(levels[0])), int)
+    used, found = [0] * len(HUES), []
     for level, labels in enumerate(levels):
-        own = {}
-        for parent in range(coarser.max() + 1):
+        for parent in np.unique(coarser):
             parts, sizes = np.unique(labels[coarser == parent], return_counts=True)
             for rank, part in enumerate(parts[np.argsort(-sizes, kind="stable")]):
-                hue = rank % len(HUES) if level == 0 else parents[parent][0]
-                if level > 0 and rank == 0:
-                    own[part] = parents[parent]
-                else:
-                    own[part] = hue, used[hue]
+                places = labels == part
+                if level == 0:
+                    hues[places] = rank % len(HUES)
+                if level == 0 or rank > 0:
+                    hue = hues[places][0]
+                    tints[places] = used[hue]
                     used[hue] += 1
-        parents, coarser, colours = own, labels, []
-        for hue, number in (own[part] for part in range(len(own))):
-            share = MIXED[number]
-            colours.append(
-                np.array(ImageColor.getrgb(HUES[hue])) / 255 * (1 - abs(share)) + max(share, 0)
-            )
-        found.append(np.array(colours)[labels])
+        coarser = labels
+        found.append(PALETTE[hues, tints])
     return found
 
 
-def draw(path: Path, rows: list[Row], caption: list[str]) -> None:
-    """path.png and path.pdf, the same bytes each time."""
+def draw(path: Path, rows: Rows, caption: list[str]) -> None:
+    """Write path.png and path.pdf, the same bytes each time."""
     figure = compose(rows, caption)
     for ending, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
         save = partial(figure.savefig, format=ending, metadata=metadata)
         write_whole(path.with_name(f"{path.name}.{ending}"), save)
 
 
-def compose(rows: list[Row], caption: list[str]):
-    """All panels are as wide as each other, and as high as their image is in
+def compose(rows: Rows, caption: list[str]):
+    """Make the figure. All panels are as wide as each other, and as high as their image is in
     proportion, so that no pixel is stretched."""
-    columns = max(len(row.panels) for row in rows)
-    width = 2 * MARGIN + columns * (PANEL + GAP) - GAP
-    letters = int((width - 2 * MARGIN) * 72 / (WIDTH * SMALL))
-    wrapped = (textwrap.wrap(text, letters, subsequent_indent="  ") for text in caption)
-    lines = list(chain.from_iterable(wrapped))
-    shapes = [next(iter(row.panels.values())).content.shape for row in rows]
-    heights = [PANEL * shape[0] / shape[1] for shape in shapes]
-    line = SMALL * 1.4 / 72
-    height = 2 * MARGIN + LINE + sum(heights) + len(rows) * (LINE + GAP) + len(lines) * line
     from matplotlib.figure import Figure  # takes a second, which training does without
 
+    inside = max(map(len, rows.values())) * (PANEL + GAP) - GAP
+    letters = int(inside * 72 / (WIDTH * SMALL))
+    wrapped = ["\n  ".join(textwrap.wrap(text, letters - 2)) for text in caption]
+    lines = "\n".join(wrapped).split("\n")
+    shapes = [next(iter(panels.values())).content.shape for panels in rows.values()]
+    heights = [PANEL * shape[0] / shape[1] for shape in shapes]
+    width = inside + 2 * MARGIN
+    height = 2 * MARGIN + LINE + sum(heights) + len(rows) * (LINE + GAP)
+    height += len(lines) * SMALL * 1.4 / 72
     figure = Figure(figsize=(width, height), dpi=DOTS)
 
     def write(left: float, top: float, text: str, size: float, weight: str = "normal") -> None:
-        place, font = (left / width, 1 - top / height), {"family": "monospace", "weight": weight}
-        figure.text(*place, text, font, fontsize=size, va="top", parse_math=False)
+        font = {"family": "monospace", "weight": weight, "size": size}
+        figure.text(left / width, 1 - top / height, text, font, va="top", parse_math=False)
 
     top = MARGIN
-    for place, title in enumerate(rows[0].panels):
+    for place, title in enumerate(next(iter(rows.values()))):
         write(MARGIN + place * (PANEL + GAP), top, title, TEXT)
     top += LINE
-    for row, high in zip(rows, heights, strict=True):
-        most = int((width - 2 * MARGIN) * 72 / (WIDTH * TEXT))
-        label = row.label if len(row.label) <= most else f"...{row.label[3 - most :]}"
-        write(MARGIN, top, label, TEXT, "bold")
+    most = int(inside * 72 / (WIDTH * TEXT))
+    for (label, panels), high in zip(rows.items(), heights, strict=True):
+        shown = label if len(label) <= most else f"...{label[3 - most :]}"
+        write(MARGIN, top, shown, TEXT, "bold")
         top += LINE
-        for place, panel in enumerate(row.panels.values()):
+        for place, panel in enumerate(panels.values()):
             left = MARGIN + place * (PANEL + GAP)
             box = (left / width, 1 - (top + high) / height, PANEL / width, high / height)
             fill(figure.add_axes(box), panel)
         top += high + GAP
-    for text in lines:
-        write(MARGIN, top, text, SMALL)
-        top += line
+    write(MARGIN, top, "\n".join(lines), SMALL)
     return figure
 
 
@@ -137,10 +125,11 @@ def fill(axes, panel: Panel) -> None:
     smooth = "antialiased" if is_fine else "nearest"
     axes.imshow(panel.content, interpolation=smooth, aspect="auto", cmap="viridis")
     if panel.mark is not None:
+        x, y = panel.mark[0], 1 - panel.mark[1]
         for colour, thickness in (("white", 3), ("black", 1.2)):
-            place = {"transform": axes.transAxes, "color": colour, "markeredgewidth": thickness}
-            axes.plot(panel.mark[0], 1 - panel.mark[1], "+", markersize=9, **place)
+            look = {"color": colour, "markeredgewidth": thickness, "markersize": 9}
+            axes.plot(x, y, "+", transform=axes.transAxes, **look)
     if panel.note:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        place = {"transform": axes.transAxes, "fontsize": SMALL, "bbox": box}
-        axes.text(0.03, 0.04, panel.note, family="monospace", **place)
+        font = {"family": "monospace", "size": SMALL}
+        axes.text(0.03, 0.04, panel.note, font, transform=axes.transAxes, bbox=box)

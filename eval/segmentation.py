@@ -9,7 +9,6 @@ method=knn: the nearest patches of the training images vote on each patch that s
 python launcher.py --config-name=segmentation pretrained=checkpoints/demo dataset=textures
 """
 
-import math
 from collections.abc import Iterator
 from statistics import fmean
 
@@ -25,21 +24,21 @@ from data.base import DataError
 from data.loader import epoch_order
 from data.masks import IGNORE, MaskedImages, WithMasks
 from data.transforms import MaskTransform
-from eval import metrics
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation
 from eval.features import Features, unit_length
-from eval.metrics import CLASSES
+from eval.metrics import matched_miou
 from eval.nn import QUERIES, check_bank, nearest, vote
 from launch.command import run_worker
 from launch.config import ConfigError
 from models.views import extract_patches
 from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects, on_main
 from util.loaders import eval_loader, open_split
+from util.schedules import half_cosine
 from util.streams import Stream, generator
 
-Batch = tuple[Tokens, np.ndarray]  # on the device, and masks uint8 [B, H, W]
-Grid = tuple[int, int]
+Batch = tuple[Tokens, Tensor]  # on the device, and masks uint8 [B, H, W] on the CPU
+CLASSES = 256  # as many values as a mask can hold
 SEEN = {"tokens": "patch tokens", "pixels": "raw pixels of patches"}
 
 
@@ -61,14 +60,14 @@ def masked_data(cfg: DictConfig, split: str) -> MaskedImages:
 
 @torch.inference_mode()
 def token_batches(run: EvalRun, dataset: MaskedImages, what: str) -> Iterator[Batch]:
-    """This process's part, in order."""
+    """Yield the tokens and masks of this process's part of the data set, in order."""
     backbone = run.backbone
     transform = MaskTransform(backbone.image_side, run.cfg.dataset.crop_ratio)
     most = run.cfg.max_bad_images
     loader = eval_loader(run.cfg, run.ranks, WithMasks(dataset), transform, max_bad_images=most)
     loader.bad_images = run.bad_images[dataset]
     for batch in run.batches(loader, what):
-        images, masks = batch.images[:, :3], batch.images[:, 3].cpu().numpy()
+        images, masks = batch.images[:, :3], batch.images[:, 3].cpu()
         if run.cfg.features == "pixels":
             patches = extract_patches(run.normalised(images), backbone.patch_size)
             tokens = Tokens(None, patches, backbone.grid_of(images))
@@ -83,7 +82,7 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     for tokens, masks in token_batches(run, dataset, "batches clustered:"):
         centre = tokens.patches.mean(dim=1, keepdim=True) if cfg.centre else 0
         patches = F.normalize(tokens.patches - centre, dim=-1).cpu().numpy()
-        for vectors, mask in zip(patches, masks, strict=True):
+        for vectors, mask in zip(patches, masks.numpy(), strict=True):
             scores.append(score_image(cfg, vectors, tokens.grid, mask))
     scores = [score for part in gather_objects(scores, run.ranks) for score in part]
     # One class is one segment, which is no achievement.
@@ -107,22 +106,28 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     )
 
 
-def score_image(cfg: DictConfig, vectors: np.ndarray, grid: Grid, mask: np.ndarray) -> list[float]:
-    """vectors [L, D], mask [H, W]"""
-    classes = len(np.unique(mask[mask != IGNORE]))
+def score_image(
+    cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], mask: np.ndarray
+) -> list[float]:
+    """Score the clusters of the patches of an image. vectors [L, D], mask [H, W]
+
+    -> the number of classes in the mask; mIoU and ARI of each number of segments"""
+    from sklearn.metrics import adjusted_rand_score
+
+    labelled = mask != IGNORE
+    truth = mask[labelled]
+    classes = len(np.unique(truth))
     if classes == 0:
         return [0]
-    scores = []
+    scores: list[float] = [classes]
     for count in cfg.segments:
-        count = classes if count == "truth" else count
-        segments = cluster(cfg, vectors, grid, count).reshape(grid)
-        segments = to_pixels(segments, mask.shape)
-        scores.append(metrics.matched_miou(mask, segments))
-        scores.append(metrics.adjusted_rand_index(mask, segments))
-    return [classes, *scores]
+        segments = cluster(cfg, vectors, grid, classes if count == "truth" else count)
+        found = to_pixels(segments.reshape(grid), mask.shape)[labelled]
+        scores += [matched_miou(truth, found), adjusted_rand_score(truth, found)]
+    return scores
 
 
-def cluster(cfg: DictConfig, vectors: np.ndarray, grid: Grid, count: int) -> np.ndarray:
+def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
     """vectors [L, D] of length 1 -> the segment of each, int64 [L]"""
     from sklearn.cluster import AgglomerativeClustering
     from sklearn.feature_extraction.image import grid_to_graph
@@ -132,12 +137,16 @@ def cluster(cfg: DictConfig, vectors: np.ndarray, grid: Grid, count: int) -> np.
     # Blank patches of raw pixels may be all zero, which has no direction: they get a common one.
     blank = ~vectors.any(axis=1)
     vectors = np.where(blank[:, None], vectors.shape[1] ** -0.5, vectors)
-    how = {"metric": cfg.clustering.metric, "linkage": cfg.clustering.linkage}
     neighbours = grid_to_graph(*grid) if cfg.clustering.connected else None
-    return AgglomerativeClustering(count, connectivity=neighbours, **how).fit_predict(vectors)
+    return AgglomerativeClustering(
+        count,
+        metric=cfg.clustering.metric,
+        linkage=cfg.clustering.linkage,
+        connectivity=neighbours,
+    ).fit_predict(vectors)
 
 
-def to_pixels(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def to_pixels(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """[rows, columns] -> [H, W]: each pixel takes the value of its patch."""
     rows = np.arange(size[0]) * values.shape[0] // size[0]
     columns = np.arange(size[1]) * values.shape[1] // size[1]
@@ -182,15 +191,16 @@ def training_images(cfg: DictConfig, evaluated: MaskedImages) -> MaskedImages:
     return dataset
 
 
-def pure_patches(tokens: Tokens, masks: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Those with 90 % of their pixels of one class, [N, D], and that class, [N]; on the CPU."""
-    pixels, labels = class_counts(torch.from_numpy(masks), tokens.grid, CLASSES).max(dim=-1)
-    pure = 10 * pixels >= 9 * (masks[0].size // pixels.shape[1])
+def pure_patches(tokens: Tokens, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the patches with 90 % of their pixels of one class: their vectors [N, D] and classes
+    [N], on the CPU."""
+    pixels, labels = class_counts(masks, tokens.grid, CLASSES).max(dim=-1)
+    pure = 10 * pixels >= 9 * (masks[0].numel() // pixels.shape[1])
     return tokens.patches.cpu()[pure], labels[pure]
 
 
 def build_bank(cfg: DictConfig, parts: list[tuple[Tensor, Tensor]]) -> tuple[Features, Tensor]:
-    """What votes, of length 1 after the mean is taken off; and the mean."""
+    """Make the patches that vote, of length 1 after their mean is taken off; and that mean."""
     vectors, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     if cfg.bank_patches is not None and cfg.bank_patches < len(labels):
         drawn = generator(Stream.BANK, cfg.seed).permutation(len(labels))[: cfg.bank_patches]
@@ -200,42 +210,58 @@ def build_bank(cfg: DictConfig, parts: list[tuple[Tensor, Tensor]]) -> tuple[Fea
 
 
 def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
-    cfg = run.cfg
+    cfg, ranks = run.cfg, run.ranks
     train_set = training_images(cfg, dataset)
     batches = token_batches(run, train_set, "training batches encoded:")
     # What waits for its turn waits in the memory of the host.
     parts = [(tokens._replace(patches=tokens.patches.cpu()), masks) for tokens, masks in batches]
     trained = len(train_set) - len(run.bad_images[train_set])
-    head = train_patch_head(run, parts)
-    confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
+    # The first process trains, on the tokens of all, and the others wait: so the number of
+    # processes changes nothing.
+    parts = gather_to_first(parts, ranks)
+    head = on_main(lambda: train_patch_head(run, parts), ranks).to(ranks.device)
+    pixels = torch.zeros(3, CLASSES, dtype=torch.int64)  # in the masks, predicted, and both
     for tokens, masks in token_batches(run, dataset, "batches classified:"):
         for vectors, mask in zip(tokens.patches, masks, strict=True):
             with torch.inference_mode():  # the logits of the patches, interpolated
                 logits = head(vectors).T.unflatten(1, tokens.grid)[None]
                 logits = F.interpolate(logits, size=mask.shape, mode="bilinear")
-            predicted = logits[0].argmax(dim=0).cpu().numpy()
-            confusion += torch.from_numpy(metrics.confusion_matrix(mask, predicted))
-    confusion = all_reduce(confusion.to(run.ranks.device)).cpu().numpy()
-    if not confusion.any():
+            predicted, labelled = logits[0].argmax(dim=0).cpu(), mask != IGNORE
+            for row, where in zip(pixels[:2], (mask, predicted), strict=True):
+                row += where[labelled].bincount(minlength=CLASSES)
+            pixels[2] += mask[labelled & (mask == predicted)].bincount(minlength=CLASSES)
+    true, taken, hits = all_reduce(pixels.to(ranks.device)).double().cpu()
+    if not true.any():
         raise DataError(f"dataset={cfg.dataset.name}: no pixel of the evaluation masks has a class")
-    ious = metrics.class_ious(confusion)
-    accuracy = np.trace(confusion) / confusion.sum()
+    iou = hits / (true + taken - hits)
+    present = true > 0
     run.finish(
-        {"miou": 100 * fmean(ious.values()), "pixel_accuracy": 100 * float(accuracy)},
+        {
+            "miou": 100 * fmean(iou[present].tolist()),
+            "pixel_accuracy": 100 * (hits.sum() / true.sum()).item(),
+        },
         protocol=f"frozen linear head on {SEEN[cfg.features]}, {cfg.patch_head.epochs} epochs, "
         f"{trained} training images; mIoU over the classes of the evaluation masks, percent",
         images=len(dataset) - len(run.bad_images[dataset]),
-        extra={"iou_of_class": {str(number): 100 * iou for number, iou in ious.items()}},
+        extra={
+            "iou_of_class": {
+                str(number): 100 * iou[number].item()
+                for number in present.nonzero().flatten().tolist()
+            }
+        },
     )
 
 
 class PatchHead(nn.Module):
     """Standardise each channel, then a linear layer that starts at zero."""
 
-    def __init__(self, mean: Tensor, std: Tensor, classes: int) -> None:
+    def __init__(self, patches: Tensor, classes: int) -> None:
+        """patches [N, L, D], of which mean and deviation are taken"""
         super().__init__()
+        std, mean = torch.std_mean(patches, dim=(0, 1), correction=0)
         self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        # A channel that never changes says nothing: leave it at zero.
+        self.register_buffer("std", torch.where(std > 1e-6, std, 1))
         self.linear = nn.Linear(len(mean), classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -246,64 +272,34 @@ class PatchHead(nn.Module):
 
 
 def train_patch_head(run: EvalRun, parts: list[Batch]) -> PatchHead:
-    """parts: the training tokens and masks of this process. -> the same head on all processes
-
-    The first process trains it, on the tokens of all: the others wait, so that the number of
-    processes changes nothing."""
-    cfg, ranks = run.cfg, run.ranks
-    parts = gather_to_first(parts, ranks)
-
-    def train() -> PatchHead:
-        patches = torch.cat([tokens.patches for tokens, _ in parts])
-        masks = torch.cat([torch.from_numpy(masks) for _, masks in parts])
-        tokens = Tokens(None, patches, parts[0][0].grid)
-        parts.clear()
-        labelled = masks[masks != IGNORE]
-        if len(labelled) == 0:
-            raise DataError("no pixel of the training masks has a class")
-        head, optimizer = start(cfg, ranks, patches, classes=int(labelled.max()) + 1)
-        for epoch in run.tracked(range(cfg.patch_head.epochs), "epochs of the head:"):
-            train_epoch(cfg, head, optimizer, tokens, masks, epoch)
-        return head.cpu()
-
-    return on_main(train, ranks).to(ranks.device)
-
-
-def start(cfg: DictConfig, ranks: Ranks, tokens: Tensor, classes: int) -> tuple[PatchHead, AdamW]:
-    count = tokens.shape[0] * tokens.shape[1]
-    total, squares = torch.zeros(2, tokens.shape[-1], dtype=torch.float64)
-    for image in tokens:
-        total += image.double().sum(dim=0)
-        squares += image.double().square().sum(dim=0)
-    average = total / count
-    deviation = (squares / count - average.square()).clamp(min=0).sqrt()
-    # A channel that never changes says nothing: leave it at zero.
-    deviation = torch.where(deviation > 1e-6, deviation, 1)
-    head = PatchHead(average.float(), deviation.float(), classes).to(ranks.device)
-    # Each step sets its learning rate.
-    return head, AdamW(head.parameters(), weight_decay=cfg.patch_head.weight_decay)
+    """Train on tokens and masks of all training images. Empties `parts`."""
+    cfg, device = run.cfg, run.ranks.device
+    patches = torch.cat([tokens.patches for tokens, _ in parts])  # [N, L, D]
+    masks = torch.cat([masks for _, masks in parts])  # [N, H, W]
+    grid = parts[0][0].grid
+    parts.clear()
+    labelled = masks[masks != IGNORE]
+    if len(labelled) == 0:
+        raise DataError("no pixel of the training masks has a class")
+    classes, epochs = int(labelled.max()) + 1, cfg.patch_head.epochs
+    head = PatchHead(patches, classes).to(device)
+    optimizer = AdamW(head.parameters(), weight_decay=cfg.patch_head.weight_decay)
+    for epoch in run.tracked(range(epochs), "epochs of the head:"):
+        batches = epoch_order(len(masks), cfg.seed, epoch).split(cfg.patch_head.batch_images)
+        for step, rows in enumerate(batches):
+            height = half_cosine((epoch + step / len(batches)) / epochs)
+            optimizer.param_groups[0]["lr"] = cfg.patch_head.lr * height
+            counts = class_counts(masks[rows].to(device), grid, classes)
+            logits = head(patches[rows].to(device))
+            # Each pixel counts the same, whichever patch it lies in.
+            loss = -(counts * F.log_softmax(logits, dim=-1)).sum() / counts.sum().clamp(min=1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return head.cpu()
 
 
-def train_epoch(
-    cfg: DictConfig, head: PatchHead, optimizer: AdamW, tokens: Tokens, masks: Tensor, epoch: int
-) -> None:
-    """masks uint8 [N, H, W]"""
-    device, classes = head.linear.weight.device, head.linear.out_features
-    batches = epoch_order(len(masks), cfg.seed, epoch).split(cfg.patch_head.batch_images)
-    for step, rows in enumerate(batches):
-        done = (epoch + step / len(batches)) / cfg.patch_head.epochs
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.patch_head.lr * 0.5 * (1 + math.cos(math.pi * done))
-        counts = class_counts(masks[rows].to(device), tokens.grid, classes)
-        logits = head(tokens.patches[rows].to(device))
-        # Each pixel counts the same, whichever patch it lies in.
-        loss = -(counts * F.log_softmax(logits, dim=-1)).sum() / counts.sum().clamp(min=1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def class_counts(masks: Tensor, grid: Grid, classes: int) -> Tensor:
+def class_counts(masks: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     """uint8 [B, H, W] -> float [B, L, classes]: pixels of each class in each patch."""
     batch, height, width = masks.shape
     rows, columns = grid
@@ -315,8 +311,9 @@ def class_counts(masks: Tensor, grid: Grid, classes: int) -> Tensor:
 
 
 def gather_to_first(parts: list, ranks: Ranks) -> list:
-    """The parts of all processes in the order of ranks, on the first one; none on the others. One
-    part of each at a time, because what is sent is in memory several times. Empties `parts`."""
+    """Gather the parts of all processes, in the order of ranks, on the first one; none on the
+    others. One part of each at a time, because what is sent is in memory several times. Empties
+    `parts`."""
     if ranks.world_size == 1:
         return parts
     gathered = []

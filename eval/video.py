@@ -52,7 +52,7 @@ def evaluate(run: EvalRun) -> None:
 
 
 def evaluate_video(run: EvalRun, video: Video) -> dict[int, dict]:
-    """-> scores of each object"""
+    """Follow the objects of a video. -> the scores of each"""
     # All annotations first: what is wrong with them is said before the long work.
     truth = video.objects()
     predicted = [truth[0], *propagate(run, video, truth[0])]
@@ -69,11 +69,11 @@ def evaluate_video(run: EvalRun, video: Video) -> dict[int, dict]:
 
 @torch.inference_mode()
 def propagate(run: EvalRun, video: Video, given: np.ndarray) -> Iterator[np.ndarray]:
-    """The objects of the first frame, uint8 [H, W] -> those of each later frame."""
+    """Follow the objects of the first frame, uint8 [H, W]: yield those of each later frame."""
     numbers = [0, *sorted(set(np.unique(given).tolist()) - {0, VOID})]
     frames = frame_tokens(run, video)
     first_tokens = next(frames)
-    rows, columns, _ = first_tokens.shape
+    rows, columns = first_tokens.shape[:2]
     # The object at the middle of each patch, one-hot: [rows, columns, C].
     image = Image.fromarray(np.where(given == VOID, 0, given).astype(np.uint8))
     small = np.array(image.resize((columns, rows), Image.Resampling.NEAREST))
@@ -88,11 +88,12 @@ def propagate(run: EvalRun, video: Video, given: np.ndarray) -> Iterator[np.ndar
 
 
 def frame_tokens(run: EvalRun, video: Video) -> Iterator[Tensor]:
-    """Of one frame after the other: [rows, columns, D], of length 1 each, on the device."""
-    cfg, frames = run.cfg, range(len(video.frames))
-    batches = [frames[start : start + cfg.batch_size] for start in frames[:: cfg.batch_size]]
+    """Yield the tokens of one frame after the other: [rows, columns, D], of length 1 each, on the
+    device."""
+    cfg, max_value = run.cfg, run.cfg.dataset.options.get("max_value")
+    batches = torch.arange(len(video.frames)).split(cfg.batch_size)
     for batch in run.tracked(batches, f"{video.name}, batches of frames:"):
-        images = [video.frame(index, cfg.dataset.options.get("max_value")) for index in batch]
+        images = [video.frame(index, max_value) for index in batch.tolist()]
         size = frame_size(images[0].size, cfg.frame_side, run.backbone.patch_size)
         images = [to_tensor(image.resize(size, Image.Resampling.BICUBIC)) for image in images]
         tokens = run.tokens(torch.stack(images).to(run.ranks.device))
@@ -100,7 +101,8 @@ def frame_tokens(run: EvalRun, video: Video) -> Iterator[Tensor]:
 
 
 def frame_size(size: Size, shorter: int, patch_size: int) -> Size:
-    """The shorter side becomes `shorter`; then each the nearest multiple of the patch size."""
+    """Choose width and height: the shorter side becomes `shorter`; then each the nearest multiple
+    of the patch size."""
     scale = shorter / min(size)
     width, height = (max(1, round(side * scale / patch_size)) * patch_size for side in size)
     return width, height
@@ -131,7 +133,7 @@ def propagate_labels(tokens: Tensor, contexts: Tensor, known: Tensor, cfg: DictC
 
 
 def pixel_objects(labels: Tensor, numbers: list[int], patch_size: int, size: Size) -> np.ndarray:
-    """[R, S, C] -> uint8 [H, W]: the object of each pixel of the original frame."""
+    """labels [R, S, C] -> uint8 [H, W]: the object of each pixel of the original frame."""
     maps = labels.permute(2, 0, 1)[None]
     maps = F.interpolate(maps, scale_factor=patch_size, mode="bilinear", align_corners=False)[0]
     # As the published numbers do: each object's map is stretched to 0..1 before they compete.

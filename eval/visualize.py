@@ -30,7 +30,7 @@ from data.picture import Picture, crop_and_resize, is_dark, size_of, warn_of_dar
 from data.transforms import EvalTransform
 from eval.common import EvalRun, load_for_all
 from eval.families import BackboneError
-from eval.pictures import Panel, Row, draw, nested_clusters, nested_colours
+from eval.pictures import Panel, draw, nested_clusters, nested_colours
 from launch.command import run_worker
 from launch.config import ConfigError, compose_config, flatten, quote
 from models.views import extract_patches
@@ -91,29 +91,19 @@ def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
 
 
 def visualize(cfg: DictConfig, methods: list[Method]) -> None:
-    first, max_value = methods[0].run, cfg.dataset.options.get("max_value")
-    dataset = given_images(cfg.images or str(installed(SAMPLES)), max_value)
-    run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all of them
-    run.bad_images[dataset] = set()  # which other evaluations do with its loader
+    from sklearn.decomposition import PCA
+
+    first = methods[0].run
+    run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all methods
     run.prepare()
-    paths, views = [], []  # of each image; views: one per method
-    for index, path in enumerate(run.tracked(list(dataset.paths), "images encoded:")):
-        try:
-            picture = dataset.load(index)
-        except DataError:
-            raise
-        except UNREADABLE:
-            run.leave_out(dataset, [index])
-            continue
-        paths.append(path if cfg.images else Path(path).name)
-        if is_dark(picture):
-            warn_of_dark(path)
-        views.append([see(method, picture, paths[-1]) for method in methods])
+    paths, views = see_all(cfg, run, methods)
     labels, lines, reports, colours = [], [], [], []
-    for number, method in enumerate(methods):
-        own = [view[number].tokens for view in views]
-        pca = fit_pca(np.concatenate(own))
-        colours.append(as_rgb([pca.transform(tokens) for tokens in own]))
+    for number, (method, own) in enumerate(zip(methods, zip(*views, strict=True), strict=True)):
+        tokens = [view.tokens for view in own]
+        # In double precision; its signs follow from the strongest weights.
+        pca = PCA(n_components=3, svd_solver="covariance_eigh")
+        pca.fit(np.concatenate(tokens).astype(np.float64))
+        colours.append(as_rgb([pca.transform(part) for part in tokens]))
         shares = [round(100 * share, 1) for share in pca.explained_variance_ratio_.tolist()]
         labels.append(f"{chr(ord('A') + number)}: {method.name}")
         explained = f"PCA explains {', '.join(map(str, shares))} %"
@@ -127,31 +117,56 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
         f"cosine to the token at point {cfg.point}, as shares of width and height."
     )
     lines.append(command_of(cfg))
-    folder, sheet, files = run.job / "results" / "pictures", [], []
+    folder, sheet, files = run.job / "results" / "pictures", {}, []
     report_file = run.job / "results" / "visualize.json"
-    if earlier := read_json(report_file).get("pictures"):
-        run.say(f"visualize: replacing {len(earlier)} pictures of an earlier run in {folder}/")
-        for name in [*earlier, "all"]:
-            for ending in ("png", "pdf"):
-                (folder / f"{name}.{ending}").unlink(missing_ok=True)
+    for name, ending in product(read_json(report_file).get("pictures", []), ("png", "pdf")):
+        (folder / f"{name}.{ending}").unlink(missing_ok=True)  # of an earlier run
     folder.mkdir(exist_ok=True)
     for index in run.tracked(range(len(paths)), "images drawn:"):
         path, seen = paths[index], views[index]
         panels = [show(cfg, view, rgb[index]) for view, rgb in zip(seen, colours, strict=True)]
         files.append(f"{index:03d}-{Path(path).stem}")
-        rows = [Row(*row) for row in zip(labels, panels, strict=True)]
+        rows = dict(zip(labels, panels, strict=True))
         draw(folder / files[-1], rows, [path, *lines])
-        overview = {"input": panels[0]["input"]._replace(mark=None)}
-        for label, own in zip(labels, panels, strict=True):
-            chosen = (f"{cfg.clusters[-1]} clusters", "PCA")
-            overview |= {f"{label[0]}: {name}": own[name] for name in chosen}
-        sheet.append(Row(path, overview))
+        sheet[path] = {"input": panels[0]["input"]._replace(mark=None)}
+        for label, own in rows.items():
+            for name in (f"{cfg.clusters[-1]} clusters", "PCA"):
+                sheet[path][f"{label[0]}: {name}"] = own[name]
     draw(folder / "all", sheet, lines)
-    report = {"command": lines[-1], "caption": lines, "methods": reports, "images": paths}
-    rest = {"pictures": files, "left_out": run.count_left_out()}
-    write_json(report_file, report | rest)
+    report = {
+        "command": lines[-1],
+        "caption": lines,
+        "methods": reports,
+        "images": paths,
+        "pictures": files,
+        "left_out": run.count_left_out(),
+    }
+    write_json(report_file, report)
     made = f"{len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/"
     run.say(f"visualize: {made}{run.left_out_in_words()}")
+
+
+def see_all(
+    cfg: DictConfig, run: EvalRun, methods: list[Method]
+) -> tuple[list[str], list[list[View]]]:
+    """Encode all images that can be read: their paths, and what each method makes of each."""
+    images = cfg.images or str(installed(SAMPLES))
+    dataset = given_images(images, cfg.dataset.options.get("max_value"))
+    run.bad_images[dataset] = set()  # which other evaluations do with its loader
+    paths, views = [], []
+    for index, path in enumerate(run.tracked(list(dataset.paths), "images encoded:")):
+        try:
+            picture = dataset.load(index)
+        except DataError:
+            raise
+        except UNREADABLE:
+            run.leave_out(dataset, [index])
+            continue
+        if is_dark(picture):
+            warn_of_dark(path)
+        paths.append(path if cfg.images else Path(path).name)
+        views.append([see(method, picture, paths[-1]) for method in methods])
+    return paths, views
 
 
 def prepare(method: Method, picture: Picture) -> Tensor:
@@ -232,7 +247,7 @@ def average_windows(method: Method, image: Tensor) -> Tensor:
 
 
 def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
-    """By title, in the order of the figure."""
+    """Make the panels of an image, by title and in the order of the figure."""
     panels = {"input": Panel(view.image.permute(1, 2, 0).numpy(), mark=cfg.point)}
     levels = nested_clusters(view.tokens, cfg.clusters)
     for count, colours in zip(cfg.clusters, nested_colours(levels), strict=True):
@@ -240,26 +255,19 @@ def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
     if cfg.max_iter is not None:
         from sklearn.manifold import TSNE  # takes a second
 
-        most, seed = (len(view.tokens) - 1) / 3, cfg.seed % 2**32  # what numpy takes
-        options = {"perplexity": min(PERPLEXITY, most), "init": "pca", "random_state": seed}
-        places = TSNE(max_iter=cfg.max_iter, **options).fit_transform(view.tokens)
-        panels["t-SNE"] = Panel(colours, places)
+        tsne = TSNE(
+            perplexity=min(PERPLEXITY, (len(view.tokens) - 1) / 3),
+            max_iter=cfg.max_iter,
+            init="pca",
+            random_state=cfg.seed % 2**32,  # what numpy takes
+        )
+        panels["t-SNE"] = Panel(colours, places=tsne.fit_transform(view.tokens))
     panels["PCA"] = Panel(rgb.reshape(*view.grid, 3))
     if cfg.point is not None:
         similar = similarity(view, cfg.point)
         note = f"{similar.min():.2f} to {similar.max():.2f}"
         panels["similarity to +"] = Panel(similar, mark=cfg.point, note=note)
     return panels
-
-
-def fit_pca(tokens: np.ndarray):
-    """Three components, each with its strongest weight positive: otherwise signs are chance."""
-    from sklearn.decomposition import PCA
-
-    pca = PCA(n_components=3, svd_solver="covariance_eigh").fit(tokens.astype(np.float64))
-    strongest = np.abs(pca.components_).argmax(axis=1)
-    pca.components_ *= np.sign(pca.components_[range(3), strongest])[:, None]
-    return pca
 
 
 def as_rgb(scores: list[np.ndarray]) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from data.loader import EvalLoader
-from eval.collapse import cosine_and_std, measure_tokens, rank_me
+from eval.collapse import measure_pooled, measure_tokens
 from models.vit import Encoder
 from util.distributed import Ranks, gather_objects
 from util.loaders import eval_loader
@@ -41,7 +41,8 @@ class CollapseWatch:
 
     @torch.inference_mode()
     def measure(self, encoder: Encoder, normalised: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """As --config-name=collapse, of the tokens before the final norm and their mean."""
+        """Measure what --config-name=collapse does, of the tokens before the final norm and of
+        their means."""
         if self.batches is None:
             self.batches = [batch.images for batch in self.loader]
             bad_images = self.loader.bad_images
@@ -56,10 +57,9 @@ class CollapseWatch:
 
         shape = (encoder.grid_size**2, encoder.embed_dim)
         numbers = measure_tokens(tokens_of(0), tokens_of(1), shape, self.ranks)
-        parts = [part for parts in gather_objects(pooled, self.ranks) for part in parts]
-        features = torch.cat(parts)
-        cosine = cosine_and_std(features)["mean_cosine"]
-        return {"rankme": rank_me(features), "mean_cosine": cosine, **numbers}
+        features = torch.cat(gather_objects(torch.cat(pooled), self.ranks))
+        found = measure_pooled(features)
+        return {"rankme": found["rankme"], "mean_cosine": found["mean_cosine"], **numbers}
 
 
 class Judgement(NamedTuple):
@@ -73,7 +73,7 @@ class Judgement(NamedTuple):
 
 
 def judge(history: dict[int, dict[str, float]], planned_steps: int) -> Judgement | None:
-    """history: by step, what was measured so far. -> what it comes to at the last of them"""
+    """Say what the measurements so far, by step, come to at the last of them."""
     judged = None
     values: dict[str, list[float]] = {"rankme": [], "content": []}
     for step, numbers in sorted(history.items()):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval import collapse, features
-from eval.collapse import cosine_and_std, rank_me
+from eval.collapse import measure_pooled
 from eval.common import run_joined
 from tests import eval_by_hand as by_hand
 from tests.backbones import digits_checkpoint
@@ -16,33 +16,25 @@ from tests.evaluations import config
 from util.distributed import Ranks
 
 
-@pytest.fixture(params=[7, 65536])
-def rows(request, monkeypatch):
-    monkeypatch.setattr("eval.collapse.ROWS", request.param)
+@pytest.mark.parametrize("rows", [7, 65536])
+def test_numbers_equal_their_definitions(monkeypatch, rows):
     assert features.ROWS == 65536
-
-
-def test_numbers_equal_their_definitions(rows):
-    found = torch.randn(50, 12, generator=torch.Generator().manual_seed(0)) + 0.5
-    array = found.double().numpy()
+    monkeypatch.setattr("eval.collapse.ROWS", rows)
+    given = torch.randn(50, 12, generator=torch.Generator().manual_seed(0)) + 0.5
+    found, array = measure_pooled(given), given.double().numpy()
     singular = np.linalg.svd(array, compute_uv=False)
     share = singular / singular.sum()
-    assert rank_me(found) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
+    assert found["rankme"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
     unit = array / np.linalg.norm(array, axis=1, keepdims=True)
     pairs = [unit[i] @ unit[j] for i in range(50) for j in range(50) if i != j]
-    cosine, std = cosine_and_std(found).values()
-    assert cosine == pytest.approx(np.mean(pairs), abs=1e-12)
-    assert std == pytest.approx(unit.std(0).mean() * math.sqrt(12), rel=1e-9)
+    assert found["mean_cosine"] == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert found["channel_std"] == pytest.approx(unit.std(0).mean() * math.sqrt(12), rel=1e-9)
 
 
 def test_the_extremes():
-    same = torch.ones(20, 8)
-    assert rank_me(same) == pytest.approx(1, abs=1e-5)
-    cosine, std = cosine_and_std(same).values()
-    assert cosine == pytest.approx(1) and std == pytest.approx(0, abs=1e-6)
-    apart = torch.eye(8)
-    assert rank_me(apart) == pytest.approx(8)
-    assert cosine_and_std(apart)["mean_cosine"] == pytest.approx(0)
+    same, apart = measure_pooled(torch.ones(20, 8)), measure_pooled(torch.eye(8))
+    assert list(same.values()) == pytest.approx([1, 1, 0], abs=1e-5)
+    assert apart["rankme"] == pytest.approx(8) and apart["mean_cosine"] == pytest.approx(0)
 
 
 def results(tmp_path, *overrides: str) -> dict[str, float]:
@@ -105,26 +97,23 @@ def test_a_run_equals_one_by_hand(tmp_path):
     assert run.report["images"] == len(files) and len(list((tmp_path / "kept").iterdir())) == 1
 
 
-def test_a_position_code_is_found_out(tmp_path):
-    """Without blocks and patches, all that is left in a token is its place."""
+@pytest.mark.parametrize("is_code", [True, False])
+def test_a_position_code_is_found_out(tmp_path, is_code):
+    """Without blocks and patches, all that is left in a token is its place; without places and
+    patches all tokens are alike."""
     path = digits_checkpoint(tmp_path)
     contents = torch.load(path, weights_only=True)
     for key, value in contents["state_dict"].items():
-        if key.startswith("encoder.") and ("blocks" in key or "embed.proj" in key):
+        if "embed.proj.weight" in key or ("blocks" if is_code else "pos_embeds") in key:
             value.zero_()
     torch.save(contents, path)
-    found = results(tmp_path, f"pretrained={path}", "probe_images=40", "batch_size=16")
-    assert found["position_probe"] == 100 and found["mean_cosine"] == pytest.approx(1, abs=1e-6)
+    data = ["dataset=digits", "probe_images=40", "batch_size=16"]
+    found = results(tmp_path, f"pretrained={path}", *data)
     assert found["position_chance"] == pytest.approx(100 / 36)
+    assert found["mean_cosine"] == pytest.approx(1, abs=1e-6)
     assert found["channel_std"] == pytest.approx(0, abs=1e-5)
-
-
-def test_tokens_without_places_give_chance(tmp_path):
-    path = digits_checkpoint(tmp_path)
-    contents = torch.load(path, weights_only=True)
-    for key in ("encoder.pos_embed.pos_embeds", "encoder.embed.proj.weight"):
-        contents["state_dict"][key].zero_()
-    torch.save(contents, path)
-    found = results(tmp_path, f"pretrained={path}", "probe_images=40")
-    assert found["position_probe"] == pytest.approx(100 / 36)  # all tokens alike: always one place
-    assert found["token_similarity"] == pytest.approx(1, abs=1e-5)
+    if is_code:
+        assert found["position_probe"] == 100
+    else:
+        assert found["position_probe"] == pytest.approx(100 / 36)  # always one place
+        assert found["token_similarity"] == pytest.approx(1, abs=1e-5)

@@ -3,6 +3,7 @@ changes one of them changes results, and has to say so here as well."""
 
 import hashlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from eval.metrics import boundary_accuracy, score_object
 from eval.nn import knn
 from models.losses import Objective
 from tests.published import prediction_loss
+from tests.test_probe_by_hand import optimiser_steps
 from tests.test_protocols import GROUPS, composed
 from util.build import Training, build_model
 from util.distributed import Ranks
@@ -199,16 +201,15 @@ def test_augmentation_of_finetuning(operations):
 
 
 def test_patch_head():
-    config = composed("segmentation")
     labels = tensor([[[0, 1]]], dtype=torch.uint8)
     tokens = Tokens(None, tensor([[[1.0], [3.0]]]), (1, 2))
-    head, optimizer = segmentation.start(config, ALONE, tokens.patches, 2)
-    assert type(optimizer) is torch.optim.AdamW and not any(p.any() for p in head.parameters())
-    group = optimizer.param_groups[0]
-    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 1e-4)
-    for epoch, rate in {0: 1e-3, 10: 5e-4, 19: 6.155830e-6}.items():
-        segmentation.train_epoch(config, head, optimizer, tokens, labels, epoch)
-        assert group["lr"] == approx(rate)
+    assert not any(p.any() for p in segmentation.PatchHead(tokens.patches, 2).parameters())
+    run = SimpleNamespace(cfg=composed("segmentation"), ranks=ALONE, tracked=lambda own, _: own)
+    with optimiser_steps() as taken:
+        segmentation.train_patch_head(run, [(tokens, labels)])
+    assert (taken[0][0]["betas"], taken[0][0]["weight_decay"]) == ((0.9, 0.999), 1e-4)
+    rates = [taken[epoch][0]["lr"] for epoch in (0, 10, 19)]
+    assert rates == approx([1e-3, 5e-4, 6.155830e-6]) and len(taken) == 20
 
 
 def test_scores():
@@ -221,7 +222,8 @@ def test_scores():
     found = knn(Features(bank, torch.arange(10)), queries, [10], temperature, ALONE)
     assert found == approx({"k10_top1": 100 / 3, "k10_top5": 200 / 3})
     # Singular values of 3/4 and 1/4.
-    assert collapse.rank_me(tensor([[3.0, 0], [0, 1]])) == approx(4 / 3**0.75)
+    found = collapse.measure_pooled(tensor([[3.0, 0], [0, 1]]))
+    assert found["rankme"] == approx(4 / 3**0.75)
     assert collapse.RIDGE == 1e-4
     images = Features(tensor([[-1.0], [1]]), tensor([0, 1]))
     strengths = list(composed("few_shot").regularisers)

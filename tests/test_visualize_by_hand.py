@@ -198,11 +198,11 @@ def test_panels(tmp_path, monkeypatch, way):
     sheet_path, sheet, sheet_caption = drawn.pop()
     assert [drawing[0].name for drawing in drawn] == ["000-high", "001-wide"]
     for index, (name, (_, rows, caption)) in enumerate(zip(images, drawn, strict=True)):
-        assert [row.label for row in rows] == labels
+        assert list(rows) == labels
         assert caption == [name, *sheet_caption]
-        overview = {"input": rows[0].panels["input"]._replace(mark=None)}
-        for method, row in enumerate(rows):
-            panels, own = row.panels, tokens[method][index]
+        overview = {"input": rows[labels[0]]["input"]._replace(mark=None)}
+        for method, panels in enumerate(rows.values()):
+            own = tokens[method][index]
             assert list(panels) == [title for title in titles if title not in absent]
             assert np.array_equal(panels["input"].content, pixels[index])
             assert panels["input"].mark == mark
@@ -220,11 +220,11 @@ def test_panels(tmp_path, monkeypatch, way):
                 check_similarity(panels["similarity to +"], own, grids[index])
             for title in ("6 clusters", "PCA"):
                 overview[f"{'ABC'[method]}: {title}"] = panels[title]
-        assert sheet[index].label == name and sheet[index].panels.keys() == overview.keys()
+        assert list(sheet[name]) == list(overview)
         for title, panel in overview.items():
-            assert np.array_equal(sheet[index].panels[title].content, panel.content)
-            assert sheet[index].panels[title].mark is None
-    assert sheet_path.name == "all" and len(sheet) == 2
+            assert np.array_equal(sheet[name][title].content, panel.content)
+            assert sheet[name][title].mark is None
+    assert sheet_path.name == "all" and list(sheet) == list(images)
 
     steps = "None" if "t-SNE" in absent else "260"
     assert sheet_caption[:3] == lines

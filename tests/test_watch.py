@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from data.base import ArrayDataset
 from data.transforms import EvalTransform
-from eval.collapse import Similarities, cosine_and_std, rank_me
+from eval.collapse import measure_pooled, measure_tokens
 from eval.watch import CollapseWatch, judge
 from launch.config import compose_config
 from tests.runs import (
@@ -63,15 +63,12 @@ def test_images_are_measured_in_small_batches():
 
 def test_similarities_equal_their_definitions():
     tokens = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0)) + 1
-    sums = Similarities(5, 6, ALONE.device)
-    for part in tokens.split(3):
-        sums.add(part)
+    found = measure_tokens(tokens[:4].split(3), tokens[4:].split(2), (5, 6), ALONE)
     unit = F.normalize(tokens.double(), dim=-1).numpy()
     pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
     same = np.mean([unit[i, p] @ unit[j, p] for i, j in pairs for p in range(5)])
     places = [(p, q) for p in range(5) for q in range(5) if p != q]
     other = np.mean([unit[i, p] @ unit[j, q] for i, j in pairs for p, q in places])
-    found = sums.read()
     assert found["same_place"] == pytest.approx(same, abs=1e-12)
     assert found["other_places"] == pytest.approx(other, abs=1e-12)
     inside = np.mean([unit[i].mean(0) @ unit[i].mean(0) for i in range(7)])
@@ -88,12 +85,10 @@ def test_what_is_measured_and_of_which_images():
     with torch.no_grad():
         tokens = encoder.encode_images(chosen / 255)[:, 1:]
     pooled = tokens.mean(dim=1)
-    assert found["rankme"] == pytest.approx(rank_me(pooled), rel=1e-5)
-    assert found["mean_cosine"] == pytest.approx(cosine_and_std(pooled)["mean_cosine"], rel=1e-5)
-    sums = Similarities(16, 24, ALONE.device)
-    sums.add(tokens)
-    assert found["same_place"] == pytest.approx(sums.read()["same_place"], rel=1e-5)
-    assert found["position_chance"] == 100 / 16 and 0 <= found["position_probe"] <= 100
+    expected = measure_tokens([tokens[::2]], [tokens[1::2]], (16, 24), ALONE)
+    for name in ("rankme", "mean_cosine"):
+        expected[name] = measure_pooled(pooled)[name]
+    assert found == pytest.approx(expected, rel=1e-5) and found["position_chance"] == 100 / 16
 
 
 def test_labels_play_no_part():
