@@ -137,7 +137,7 @@ def open_both(ranks: Ranks, folder, name: str) -> None:
     torch.save(found, folder / f"found{ranks.rank}")
 
 
-@pytest.mark.parametrize("name", ["imagefolder", "folder"])
+@pytest.mark.parametrize("name", ["imagefolder", "images"])
 def test_one_process_lists_the_files_for_all(tmp_path, name):
     write_photos(tmp_path / "photos", 3)
     spawn(open_both, 2, tmp_path, tmp_path, name)
