@@ -30,8 +30,9 @@ class DataError(ValueError):
     """The data or its settings are unusable; the message says what would be valid."""
 
 
-class TooManyUnreadable(DataError):
-    """More than a training may leave out."""
+class UnusableImages(DataError):
+    """More unreadable ones than a run may leave out, or one that these settings cannot bring to 8
+    bits."""
 
     exit_code = 2  # also after some steps: the same images would be met again
 
@@ -45,12 +46,6 @@ def readable(name: object) -> Iterator[None]:
         raise
     except UNREADABLE as error:
         raise DataError(f"cannot read {name}: {type(error).__name__}: {error}") from error
-
-
-class RefusedImage(DataError):
-    """One that could be read, but not with these settings."""
-
-    exit_code = 2  # also after some steps: the same image would be met again
 
 
 class DataTimeout(Exception):

@@ -64,7 +64,5 @@ def read_video(root: Path, name: str) -> Video:
     if len(frames) < FEWEST_FRAMES:
         raise DataError(f"{folder} holds {len(frames)} frames: expected {FEWEST_FRAMES} or more")
     annotations = [annotated / f"{frame.stem}.png" for frame in frames]
-    if not annotations[0].is_file():
-        raise DataError(f"{annotations[0]} does not exist: it says what to follow in the video")
     require_files("annotations", annotations)
     return Video(name, frames, annotations)

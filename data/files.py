@@ -156,7 +156,7 @@ def images_below(name: str, data_path: str | None, expected: str) -> tuple[list[
     root, others = existing_folder(name, data_path, expected), []
     paths = find_images(root, others)
     if not paths:
-        raise DataError(f"data_path={root} contains no images; {ENDINGS}{found_instead(others)}")
+        raise DataError(f"{root} contains no images; {ENDINGS}{found_instead(others)}")
     return paths, others
 
 

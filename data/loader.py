@@ -28,7 +28,7 @@ from data.base import (
     DataError,
     DataTimeout,
     ImageDataset,
-    TooManyUnreadable,
+    UnusableImages,
     first_few,
 )
 from data.picture import Picture, is_dark, warn_of_dark
@@ -151,7 +151,7 @@ def check_bad_images(names: set[str], images: int, max_bad_images: float) -> Non
     if len(names) > max_bad_images * images or len(names) == images:
         allowed = f"max_bad_images={max_bad_images} allows: {first_few(sorted(names), 20)}"
         found = f"{len(names)} of {images} images could not be read"
-        raise TooManyUnreadable(f"{found}, more than {allowed}")
+        raise UnusableImages(f"{found}, more than {allowed}")
 
 
 class EvalLoader:

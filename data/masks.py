@@ -5,7 +5,7 @@ pixels without a class.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,8 +37,10 @@ class MaskedImages(ImageDataset):
 class MaskedFiles(FileDataset, MaskedImages):
     """Image files, and for each the file of its mask."""
 
-    def __init__(self, paths: Sequence[str | Path], mask_paths: Sequence[Path]) -> None:
-        super().__init__(paths)
+    def __init__(
+        self, paths: Sequence[str | Path], mask_paths: Sequence[Path], others: Iterable[str] = ()
+    ) -> None:
+        super().__init__(paths, others=others)
         require_files("masks", mask_paths)
         self.mask_paths = PathList(mask_paths)
 
@@ -67,11 +69,9 @@ def build_masks(split: str, data_path: str | None) -> MaskedFiles:
     folder = root / "images"
     if any((folder / name).is_dir() for name in ("train", *files.EVAL_FOLDERS)):
         folder = files.split_folder(folder, split)
-    images = files.find_images(folder)
-    if not images:
-        raise DataError(f"{folder} contains no images; {files.ENDINGS}")
+    images, others = files.images_below("masks", str(folder), MASKS_LAYOUT)
     places = [Path(image).relative_to(root / "images").with_suffix(".png") for image in images]
-    return MaskedFiles(images, [root / "masks" / place for place in places])
+    return MaskedFiles(images, [root / "masks" / place for place in places], others)
 
 
 def build_voc(split: str, data_path: str | None) -> MaskedFiles:

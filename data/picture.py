@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from data.base import RefusedImage
+from data.base import UnusableImages
 
 logger = logging.getLogger("lmim.data")
 
@@ -60,7 +60,7 @@ decode_jpeg = find_decoder()
 def decode(
     contents: bytearray, decoder: str, max_value: float | None = None, name: str = "the image"
 ) -> Picture:
-    """The contents of an image file. Raises one of UNREADABLE (data/base.py), and a RefusedImage
+    """The contents of an image file. Raises one of UNREADABLE (data/base.py), and UnusableImages
     where it could be read, but not without max_value. name: for that."""
     if decoder == "fast" and decode_jpeg is not None and contents[:3] == JPEG:
         hide_rotation(contents)
@@ -99,9 +99,9 @@ def to_eight_bits(
     has_range = not is_grey or image.mode.startswith("I;") or image.format in ("PNG", "PPM")
     if max_value is None and not has_range:
         valid = f"the value that is white in {name}, which holds {NUMBERS[image.mode]}"
-        raise RefusedImage(f"{MAX_VALUE}=null: expected {valid}")
+        raise UnusableImages(f"{MAX_VALUE}=null: expected {valid}")
     if not is_grey and tags.get(PLANES) == 2:
-        raise RefusedImage(
+        raise UnusableImages(
             f"{name} holds planes of 16 bits: expected the colours of a pixel together"
         )
     image.load()
@@ -128,7 +128,9 @@ def low_bytes(contents: bytes | bytearray, name: str) -> np.ndarray:
             return np.asarray(image)
         except ValueError as error:
             problem = f"{name} has 16 bits and transparency, but one colour"
-            raise RefusedImage(f"{problem}: expected grey, RGB or RGBA with {MAX_VALUE}") from error
+            raise UnusableImages(
+                f"{problem}: expected grey, RGB or RGBA with {MAX_VALUE}"
+            ) from error
 
 
 def other_byte(how):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from data import picture
-from data.base import RefusedImage
+from data.base import UnusableImages
 from data.datasets import DataError, build_dataset
 from data.loader import EvalLoader, TrainLoader, epoch_order
 from data.transforms import EvalTransform, TrainTransform
@@ -305,7 +305,7 @@ def test_the_first_image_whose_range_is_unknown_ends_the_run(tmp_path, kind, wor
     for number in range(8):
         Image.fromarray(np.ones((20, 20), dtype=np.float32)).save(tmp_path / f"{number}.tif")
     message = rf"^dataset.options.max_value=null: expected the value that is white in {tmp_path}/"
-    with pytest.raises(RefusedImage, match=message) as caught:
+    with pytest.raises(UnusableImages, match=message) as caught:
         list(loaders(tmp_path, workers)[kind])
     assert caught.value.exit_code == 2, "the same after some steps"
 

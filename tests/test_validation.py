@@ -282,7 +282,7 @@ def test_data_without_images(error_of, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     assert error_of("dataset=folder", f"data_path={data}").startswith(
-        f"data_path={data} contains no images; expected files ending in .jpg"
+        f"{data} contains no images; expected files ending in .jpg"
     )
     (data / "notes.txt").write_text("nothing to see")
     assert "contains no images" in error_of("dataset=folder", f"data_path={data}")

@@ -417,10 +417,6 @@ def annotation_of(root: Path, frame: int) -> Path:
     return root / "Annotations" / "480p" / "slow" / f"{frame:05d}.png"
 
 
-def remove_first_annotation(root: Path) -> None:
-    annotation_of(root, 0).unlink()
-
-
 def remove_later_annotation(root: Path) -> None:
     annotation_of(root, 3).unlink()
 
@@ -456,7 +452,6 @@ def damaged_frame(root: Path) -> None:
 
 
 DAMAGES = {
-    remove_first_annotation: "slow/00000.png does not exist: it says what to follow in the video$",
     remove_later_annotation: "these annotations are missing: .*slow/00003.png$",
     shrink_annotation: "the mask of .*slow/00002.jpg has 47 x 32 pixels: expected 48 x 32, as the",
     empty_annotation: "slow/00000.png marks no object",
