@@ -115,7 +115,7 @@ def test_crops_of_photographs_are_whole_numbers_smaller():
         assert np.abs(found[row, column] - square.mean(axis=(0, 1))).max() <= 0.5
 
 
-@pytest.mark.parametrize("split, images, loaded", [("train", 6000, 6), ("eval", 400, 2)])
+@pytest.mark.parametrize("split, images, loaded", [("train", 6000, 10), ("eval", 400, 2)])
 def test_photographs_are_crops_of_the_files(split, images, loaded):
     dataset = build_dataset("photographs", split, options={"image_size": 100})
     assert dataset.labels is None and len(dataset) == images
