@@ -49,10 +49,11 @@ SMALL = {
     "accum_iter": 2,
     "clip_grad": 1.0,
 }
+ONCE = {"accum_iter": 1}
 TRACED = {
     "recipe": ("bf16", {}),
-    "self": ("fp16", {"decoder": "self", "mask_target": False, "target_layers": [0]}),
-    "joint": ("bf16", {"target": "joint", "recompute": True}),
+    "self": ("fp16", {"decoder": "self", "mask_target": False, "target_layers": [0], **ONCE}),
+    "joint": ("bf16", {"target": "joint", "recompute": True, **ONCE}),
 }
 EACH_TRACE = [
     "recipe",
@@ -89,7 +90,7 @@ def traced(name: str) -> tuple[Training, Recorder]:
 
 @pytest.mark.parametrize("name", EACH_TRACE)
 def test_nothing_waits_and_all_is_on_the_device(name):
-    """With clipping and accumulation, and in fp16 with a scaler that works."""
+    """With clipping, the recipe with accumulation, and in fp16 with a scaler that works."""
     training, recorder = traced(name)
     precision = TRACED[name][0]
     assert recorder.copies == []
@@ -191,7 +192,7 @@ def test_bytes_become_floats_late():
             "target_tap": "mlp",
             "recompute": True,
         },
-        {"target": "joint", "target_depth": 1},
+        {"target": "joint", "target_depth": 1, **ONCE},
     ],
     ids=["self", "joint"],
 )
