@@ -113,8 +113,14 @@ class Objective:
 
     def prediction_loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         if self.loss == "infonce_patches":
-            candidates = (self.pred_unit, self.negatives, self.same_target)
-            return infonce_patches(predictions, targets, self.tau, *candidates)
+            return infonce_patches(
+                predictions,
+                targets,
+                self.tau,
+                self.pred_unit,
+                self.negatives,
+                self.same_target,
+            )
         if self.loss == "smooth_l1":
             return F.smooth_l1_loss(predictions, targets, beta=self.loss_beta)
         return REGRESSIONS[self.loss](predictions, targets)
@@ -195,8 +201,8 @@ class SIGReg:
         averaged over v."""
         visible = visible.float()
         samples = visible.mean(dim=1) if self.on == "image" else visible.transpose(0, 1)
-        reduced = (self.processes, self.all_reduce)
-        return epps_pulley(samples, self.directions, self.knots, *reduced).mean()
+        directions, knots = self.directions, self.knots
+        return epps_pulley(samples, directions, knots, self.processes, self.all_reduce).mean()
 
     def collapsed(self, images: int) -> float:
         """The statistic where so many images of each process are all alike, at the length that a

@@ -29,10 +29,15 @@ def open_split(cfg: DictConfig, split: str, ranks: Ranks | None = None) -> Image
 def train_loader(
     cfg: DictConfig, ranks: Ranks, dataset: ImageDataset, transform: Augmentation
 ) -> TrainLoader:
-    sizes = for_both(cfg, ranks)
-    sizes["batch_size"] = training_batch_size(cfg, len(dataset), ranks.world_size)
-    own = {"seed": cfg.seed, "accum_iter": cfg.accum_iter, "max_bad_images": cfg.max_bad_images}
-    return TrainLoader(dataset, transform, **own, **sizes)
+    return TrainLoader(
+        dataset,
+        transform,
+        batch_size=training_batch_size(cfg, len(dataset), ranks.world_size),
+        accum_iter=cfg.accum_iter,
+        seed=cfg.seed,
+        max_bad_images=cfg.max_bad_images,
+        **for_both(cfg, ranks),
+    )
 
 
 def eval_loader(
@@ -43,13 +48,18 @@ def eval_loader(
     indices: Sequence[int] | None = None,
     max_bad_images: float = 1,
 ) -> EvalLoader:
-    own = {"indices": indices, "max_bad_images": max_bad_images, **for_both(cfg, ranks)}
-    return EvalLoader(dataset, transform, **own)
+    return EvalLoader(
+        dataset,
+        transform,
+        batch_size=cfg.batch_size,
+        indices=indices,
+        max_bad_images=max_bad_images,
+        **for_both(cfg, ranks),
+    )
 
 
 def for_both(cfg: DictConfig, ranks: Ranks) -> dict:
     return {
-        "batch_size": cfg.batch_size,
         "rank": ranks.rank,
         "world_size": ranks.world_size,
         "num_workers": default_workers() if cfg.num_workers is None else cfg.num_workers,

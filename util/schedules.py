@@ -13,7 +13,7 @@ class Schedule:
     def learning_rate(self, epoch: float) -> float:
         """Linear from the floor to the peak over warmup_epochs, then half a cosine back."""
         floor = self.peak_lr * self.cfg.min_lr_frac
-        height = warmup_then_cosine(epoch, self.cfg.warmup_epochs, self.cfg.epochs)
+        height = warmup_cosine(epoch, 0.0, self.cfg.warmup_epochs, self.cfg.epochs)
         return floor + (self.peak_lr - floor) * height
 
     def target_momentum(self, epoch: float) -> float:
@@ -31,21 +31,15 @@ def half_cosine(progress: float) -> float:
     return (1 + cos(pi * progress)) / 2
 
 
-def warmup_then_cosine(epoch: float, warmup_epochs: float, epochs: float) -> float:
-    """Linear from 0 to 1 over warmup_epochs, then half a cosine back to 0."""
+def warmup_cosine(epoch: float, floor_share: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear from 0 to 1 over warmup_epochs, then half a cosine back to floor_share."""
     if epoch < warmup_epochs:
         return epoch / warmup_epochs
     length = epochs - warmup_epochs
-    return half_cosine((epoch - warmup_epochs) / length) if length > 0 else 1.0
+    height = half_cosine((epoch - warmup_epochs) / length) if length > 0 else 1.0
+    return floor_share + (1 - floor_share) * height
 
 
 def peak_learning_rate(blr: float, batch_size: int, accum_iter: int, world_size: int) -> float:
     """Base learning rates are per 256 images of the effective batch."""
     return blr * batch_size * accum_iter * world_size / 256
-
-
-def warmup_cosine(epoch: float, floor_share: float, warmup_epochs: float, epochs: float) -> float:
-    """The learning rate as a share of its peak, as MAE's evaluations have it: linear from zero over
-    warmup_epochs, then half a cosine to floor_share."""
-    height = warmup_then_cosine(epoch, warmup_epochs, epochs)
-    return height if epoch < warmup_epochs else floor_share + (1 - floor_share) * height
