@@ -4,7 +4,6 @@ torchrun --nproc_per_node=2 main_lmim.py --config-name=demo
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -158,10 +157,6 @@ class Pretraining(Task):
         finally:
             self.half_done = self.training.half_done
 
-    def sums(self) -> list[Tensor]:
-        meters = self.training.meters
-        return [meters.sums, meters.grad_norm, meters.counts]
-
     def log_line(self, done: int, steps: int) -> Line:
         meters, schedule = self.training.meters, self.training.schedule
         mine = meters.read()
@@ -239,39 +234,37 @@ class Pretraining(Task):
         return picture(images, self.draw_views(0, 0, len(images)), self.geometry, tokens)
 
     def finish(self, loop: Loop) -> None:
-        """What the run has come to and what it took: results/JOB.json, and where the rest is."""
-        path = loop.job / "results" / f"{self.cfg.job_name}.json"
-        is_late = loop.nothing_is_left  # an earlier start has trained it all
-        steps = max(loop.first_step, loop.total_steps)
-        if is_late and on_main(lambda: read_json(path).get("steps") == steps, self.ranks):
-            return
+        """What the run has come to and what it took, by its log: results/JOB.json, and where the
+        rest is."""
         nodes = describe_nodes(self.ranks)
+        path = loop.job / "results" / f"{self.cfg.job_name}.json"
         if not self.ranks.is_main:
             return
-        seconds = loop.log.seconds() if is_late else time.perf_counter() - loop.start
-        found = loop.log.records_with("nn_accuracy")
-        before, after = (found.get(at, {}).get("nn_accuracy") for at in (0, steps))
-        watched = loop.log.records_with("rankme")
-        judged = judge(watched, loop.planned_steps)
+        if loop.nothing_is_left and read_json(path).get("steps") == loop.done:
+            return  # an earlier start has done it all
+        found, seconds = loop.log.records_with("nn_accuracy"), loop.log.seconds()
+        before, after = (found.get(at, {}).get("nn_accuracy") for at in (0, loop.done))
+        judged = judge(loop.log.records_with("rankme"), loop.planned_steps)
         result = {
             "before": before,
             "after": after,
-            "seconds": round(seconds, 1),
+            "seconds": seconds,
             "seed": self.cfg.seed,
             "protocol": "nearest neighbour, leave-one-out inside the evaluation images, percent",
-            "steps": steps,
+            "steps": loop.done,
             **(judged._asdict() if judged else {}),
-            **({"made_on_resume": True} if is_late else {}),
+            **({"made_on_resume": True} if loop.nothing_is_left else {}),
         }
         write_json(path, result)
         if before is not None and after is not None:
             took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
             loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")
         last = list_checkpoints(loop.job / "checkpoints")[0]
-        speed = "nothing was left to train"
-        if not is_late:
-            rate, wait = loop.last_speed["images_per_second"], loop.last_speed["data_wait"]
-            speed = f"{rate:.0f} images/s, waiting for data {wait:.0%}, at the end"
+        rate = loop.log.last_with("images_per_second")
+        speed = "unknown"
+        if rate:
+            speed = f"{rate['images_per_second']:.0f} images/s, waiting for data "
+            speed += f"{rate['data_wait']:.0%}, at the end"
         loop.log.say(
             f"nodes        {nodes}\n"
             f"features     {judged or 'not watched'}\n"

@@ -267,9 +267,6 @@ class Classification(Task):
         with stoppable(self.ranks) as stop_flag:
             train(self, self.cfg, self.ranks, self.run.job, stop_flag)
 
-    def sums(self) -> list[Tensor]:
-        return [self.losses]
-
     def mean_losses(self, steps: int) -> list[float]:
         """Of these last steps, over all processes; the next ones are added up from zero."""
         sums = sum_over_processes(self.losses.reshape(-1), self.loader, self.ranks)

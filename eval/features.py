@@ -28,7 +28,7 @@ from eval.families import BackboneError
 from launch.command import run_worker
 from launch.job import describe_environment
 from launch.lock import lock
-from util.distributed import Ranks, barrier, broadcast_object, on_main, share_rows
+from util.distributed import Ranks, barrier, broadcast_object, on_main, sum_rows
 from util.files import remove_unfinished, write_json, write_whole
 from util.loaders import open_split
 
@@ -135,7 +135,7 @@ def encode(
         indices = batch.indices.cpu()
         features[indices], is_read[indices] = vectors(batch.images).float().cpu(), 1
     for rows in (features, is_read):
-        share_rows(rows, loader.batch_size, ranks)
+        sum_rows(rows, ranks)
     return features, is_read.bool()
 
 

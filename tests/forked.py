@@ -25,9 +25,11 @@ class Forked:
     """As subprocess.Popen([python, *arguments], stdout=PIPE, stderr=STDOUT, text=True,
     start_new_session=True), as far as the tests use it."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]):
+    def __init__(self, arguments: list[str], environment: dict[str, str], terminal: str = ""):
+        """terminal: in place of the pipe, and as its controlling terminal"""
         reader, writer = SERVER.Pipe(duplex=False)
-        self._process = SERVER.Process(target=become, args=[arguments, environment, writer])
+        given = (arguments, environment, writer, terminal)
+        self._process = SERVER.Process(target=become, args=given)
         self._process.start()
         writer.close()
         self.stdout = os.fdopen(os.dup(reader.fileno()))
@@ -60,11 +62,15 @@ class Forked:
         return output[0], None
 
 
-def become(arguments: list[str], environment: dict[str, str], output: Connection) -> None:
+def become(
+    arguments: list[str], environment: dict[str, str], output: Connection, terminal: str
+) -> None:
     assert "main_lmim" in sys.modules, "nothing has been imported before the fork"
     os.setsid()
+    # Of a process without a terminal the first that it opens is the one that controls it.
+    place = os.open(terminal, os.O_RDWR) if terminal else output.fileno()
     for descriptor in (1, 2):
-        os.dup2(output.fileno(), descriptor)
+        os.dup2(place, descriptor)
     output.close()
     os.environ.clear()
     os.environ.update(environment)

@@ -7,10 +7,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from omegaconf import DictConfig
@@ -67,6 +67,14 @@ def start_process(command: list[str], **extra: str) -> subprocess.Popen | Forked
             text=True,
         )
     STARTED.append(process)
+    return process
+
+
+def start_in_terminal(command: list[str], terminal: int) -> Forked:
+    """With this as its controlling terminal, which is closed here."""
+    process = Forked(command[1:], environment(), os.ttyname(terminal))
+    STARTED.append(process)
+    wait_until(lambda: os.getpgid(process.pid) == process.pid, process)
     return process
 
 
@@ -180,16 +188,30 @@ def final_state(job: Path) -> dict:
     return load_file(list_checkpoints(job / "checkpoints")[0])
 
 
-def undisturbed_runs(new_folder: Callable[[str], Path], settings_of: Callable) -> Callable:
-    """-> the final state of a run without interruption, by number of processes; each is run once"""
+def shared(processes: int) -> list[str]:
+    """Settings of runs that are ended in many ways: 42 steps, however they are split."""
+    return ["epochs=2", "accum_iter=2", f"batch_size={32 // processes}", "num_workers=0"]
 
-    @cache
-    def final(processes: int) -> dict:
-        folder = new_folder("undisturbed")
-        succeed_together(processes, *settings_of(processes), f"output_dir={folder}")
-        return final_state(folder / "demo")
 
-    return final
+@cache
+def undisturbed(processes: int) -> dict:
+    """The final state of such a run, without interruption."""
+    with TemporaryDirectory() as folder:
+        succeed_together(processes, *shared(processes), f"output_dir={folder}")
+        return final_state(Path(folder, "demo"))
+
+
+def fill(disk: Path) -> Path:
+    """Take all the room that is left. -> the file that takes it"""
+    filler = disk / "filler"
+    with open(filler, "ab", buffering=0) as file:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+    return filler
 
 
 def assert_same_state(ours: dict, expected: dict) -> None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from launch import slurm
 from launch.config import ConfigError
 from launch.validate import check_config
-from tests.test_full_disk import fill
+from tests.runs import fill
 from tests.test_protocols import composed
 
 

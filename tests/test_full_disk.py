@@ -7,7 +7,9 @@ import re
 import signal
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,43 +18,21 @@ import main_lmim
 from launch.command import call
 from launch.job import step_of
 from launch.lock import lock, unlock
-from tests.runs import (
-    LAUNCHER,
-    assert_same_state,
-    configured_here,
-    final_state,
-    finish,
-    read_board,
-    records,
-    run,
-    start,
-    undisturbed_runs,
-    wait_until,
-)
-from util.checkpoint import list_checkpoints, load_file
+from tests.failing import train_here
+from tests.runs import assert_same_state, configured_here, fill, final_state, read_board, records
+from util.checkpoint import list_checkpoints
 from util.record import JsonLines, TensorBoardFile
 
 # <linux/ext4.h>
 EXT4_IOC_SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2
-SETTINGS = ["epochs=6", "save_minutes=0.0005"]  # a checkpoint about every second step
+SETTINGS = ["epochs=2", "batch_size=128", "save_minutes=1e-9"]  # a checkpoint after each step
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    return undisturbed_runs(tmp_path_factory.mktemp, lambda processes: SETTINGS)
-
-
-def fill(disk: Path) -> Path:
-    """Take all the room that is left. -> the file that takes it"""
-    filler = disk / "filler"
-    with open(filler, "ab", buffering=0) as file:
-        for size in (65536, 4096, 1):
-            try:
-                while True:
-                    file.write(b"x" * size)
-            except OSError:
-                continue
-    return filler
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert train_here(folder, *SETTINGS) == 0
+    return final_state(folder / "demo")
 
 
 def scalars(folder: Path) -> list[tuple[int, float]]:
@@ -84,44 +64,55 @@ def test_what_a_full_disk_refuses_is_written_later(small_disk):
     assert scalars(small_disk / "tensorboard") == expected
 
 
-@pytest.mark.slow
-def test_training_goes_on_and_all_is_there_when_there_is_room_again(small_disk, undisturbed):
-    process = start(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
-    job = small_disk / "demo"
-    wait_until(lambda: len(list_checkpoints(job / "checkpoints")) == 2, process)
-    filler = fill(small_disk)
-    said = ""
-    while said.count("could not be written") < 3:
-        line = process.stdout.readline()
-        assert line, said
-        said += line
-    assert "No space left on device); training goes on" in said
-    assert load_file(list_checkpoints(job / "checkpoints")[0])["step"] > 0
-    filler.unlink()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert_same_state(final_state(job), undisturbed(1))
-    assert [record["step"] for record in records(job)] == list(range(1, 61))
-    assert [step for step, _ in scalars(job / "tensorboard")] == list(range(1, 61))
+def full(disk: Path, first: int, last: int) -> dict[int, Callable[[], object]]:
+    """Also where a checkpoint that is removed leaves room."""
+    return dict.fromkeys(range(first, last), partial(fill, disk))
 
 
-@pytest.mark.slow
-def test_a_stop_on_a_full_disk_says_what_is_lost(small_disk):
-    process = start(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
-    job = small_disk / "demo"
-    wait_until(lambda: len(list_checkpoints(job / "checkpoints")) == 2, process)
-    filler, said = fill(small_disk), ""
-    while "could not be written" not in said:
-        said += process.stdout.readline()
-    os.kill(process.pid, signal.SIGTERM)
-    code, output = finish(process)
-    newest = list_checkpoints(job / "checkpoints")[0]
-    assert code == 128 + signal.SIGTERM and "everything is saved" not in output
-    lost = re.search(rf"SIGTERM: (\d+) steps are lost: the newest checkpoint is {newest}\n", output)
-    filler.unlink()
-    code, output = run(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
-    assert code == 0 and f"from step {step_of(newest)}\n" in output
-    assert lost and 0 < int(lost[1]) < 60
+@contextmanager
+def during(steps: dict[int, Callable[[], object]]) -> Iterator[None]:
+    """Inside, these are called before the steps of these numbers (from 0)."""
+    train_step = main_lmim.train_step
+
+    def step_and_call(training, batches, draw_views, step, epoch):
+        steps.get(step, lambda: None)()
+        train_step(training, batches, draw_views, step, epoch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_lmim, "train_step", step_and_call)
+        yield
+
+
+def test_training_goes_on_and_all_is_there_when_there_is_room_again(small_disk, capfd, undisturbed):
+    with during(full(small_disk, 4, 10) | {10: (small_disk / "filler").unlink}):
+        assert train_here(small_disk, *SETTINGS) == 0
+    job, said = small_disk / "demo", capfd.readouterr().out
+    assert said.count("could not be written (No space left on device); training goes on") >= 3
+    assert_same_state(final_state(job), undisturbed)
+    assert [record["step"] for record in records(job)] == list(range(1, 21))
+    assert [step for step, _ in scalars(job / "tensorboard")] == list(range(1, 21))
+    console = (job / "logs" / "console.txt").read_text()
+    assert all(f"step {step}/20 " in console for step in range(1, 21))
+
+
+def test_a_stop_on_a_full_disk_says_what_is_lost(small_disk, capfd, undisturbed):
+    """What was saved before is still there, and the run goes on from it."""
+    with during(full(small_disk, 4, 9) | {9: lambda: os.kill(os.getpid(), signal.SIGTERM)}):
+        assert train_here(small_disk, *SETTINGS) == 128 + signal.SIGTERM
+    newest = list_checkpoints(small_disk / "demo" / "checkpoints")[0]
+    said = capfd.readouterr().err
+    lost = re.search(rf"SIGTERM: (\d+) steps are lost: the newest checkpoint is {newest}\n", said)
+    assert lost and 10 - step_of(newest) == int(lost[1]) >= 3 and "everything is saved" not in said
+    (small_disk / "filler").unlink()
+    with during(full(small_disk, 15, 20)):
+        assert train_here(small_disk, *SETTINGS) == 3, "without its last checkpoint"
+    said = capfd.readouterr()
+    assert f"from step {step_of(newest)}\n" in said.out
+    assert "error: training has ended, but its last checkpoint" in said.err
+    (small_disk / "filler").unlink()
+    assert train_here(small_disk, *SETTINGS) == 0
+    assert_same_state(final_state(small_disk / "demo"), undisturbed)
+    assert [record["step"] for record in records(small_disk / "demo")] == list(range(1, 21))
 
 
 @pytest.fixture
@@ -161,21 +152,3 @@ def test_after_a_power_cut_the_log_reaches_as_far_as_the_checkpoint(breakable_di
     subprocess.run(["mount", "-o", "loop", tmp_path / "image", breakable_disk], check=True)
     assert final_state(job)["step"] == 4
     assert [record["step"] for record in records(job)] == [1, 2, 3, 4]
-
-
-@pytest.mark.slow
-def test_a_run_without_its_last_checkpoint_is_not_finished(small_disk, undisturbed):
-    process = start(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
-    job = small_disk / "demo"
-    wait_until(lambda: len(list_checkpoints(job / "checkpoints")) == 2, process)
-    filler = fill(small_disk)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 3, output
-    assert "its last checkpoint" in output
-    assert "Traceback" not in output
-    filler.unlink()
-    code, output = run(LAUNCHER, *SETTINGS, f"output_dir={small_disk}")
-    assert code == 0, output
-    assert "from step" in output
-    assert_same_state(final_state(job), undisturbed(1))
-    assert [record["step"] for record in records(job)] == list(range(1, 61))

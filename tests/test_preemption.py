@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,13 @@ from tests.runs import (
     finish,
     kill,
     records,
+    shared,
     start,
     start_process,
-    succeed,
+    start_together,
+    succeed_together,
     torchrun,
-    undisturbed_runs,
+    undisturbed,
     wait_until,
 )
 from util.distributed import Ranks
@@ -61,12 +64,13 @@ def test_a_requeue_is_not_forgotten_because_of_a_later_term(stop_flag):
     assert stop_flag.agreed() == signal.SIGUSR2
 
 
-def test_forked_children_ignore_what_their_parent_handles(stop_flag):
-    child = os.fork()
-    if child == 0:
-        handlers = {signal.getsignal(number) for number in STOP_SIGNALS}
-        os._exit(0 if handlers == {signal.SIG_IGN} else 1)
-    assert os.waitpid(child, 0)[1] == 0
+def test_under_nohup_a_closed_terminal_is_no_reason_to_stop():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    flag = StopFlag(CPU_ALONE)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert flag.agreed() == 0
+    flag.close()
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_close_gives_the_signals_back():
@@ -105,86 +109,81 @@ def test_what_could_not_be_saved_is_said_with_the_newest_checkpoint(
     assert code == (75 if is_requeue else 143) and ("started again" in said) == is_requeue
 
 
-def settings_of(processes: int) -> list[str]:
-    """Loader workers are running too. About forty steps."""
-    return ["num_workers=1", f"batch_size={64 // processes}", "epochs=2"]
-
-
-COMMANDS = {  # and what stops them
-    "launcher": (LAUNCHER, [signal.SIGINT, signal.SIGTERM]),
-    "launcher, two": ([*LAUNCHER, "env.ngpu=2"], [signal.SIGINT, signal.SIGTERM]),
-    "torchrun": (torchrun(2), [signal.SIGTERM]),
-}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return undisturbed_runs(tmp_path_factory.mktemp, settings_of)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_signals_save_and_the_same_command_goes_on(tmp_path, undisturbed, name):
-    """To the whole process group, as a terminal does."""
-    processes = 1 if name == "launcher" else 2
-    settings = [*settings_of(processes), f"output_dir={tmp_path}"]
-    job = tmp_path / "demo"
-    stopped_at = 0
-    command, signals = COMMANDS[name]
-    for number in signals:
-        stopped_at = stop_and_check(name, number, settings, job, stopped_at)
-    resumed = succeed(command, *settings)
-    assert f"from step {stopped_at}" in resumed
+def test_signals_save_and_the_same_command_goes_on(tmp_path):
+    """To one process and its loader worker, as a terminal does: the other hears of it
+    at the end of the step."""
+    settings = [*shared(2), "num_workers=1", f"output_dir={tmp_path}"]
+    job, stopped_at = tmp_path / "demo", 0
+    for number, told in ((signal.SIGINT, 1), (signal.SIGTERM, 0)):
+        processes = start_together(2, *TINY, *settings)
+        until = stopped_at + 5
+        wait_until(lambda until=until: any(r["step"] >= until for r in records(job)), processes[0])
+        os.killpg(processes[told].pid, number)
+        ended = [finish(process, timeout=60) for process in processes]
+        output = "".join(output for _, output in ended)
+        assert (f"from step {stopped_at}\n" in output) == (stopped_at > 0), output
+        assert "everything is saved; the same command with resume=True goes on from here" in output
+        assert [code for code, _ in ended] == [128 + number] * 2 and "Traceback" not in output
+        stopped_at = final_state(job)["step"]
+        assert until <= stopped_at < 42
+    resumed = succeed_together(2, *settings)
+    assert f"from step {stopped_at}\n" in resumed
     assert resumed.count("epoch 2.00/2") == 1  # the first process alone prints
-    assert_same_state(final_state(job), undisturbed(processes))
-
-
-def stop_and_check(name: str, number: int, settings: list[str], job: Path, stopped_at: int) -> int:
-    """Start again where it was stopped before, and stop it some steps later. -> the step"""
-    process = start(COMMANDS[name][0], *settings)
-    wait_until(lambda: any(r["step"] >= stopped_at + 5 for r in records(job)), process)
-    os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=25)
-    assert (f"from step {stopped_at}" in output) == (stopped_at > 0), output
-    assert "everything is saved; the same command with resume=True goes on from here" in output
-    if name == "torchrun":  # which has its own way of saying that it was told to stop
-        assert process.returncode != 0
-    else:
-        assert process.returncode == 128 + number, output
-        assert "Traceback" not in output
-    step = final_state(job)["step"]
-    assert stopped_at + 5 <= step < 40
-    return step
+    assert_same_state(final_state(job), undisturbed(2))
 
 
 @pytest.mark.slow
-def test_processes_end_with_a_torchrun_that_was_killed(tmp_path):
-    process = start(torchrun(2), f"output_dir={tmp_path}", "epochs=500", "batch_size=32")
+def test_a_torchrun_that_starts_its_processes_again_and_is_killed_itself(tmp_path):
+    """One of two processes is killed: torchrun starts both again, and they resume, also without
+    resume=True. Then torchrun is killed: they save and end with it."""
+    settings = [*TINY, *shared(2), "resume=False", "save_minutes=1e-4", "epochs=500"]
+    command = [*torchrun(2), *settings, f"output_dir={tmp_path}"]
+    command.insert(command.index("--standalone"), "--max-restarts=1")
     job = tmp_path / "demo"
-    wait_until(lambda: records(job), process)
-    workers = descendants(process.pid)
-    assert len(workers) >= 2
+    process = start_process(command)
+    wait_until(lambda: any(r["step"] >= 5 for r in records(job)), process)
+    first = ranks_of(process.pid)
+    os.kill(first[1], signal.SIGKILL)
+    wait_until(lambda: len({*ranks_of(process.pid).values()} - {*first.values()}) == 2, process)
+    console = job / "logs" / "console.txt"
+    resumed = "images per step, 10500 steps, from step [1-9]"
+    wait_until(lambda: re.search(resumed, console.read_text()), process)
+    before = records(job)[-1]["step"]
+    wait_until(lambda: records(job)[-1]["step"] > before + 2, process)
+    ranks = [*ranks_of(process.pid).values()]
     process.kill()
     process.wait()
     process.stdout.close()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}/environ").exists() for pid in workers):
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}/environ").exists() for pid in ranks):
         assert time.monotonic() < deadline, "they train on"
         time.sleep(0.1)
+    assert final_state(job)["step"] == records(job)[-1]["step"] > before
+
+
+def ranks_of(torchrun: int) -> dict[int, int]:
+    """The processes that it has started, by rank."""
+    found = {}
+    for pid in descendants(torchrun):
+        with suppress(OSError):
+            for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if variable.startswith(b"RANK="):
+                    found[int(variable.removeprefix(b"RANK="))] = pid
+    return found
 
 
 @pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    """Whatever starts the second: here, several processes, in an allocation of Slurm, over it. What
-    was killed is followed at once, though its loader workers live on for some seconds."""
+    """Whatever starts the second: two processes, or one in an allocation of Slurm. What was
+    killed is followed at once, though its loader workers live on for some seconds."""
     job, settings = tmp_path / "demo", [f"output_dir={tmp_path}", "epochs=500", "save_minutes=1e-6"]
     process = start(LAUNCHER, *settings, "num_workers=1")
     wait_until(lambda: list_checkpoints(job / "checkpoints"), process)
     in_allocation = {"SLURM_JOB_ID": "12", "SLURM_PROCID": "0"}
     starts = [
-        start([*LAUNCHER, "env.ngpu=2"], *settings),
-        start(LAUNCHER, *settings, "resume=False", "overwrite=True"),
-        start_process([*LAUNCHER, *TINY, *settings], **in_allocation),
+        *start_together(2, *TINY, *settings),
+        start_process([*LAUNCHER, *TINY, *settings, "overwrite=True"], **in_allocation),
     ]
     for refused in starts:
         code, output = finish(refused)
@@ -201,9 +200,8 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 
 IMPATIENT = """
 import os, signal, time
-from tests.test_preemption import CPU_ALONE
-from util.preemption import StopFlag
-flag = StopFlag(CPU_ALONE)
+from util.signals import Signals
+signals = Signals()
 os.kill(os.getpid(), signal.SIGINT)
 os.kill(os.getpid(), signal.SIGINT)  # at once: the same one, passed on
 print("still here", flush=True)
@@ -213,30 +211,8 @@ print("survived")
 """
 
 
-@pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once():
     command = [sys.executable, "-c", IMPATIENT]
     ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert ran.stdout == "still here\n"
     assert ran.returncode == -signal.SIGINT
-
-
-@pytest.mark.slow
-def test_what_torchrun_starts_again_resumes(tmp_path, undisturbed):
-    """Without resume=True: one of two processes is killed once."""
-    command = [*torchrun(2), *TINY, *settings_of(2), "resume=False", "save_minutes=1e-4"]
-    command = [*command, f"output_dir={tmp_path}"]
-    command.insert(command.index("--standalone"), "--max-restarts=1")
-    job = tmp_path / "demo"
-    process = start_process(command)
-    wait_until(lambda: any(r["step"] >= 5 for r in records(job)), process)
-    ranks = [pid for pid in descendants(process.pid) if b"RANK=1" in environment_of(pid)]
-    os.kill(ranks[0], signal.SIGKILL)
-    code, output = finish(process)
-    assert code == 0, output
-    assert re.search("from step [1-9]", output), output
-    assert_same_state(final_state(job), undisturbed(2))
-
-
-def environment_of(pid: int) -> list[bytes]:
-    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -2,9 +2,7 @@
 from its default: a run that is compared with another run of the same code proves nothing about
 what connects its parts."""
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from launch.validate import check_config
 from models.losses import LOSSES
 from models.target import TARGETS
 from tests import by_hand
-from tests.runs import final_state, kill, records, start_together, wait_until
+from tests.runs import final_state, records
 from tests.test_distributed import spawn
 from util.distributed import Ranks
 from util.preemption import stoppable
@@ -35,7 +33,7 @@ COMMON = {
     "dataset": "textures",
     "dataset.options.image_size": 20,
     "dataset.options.train_images": 64,
-    "dataset.options.eval_images": 300,
+    "dataset.options.eval_images": 60,
     "dataset.options.seed": 5,
     "dataset.flip": True,
     "dataset.mean": [0.4, 0.5, 0.6],
@@ -99,10 +97,10 @@ VARIANTS = {
         "eval_freq": 0,
     },
     "l1, joint": {"loss": "l1", "target": "joint", "decoder_depth": 2, "watch_images": 9},
-    "smooth_l1, frozen": {"loss": "smooth_l1", "target": "frozen", "eval_at_start": False},
-    "cosine": {"loss": "cosine", "eval_freq": 3, "epochs": 4, "avg_vis_mask_token": False},
-    "l2, frozen": {
-        "loss": "l2",
+    "cosine, frozen": {
+        "loss": "cosine",
+        "eval_freq": 3,
+        "epochs": 4,
         "sim_init": 0.2,
         "sim_end": 0.6,
         "target": "frozen",
@@ -110,7 +108,7 @@ VARIANTS = {
         "shrink_batch": True,
     },
 }
-SWITCHES = {
+SWITCHES = {  # in two processes
     "pixels": {
         "target": "pixels",
         "loss": "norm_l2",
@@ -144,7 +142,6 @@ SWITCHES = {
         "sigreg_on": "image",
     },
 }
-VARIANTS |= SWITCHES
 
 
 def configured(keys: dict, folder: Path, **others) -> DictConfig:
@@ -226,7 +223,7 @@ def test_the_keys_of_these_runs_are_away_from_their_defaults():
     names = set(flatten(OmegaConf.to_container(settings))) - {"compile"}
     assert names <= set(COMMON) - {"decoder", "target", "loss"}
     defaults = compose_config("lmim", [])
-    runs = [COMMON | changes for changes in VARIANTS.values()]
+    runs = [COMMON | changes for changes in (VARIANTS | SWITCHES).values()]
     for name in names - {"precision"}:
         assert {str(run[name]) for run in runs} - {str(OmegaConf.select(defaults, name))}, name
     assert {run["loss"] for run in runs} == set(LOSSES)
@@ -282,89 +279,88 @@ def test_a_checkpoint_of_before_the_steps_had_their_name_is_resumed(tmp_path):
 # --- several processes --------------------------------------------------------------------------
 
 
-def pretrain_a_share(ranks: Ranks, folder: Path, keys: dict) -> None:
-    torch.save(pretrain(configured(keys, folder), ranks).state_dict(), folder / f"rank{ranks.rank}")
+WHOLE = COMMON | {"avg_sim_coeff": 0, "loss": "norm_l2", "batch_size": 16, "accum_iter": 1}
+SPLIT = WHOLE | {"batch_size": 4, "accum_iter": 2}
+BEGUN = COMMON | {"avg_sim_coeff": 0, "epochs": 6, "blr": 1e-3, "accum_iter": 1}
+BEGUN |= {"eval_freq": 0, "eval_at_start": False, "batch_size": 8}
 
 
-def pretrain_together(folder: Path, keys: dict, processes: int) -> dict:
-    """-> the weights, which are the same in all of them"""
-    spawn(pretrain_a_share, processes, folder, folder, keys)
-    first, *others = (torch.load(folder / f"rank{rank}") for rank in range(processes))
-    for other in others:
-        for name, value in first.items():
-            assert torch.equal(other[name], value), f"the processes have drifted apart: {name}"
+def pretrain_in_two(ranks: Ranks, folder: Path) -> None:
+    """All that the tests below look at. Of each switch two steps; then two more in a run that is
+    resumed."""
+    keys = {"common": [COMMON], "split": [SPLIT], "begun": [BEGUN | {"max_steps": 10}]}
+    for variant in SWITCHES:
+        steps = [{"max_steps": steps, "watch_images": 0, "resume": True} for steps in (2, 4)]
+        keys[variant] = [switched(variant) | more for more in steps]
+    for name, starts in keys.items():
+        for start in starts:
+            weights = pretrain(configured(start, folder / name), ranks).state_dict()
+        torch.save(weights, folder / f"{name}{ranks.rank}")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    spawn(pretrain_in_two, 2, folder, folder)
+    return folder
+
+
+def weights_of(folder: Path, name: str) -> dict:
+    """They are the same in both processes."""
+    first, second = (torch.load(folder / f"{name}{rank}") for rank in (0, 1))
+    for key, value in first.items():
+        assert torch.equal(second[key], value), f"the processes have drifted apart: {key}"
     return first
 
 
 @pytest.mark.slow
-def test_two_processes_average_the_gradients_of_their_parts(tmp_path):
+def test_two_processes_average_the_gradients_of_their_parts(two_processes):
     """The similarity constraint squares a mean over the images of one process: each has its own."""
-    weights = pretrain_together(tmp_path, COMMON, processes=2)
-    assert_same_run(tmp_path / "run", weights, by_hand.train(COMMON, processes=2))
+    weights = weights_of(two_processes, "common")
+    assert_same_run(two_processes / "common/run", weights, by_hand.train(COMMON, processes=2))
 
 
 def switched(variant: str) -> dict:
     return COMMON | SWITCHES[variant] | {"eval_freq": 0, "eval_at_start": False}
 
 
-def pretrain_each_switch(ranks: Ranks, folder: Path) -> None:
-    """Two steps; then two more in a run that is resumed."""
-    for variant in SWITCHES:
-        for steps in (2, 4):
-            settings = {"max_steps": steps, "watch_images": 0, "resume": True}
-            cfg = configured(switched(variant), folder / variant, **settings)
-            weights = pretrain(cfg, ranks).state_dict()
-        torch.save(weights, folder / f"{variant}{ranks.rank}")
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", SWITCHES)
+def test_each_switch_in_two_processes_that_are_resumed(two_processes, variant):
+    expected = by_hand.train(switched(variant), processes=2, last_step=4)
+    assert_same_run(two_processes / variant / "run", weights_of(two_processes, variant), expected)
 
 
 @pytest.mark.slow
-def test_each_switch_in_two_processes_that_are_resumed(tmp_path):
-    spawn(pretrain_each_switch, 2, tmp_path, tmp_path)
-    for variant in SWITCHES:
-        first, second = (torch.load(tmp_path / f"{variant}{rank}") for rank in (0, 1))
-        assert all(torch.equal(second[name], value) for name, value in first.items()), variant
-        expected = by_hand.train(switched(variant), processes=2, last_step=4)
-        assert_same_run(tmp_path / variant / "run", first, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "batch_size", "accum_iter"), [(1, 8, 2), (2, 8, 1), (2, 4, 2), (4, 4, 1)]
-)
-def test_the_split_of_a_step_changes_nothing(tmp_path, processes, batch_size, accum_iter):
+def test_the_split_of_a_step_changes_nothing(two_processes):
     """The same images and the same views. Without the similarity constraint, whose mean is taken
     over the images of one process and micro-step."""
-    keys = COMMON | {"avg_sim_coeff": 0, "loss": "norm_l2", "batch_size": 16, "accum_iter": 1}
-    split = keys | {"batch_size": batch_size, "accum_iter": accum_iter}
-    if processes == 1:
-        weights = pretrain(configured(split, tmp_path)).state_dict()
-    else:
-        weights = pretrain_together(tmp_path, split, processes)
-    whole = by_hand.train(keys)
+    weights, whole = weights_of(two_processes, "split"), by_hand.train(WHOLE)
     assert relative_difference(weights, whole.model.state_dict()) < 1e-4
-    found = [line for line in records(tmp_path / "run") if "loss" in line]
+    found = [line for line in records(two_processes / "split/run") if "loss" in line]
     assert len(found) == len(whole.losses) == 12
     for line, wanted in zip(found, whole.losses, strict=True):
         for name in ("loss", "grad_norm", "lr"):
             assert line[name] == pytest.approx(wanted[name], rel=1e-4), name
 
 
+def pretrain_a_share(ranks: Ranks, folder: Path) -> None:
+    keys = BEGUN | {"batch_size": 4, "resume": True}
+    pretrain(configured(keys, folder), ranks)
+
+
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_same_views_on_another_number_of_processes(tmp_path):
-    keys = COMMON | {"avg_sim_coeff": 0, "epochs": 15, "blr": 1e-3, "accum_iter": 1}
-    keys |= {"eval_freq": 0, "eval_at_start": False, "batch_size": 16}
-    pretrain(configured(keys, tmp_path / "whole"))
-    halves = overrides(keys | {"batch_size": 8}, tmp_path / "two", save_minutes=1e-6)
-    first, second = start_together(2, "--config-name=demo", *halves)
-    wait_until(lambda: any(r["step"] >= 10 for r in records(tmp_path / "two/run")), first)
-    # Left alone it would save the step in which it loses the other, whose part of the log is gone.
-    os.kill(second.pid, signal.SIGSTOP)
-    kill(first)
-    kill(second)
-    shutil.copytree(tmp_path / "two", tmp_path / "four")
-    pretrain(configured(keys, tmp_path / "two", resume=True))
-    pretrain_together(tmp_path / "four", keys | {"batch_size": 4, "resume": True}, 4)
-    whole = {line["step"]: line["loss"] for line in records(tmp_path / "whole/run")}
-    for name in ("two", "four"):
-        found = {line["step"]: line["loss"] for line in records(tmp_path / name / "run")}
-        assert found == pytest.approx(whole, rel=1e-3), name
+def test_a_run_goes_on_with_the_same_views_on_another_number_of_processes(tmp_path, two_processes):
+    whole = BEGUN | {"batch_size": 16}
+    pretrain(configured(whole, tmp_path / "whole"))
+    wanted = {line["step"]: line["loss"] for line in records(tmp_path / "whole/run")}
+    assert len(wanted) == 24
+    for processes in (1, 4):
+        folder = tmp_path / str(processes)
+        shutil.copytree(two_processes / "begun", folder)
+        if processes == 1:
+            pretrain(configured(whole | {"resume": True}, folder))
+        else:
+            spawn(pretrain_a_share, processes, folder, folder)
+        found = {line["step"]: line["loss"] for line in records(folder / "run")}
+        assert found == pytest.approx(wanted, rel=1e-3), processes

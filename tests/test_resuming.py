@@ -1,6 +1,5 @@
 """A resumed job goes on with the settings and the images it was made with, or says what differs."""
 
-import importlib
 import re
 import shutil
 
@@ -9,6 +8,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+import eval.finetune
+import eval.linear_probe
 import main_lmim
 from data.datasets import build_dataset
 from eval.common import Classification
@@ -17,20 +18,10 @@ from launch.config import CONFIG_DIR, ConfigError, choices_in, compose_config, r
 from launch.job import list_checkpoints
 from launch.resuming import CHANGE_NO_RESULT, FORMAT, CheckpointError, accept, describe
 from tests.backbones import digits_checkpoint
-from tests.evaluations import arguments, config
+from tests.evaluations import config
+from tests.failing import train_here
 from tests.kills import log_without_times
-from tests.runs import (
-    LAUNCHER,
-    assert_same_state,
-    configured_here,
-    final_state,
-    finish,
-    run,
-    start_process,
-    succeed,
-)
-from util.checkpoint import load_file
-from util.loop import Loop
+from tests.runs import assert_same_state, configured_here, final_state
 
 FACTS = {"images": 1400, "image_list": "a", "images_per_step": 128, "steps_per_epoch": 10}
 FACTS |= {"batch_size": 128}
@@ -91,16 +82,11 @@ def test_what_changes_no_result_may_differ(tmp_path):
     assert accept(tmp_path, made("accum_iter=2", "env.ngpu=8"), cfg, FACTS) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "change"),
     [
         ("seed=1", "seed 0 -> 1"),
-        ("blr=1e-3", "blr 0.004 -> 0.001"),
-        ("tau=0.3", "tau 0.2 -> 0.3"),
         ("loss=norm_l2", "loss.name infonce_patches -> norm_l2"),
-        ("patch_gap=2", "patch_gap 1 -> 2"),
-        ("precision=bf16", "precision fp32 -> bf16"),
         ("encoder.depth=2", "encoder.depth 4 -> 2"),
         ("dataset.mean=[0,0,0]", "dataset.mean [0.306, 0.306, 0.306] -> [0, 0, 0]"),
         ("epochs=2", "epochs 3 -> 2"),
@@ -144,62 +130,25 @@ def test_what_shrink_batch_has_made_is_compared(tmp_path):
     assert accept(tmp_path, made("batch_size=128", made_from=shrunken), now, shrunken) == []
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_an_evaluation_that_fails_is_made_by_the_run_that_resumes(tmp_path, monkeypatch, number):
-    """The first or the last one, each between two log lines."""
-    settings = ["batch_size=128", "epochs=2", "eval_freq=1", "print_freq=4", "watch_images=20"]
-    failed, whole = (configured_here(tmp_path / name, *settings) for name in ("failed", "whole"))
-    assert call(main_lmim.main, whole) == 0
-    counted, accuracy = iter([1, 2]), main_lmim.leave_one_out_accuracy
-
-    def fails(*args):
-        if next(counted) == number:
-            raise MemoryError
-        return accuracy(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(main_lmim, "leave_one_out_accuracy", fails)
-        assert call(main_lmim.main, failed) == 3
-    job, expected = tmp_path / "failed" / "demo", tmp_path / "whole" / "demo"
-    assert [load_file(path)["step"] for path in list_checkpoints(job / "checkpoints")] == [
-        10 * number
-    ]
-    assert call(main_lmim.main, failed) == 0
-    assert log_without_times(job) == log_without_times(expected)
-    assert_same_state(final_state(job), final_state(expected))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear_probe", "finetune"])
-def test_what_fails_in_an_evaluation_that_trains_is_made_as_well(tmp_path, monkeypatch, name):
-    """First its accuracy at step 10, then the log line of step 12, when it has read the sums."""
+def test_what_fails_in_an_evaluation_that_trains_is_made_as_well(tmp_path, monkeypatch):
+    """Its accuracy at step 10, between two log lines."""
     checkpoint = digits_checkpoint(tmp_path)
-    settings = ["epochs=2", "warmup_epochs=0", "batch_size=128", "eval_freq=1", "print_freq=4"]
+    settings = ["epochs=2", "warmup_epochs=0", "batch_size=128", "eval_freq=1", "print_freq=5"]
     settings.append("resume=True")
     jobs = (tmp_path / "failed", tmp_path / "whole")
-    failed, whole = (config(name, checkpoint, job, *settings) for job in jobs)
-    main = importlib.import_module(f"eval.{name}").main
-    assert call(main, whole) == 0
-    read_speed = Loop.read_speed
+    failed, whole = (config("linear_probe", checkpoint, job, *settings) for job in jobs)
+    assert call(eval.linear_probe.main, whole) == 0
 
     def measure(task):
         raise MemoryError
 
-    def read(loop, done: int, keep: bool = False):
-        if done == 12:
-            raise RuntimeError
-        return read_speed(loop, done, keep)
-
-    for owner, method, fails, code in (
-        (Classification, "measure", measure, 3),
-        (Loop, "read_speed", read, 1),
-    ):
-        with monkeypatch.context() as patched:
-            patched.setattr(owner, method, fails)
-            assert call(main, failed) == code
-    assert call(main, failed) == 0
-    job, expected = tmp_path / "failed" / name, tmp_path / "whole" / name
-    assert [line["step"] for line in log_without_times(expected)] == [4, 8, 10, 12, 16, 20, 20]
+    with monkeypatch.context() as patched:
+        patched.setattr(Classification, "measure", measure)
+        assert call(eval.linear_probe.main, failed) == 3
+    assert call(eval.linear_probe.main, failed) == 0
+    job, expected = (job / "linear_probe" for job in jobs)
+    assert [line["step"] for line in log_without_times(expected)] == [5, 10, 10, 15, 20, 20]
     assert log_without_times(job) == log_without_times(expected)
     assert_same_state(final_state(job), final_state(expected))
 
@@ -307,48 +256,38 @@ def test_changed_labels_are_other_images():
 # ---- Whole runs. ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_pre_training_compares_and_keeps_the_configs(tmp_path):
+def test_pre_training_compares_and_keeps_the_configs(tmp_path, capfd):
     photos, job = tmp_path / "photos", tmp_path / "demo"
     photos.mkdir()
-    for number in range(140):
+    for number in range(30):
         Image.new("RGB", (30, 30), (number, 0, 0)).save(photos / f"{number}.png")
-    settings = ["dataset=folder", f"data_path={photos}", f"output_dir={tmp_path}", "batch_size=14"]
-    succeed(LAUNCHER, *settings, "epochs=1")
+    settings = ["dataset=folder", f"data_path={photos}", "batch_size=10", "warmup_epochs=0"]
+    assert train_here(tmp_path, *settings, "epochs=1") == 0
     first = (job / "config.yaml").read_text()
     (photos / "7.png").rename(photos / "new.png")
-    code, output = run(LAUNCHER, *settings, "epochs=1", "seed=3")
-    assert code == 2 and output.count("\n") == 1
-    assert "differences: seed 0 -> 3, image_list " in output
+    capfd.readouterr()
+    assert train_here(tmp_path, *settings, "epochs=1", "seed=3") == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "differences: seed 0 -> 3, image_list " in said
     assert (job / "config.yaml").read_text() == first, "refused, and written down all the same"
-    output = succeed(LAUNCHER, *settings, "epochs=2", "resume=changed", "seed=3")
-    assert "resume=changed: seed 0 -> 3, image_list " in output and "epochs 1 -> 2" in output
-    assert "20 steps, from step 10\n" in output
+    assert train_here(tmp_path, *settings, "epochs=2", "resume=changed", "seed=3") == 0
+    said = "".join(capfd.readouterr())
+    assert "resume=changed: seed 0 -> 3, image_list " in said and "epochs 1 -> 2" in said
+    assert "6 steps, from step 3\n" in said
     assert (job / "logs" / "config-1.yaml").read_text() == first
     assert "seed: 3" in (job / "config.yaml").read_text()
-    assert "already finished (" in succeed(LAUNCHER, *settings, "epochs=2", "seed=3")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear_probe", "finetune"])
-def test_evaluations_that_train_compare_as_well(tmp_path, name):
+def test_evaluations_that_train_compare_as_well(tmp_path, capfd):
     checkpoint = digits_checkpoint(tmp_path)
-    settings = ["epochs=1", "warmup_epochs=0", "batch_size=100", "resume=True"]
-    command = [*LAUNCHER, *arguments(name, checkpoint, tmp_path, *settings)]
-    assert finish(start_process(command))[0] == 0
-    code, output = finish(start_process([*command, "weight_decay=0.3", "min_crop=0.5"]))
-    assert code == 2 and output.count("error: ") == 1 and "Traceback" not in output
-    assert re.search("weight_decay [0-9.]+ -> 0.3", output) and "min_crop 0.08 -> 0.5" in output
-
-
-@pytest.mark.slow
-def test_all_processes_end_with_the_same_sentence(tmp_path):
-    settings = ["epochs=1", f"output_dir={tmp_path}"]
-    succeed(LAUNCHER, *settings, "max_steps=5")
-    code, output = run(LAUNCHER, *settings, "env.ngpu=2", "batch_size=64", "tau=0.5")
-    assert code == 2 and output.count("\n") == 1
-    assert output.startswith("[rank 0] error: resume=True: ")
-    assert output.endswith("differences: tau 0.2 -> 0.5\n")
+    settings = ["epochs=1", "warmup_epochs=0", "batch_size=700", "resume=True"]
+    assert call(eval.finetune.main, config("finetune", checkpoint, tmp_path, *settings)) == 0
+    settings += ["weight_decay=0.3", "min_crop=0.5"]
+    assert call(eval.finetune.main, config("finetune", checkpoint, tmp_path, *settings)) == 2
+    said = capfd.readouterr().err
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert re.search("weight_decay [0-9.]+ -> 0.3", said) and "min_crop 0.08 -> 0.5" in said
 
 
 @pytest.mark.parametrize("before", [False, True, "changed"])
@@ -359,16 +298,17 @@ def test_a_restart_resumes(monkeypatch, before):
     assert cfg.resume == (before or True)
 
 
-@pytest.mark.slow
-def test_weights_that_do_not_fit_the_optimiser(tmp_path):
+def test_weights_that_do_not_fit_the_optimiser(tmp_path, capfd):
     """As many of them are trained as the config says, and the state of the others is missing."""
-    settings = ["epochs=1", f"output_dir={tmp_path}"]
-    succeed(LAUNCHER, *settings)
-    code, output = run(LAUNCHER, *settings, "freeze_pe=False", "resume=changed")
-    assert code == 2 and output.count("\n") == 2
-    assert "resume=changed: freeze_pe True -> False\nerror: resume: expected" in output
+    settings = ["warmup_epochs=0", "max_steps=1"]
+    assert train_here(tmp_path, *settings) == 0
+    capfd.readouterr()
+    assert train_here(tmp_path, *settings, "freeze_pe=False", "resume=changed") == 2
+    said = capfd.readouterr().err
+    assert "resume=changed: freeze_pe True -> False\nerror: resume: expected" in said
     (path,) = list_checkpoints(tmp_path / "demo" / "checkpoints")
     contents = torch.load(path)
     torch.save({key: contents[key] for key in ("state_dict", "step", "config")}, path)
-    code, output = run(LAUNCHER, *settings)
-    assert code == 2 and output.startswith("error: resume: expected") and output.count("\n") == 1
+    assert train_here(tmp_path, *settings) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: resume: expected") and said.count("\n") == 1

@@ -12,22 +12,21 @@ from PIL import Image
 from eval import nn
 from eval.features import Features
 from launch.status import last_number
-from tests.runs import LAUNCHER, final_state, read_board, records, run, succeed, succeed_together
+from tests.failing import train_here
+from tests.runs import final_state, read_board, records, succeed_together
 from util.checkpoint import list_checkpoints
 from util.distributed import Ranks
 from util.files import read_records
 from util.metrics import readable_time
 from util.record import RunLog, keep_until_step
 
-SHORT = ("epochs=1", "warmup_epochs=0")
+SHORT = ("epochs=1", "warmup_epochs=0", "batch_size=128")
 
 
-@pytest.mark.slow
-def test_a_run_leaves_what_the_readme_says(tmp_path):
-    output = succeed(
-        LAUNCHER, *SHORT, f"output_dir={tmp_path}", "eval_freq=1", "eval_at_start=True", "seed=4"
-    )
-    job = tmp_path / "demo"
+def test_a_run_leaves_what_the_readme_says(tmp_path, capfd):
+    settings = [*SHORT, "eval_freq=1", "eval_at_start=True", "seed=4"]
+    assert train_here(tmp_path, *settings) == 0
+    output, job = capfd.readouterr().out, tmp_path / "demo"
     assert sorted(path.name for path in job.iterdir()) == [
         "checkpoints",
         "config.yaml",
@@ -67,32 +66,29 @@ def test_a_run_leaves_what_the_readme_says(tmp_path):
     assert not any(key.startswith("module.") for key in state["state_dict"])
 
 
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_everything(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_everything(tmp_path, capfd):
     """A learning rate beyond all measure, after a checkpoint has been written."""
-    arguments = (*SHORT, f"output_dir={tmp_path}", "blr=1e30", "save_minutes=1e-9")
-    code, output = run(LAUNCHER, *arguments, "print_freq=5")
-    assert code == 3, output
-    error = output.splitlines()[-1]
+    arguments = (*SHORT, "blr=1e30", "save_minutes=1e-9")
+    assert train_here(tmp_path, *arguments, "print_freq=5") == 3
+    error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the ")
     assert "is not finite at step 1 (epoch 0.10) on rank 0, lr 4.880e+29" in error
     newest = list_checkpoints(tmp_path / "demo" / "checkpoints")[0]
     assert f"last good checkpoint: {newest}" in error
     weights = final_state(tmp_path / "demo")["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
-    code, output = run(LAUNCHER, *arguments, "resume=False", "overwrite=True", "max_bad_steps=9")
-    assert code == 0, "that many bad steps were tolerated"
+    tolerant = ["resume=False", "overwrite=True", "max_bad_steps=9"]
+    assert train_here(tmp_path, *arguments, *tolerant) == 0, "that many were tolerated"
 
 
 @pytest.mark.slow
 def test_evaluation_on_two_processes_gives_the_same_number(tmp_path):
-    arguments = ("epochs=1", "warmup_epochs=0", "eval_at_start=True", "eval_freq=1", "blr=1e-9")
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        succeed_together(processes, *arguments, f"output_dir={folder}")
+    arguments = ["max_steps=1", "warmup_epochs=0", "eval_at_start=True"]
+    assert train_here(tmp_path / "1", *arguments) == 0
+    succeed_together(2, *arguments, f"output_dir={tmp_path / '2'}")
     before = [
-        json.loads((tmp_path / str(p) / "demo/results/demo.json").read_text())["before"]
-        for p in (1, 2)
+        json.loads((tmp_path / name / "demo/results/demo.json").read_text())["before"]
+        for name in ("1", "2")
     ]
     assert before[0] == before[1] > 10
 
@@ -203,19 +199,15 @@ def write_photos(folder, count: int, bad: int) -> None:
 
 
 @pytest.mark.slow
-def test_unreadable_images_are_replaced_until_there_are_too_many(tmp_path):
+def test_unreadable_images_are_replaced_until_there_are_too_many(tmp_path, capfd):
     write_photos(tmp_path / "photos", count=40, bad=3)
     data = [f"data_path={tmp_path / 'photos'}", "dataset=imagefolder", "batch_size=20"]
-    code, output = run(LAUNCHER, *SHORT, *data, f"output_dir={tmp_path / 'strict'}")
-    assert code == 2
-    error = output.splitlines()[-1]
+    assert train_here(tmp_path / "strict", *SHORT, *data) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
     assert "3 of 40 images could not be read, more than max_bad_images=0.001 allows" in error
     assert error.count(".jpg") == 3
     tolerant = [*SHORT, *data, f"output_dir={tmp_path / 'tolerant'}", "max_bad_images=0.1"]
-    for processes in (1, 2):
-        output = succeed_together(
-            processes, *tolerant, f"job_name=demo{processes}", "batch_size=10"
-        )
-        replaced = [line for line in output.splitlines() if line.startswith("unreadable image")]
-        assert len(set(replaced)) == 3, "each is named (by two processes, if both met it)"
-        assert len(records(tmp_path / "tolerant" / f"demo{processes}")) == 4 // processes
+    output = succeed_together(2, *tolerant, "batch_size=10")
+    replaced = [line for line in output.splitlines() if line.startswith("unreadable image")]
+    assert len(set(replaced)) == 3, "each is named (by two processes, if both met it)"
+    assert len(records(tmp_path / "tolerant" / "demo")) == 2

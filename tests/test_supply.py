@@ -111,17 +111,18 @@ def test_speed_is_that_of_training_and_of_waiting_for_data(monkeypatch):
             yield
 
     speed = Speed()
+    then = speed.clock()
     for _ in speed.timed(loader()):
         now += 2  # a step
     with speed.pause():
         now += 50
     expected = {"images_per_second": 2 * 64 / 8, "data_wait": 4 / 8, "eta_seconds": 10 * 8 / 2}
-    assert speed.read(steps=2, images_per_step=64, left=10, keep=True) == expected
-    assert speed.read(steps=2, images_per_step=64, left=10) == expected
+    assert speed.since(then, steps=2, images_per_step=64, left=10) == expected
+    then = speed.clock()
     now += 4
     speed.images_at_peak = 64
     expected = {"images_per_second": 16, "data_wait": 0, "eta_seconds": 36, "share_of_peak": 0.25}
-    assert speed.read(steps=1, images_per_step=64, left=9) == expected
+    assert speed.since(then, steps=1, images_per_step=64, left=9) == expected
 
 
 def test_memory_of_a_process_is_its_peak():

@@ -21,8 +21,7 @@ from launch.validate import check_processes, why_not_writable
 from models.decoder import DECODERS
 from models.losses import LOSSES
 from models.target import TARGETS
-from tests.runs import ROOT
-from tests.test_full_disk import fill
+from tests.runs import ROOT, fill
 from util.files import write_json
 
 TINY = (

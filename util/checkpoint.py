@@ -104,8 +104,6 @@ class CheckpointWriter:
         self.folder, self.report, self.before_write = folder, report, before_write
         self.background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
-        self.failures = 0  # since the last one that was written
-        self.not_removed: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, contents: dict, step: int, epoch: int | None = None) -> None:
@@ -127,16 +125,10 @@ class CheckpointWriter:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = getattr(error, "strerror", None) or first_words(error)
             self.report(f"checkpoint {path} could not be written ({reason}); training goes on")
-            self.failures += 1
             return
-        if self.failures:  # repeated, because a log on the same full disk has lost the reports
-            self.report(f"checkpoint {path} is written; {self.failures} before it could not be")
-            self.failures = 0
         rolling = [p for p in list_checkpoints(self.folder) if p.name.startswith("step-")]
         for path in rolling[KEEP_ROLLING:]:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                if path not in self.not_removed:
-                    self.report(f"checkpoint {path} could not be removed ({error.strerror})")
-                self.not_removed.add(path)
+                self.report(f"checkpoint {path} could not be removed ({error.strerror})")

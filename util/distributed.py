@@ -18,8 +18,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from data.loader import share_of
-
 # A rank gives up waiting after this long, so that a lost rank ends the job.
 TIMEOUT = timedelta(minutes=10)
 SIGN_OF_LIFE = 60  # seconds, while the others wait for what rank 0 alone does
@@ -204,17 +202,7 @@ def gather_objects(value, ranks: Ranks) -> list:
     return boxes
 
 
-def share_rows(rows: torch.Tensor, piece: int, ranks: Ranks) -> None:
-    """In place: each process has filled its share_of the pieces of so many rows; then all have all
-    rows."""
-    if ranks.world_size == 1:
-        return
-    pieces = len(range(0, len(rows), piece))
-    for source in range(ranks.world_size):
-        own = share_of(pieces, source, ranks.world_size)
-        last = min(own.stop * piece, len(rows))
-        for start in range(own.start * piece, last, ROWS):
-            part = rows[start : min(start + ROWS, last)]
-            buffer = part.to(ranks.device)
-            dist.broadcast(buffer, source)
-            part.copy_(buffer)
+def sum_rows(rows: torch.Tensor, ranks: Ranks) -> None:
+    """In place, on the CPU: the sum over all processes."""
+    for part in rows.split(ROWS):
+        part.copy_(all_reduce(part.to(ranks.device)))

@@ -73,10 +73,6 @@ class Task:
         """One step of the optimiser. Does not wait for the device."""
         raise NotImplementedError
 
-    def sums(self) -> list[Tensor]:
-        """What log_line is made from and starts again: filled in place by a run that resumes."""
-        raise NotImplementedError
-
     def log_line(self, done: int, steps: int) -> Line:
         """The last `steps` steps, of which `done` are done in all; may raise TrainingStopped. The
         only place that waits for the device."""
@@ -135,7 +131,7 @@ def job_folder(cfg: DictConfig, ranks: Ranks) -> Iterator[Path]:
 def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopFlag) -> None:
     """From the newest checkpoint, or from the beginning, to the end."""
     loop = Loop(task, cfg, ranks, job, stop_flag, *resume(task, cfg, ranks, job))
-    start = f"from step {loop.first_step}" if loop.first_step else "from the beginning"
+    start = f"from step {loop.done}" if loop.done else "from the beginning"
     steps = f"{loop.images_per_step} images per step, {loop.total_steps} steps, {start}"
     loop.log.say(f"{task.introduction()}, {steps}")
     try:
@@ -157,14 +153,12 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     loop.speed.images_at_peak = task.images_at_peak
     if loop.done == 0:
         with loop.rescue("the first evaluation"):
-            loop.watch(0)
+            loop.watch()
             if "eval_at_start" in cfg and cfg.eval_at_start:
-                loop.record(0, task.evaluate)
+                loop.record(task.evaluate)
     if loop.unfinished:
-        loop.take_up(loop.unfinished)
-        loop.follow_step()
-    batches = loop.first_steps.timed(task.batches(loop.done, loop.total_steps))
-    batches = loop.speed.timed(batches)
+        loop.follow_step(has_a_line=True)
+    batches = loop.speed.timed(task.batches(loop.done, loop.total_steps))
     while loop.done < loop.total_steps:
         with loop.rescue(f"step {loop.done + 1}"):
             task.step(loop.done, batches)
@@ -173,9 +167,8 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     loop.finish()
 
 
-def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> tuple[int, dict | None]:
-    """-> the number of finished steps; and, if what follows the last of them is not done yet, what
-    that needs"""
+def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> tuple[int, bool]:
+    """-> the number of finished steps; whether what follows the last of them is still to be done"""
     sizes = (task.loader.batch_size, task.loader.images_per_step)
     task.made_from = on_main(partial(describe, task.dataset, *sizes), ranks)
     folder = job / "checkpoints"
@@ -189,7 +182,7 @@ def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> tuple[int, d
         reason = f"{type(error).__name__}: {first_words(error)}"
         raise CheckpointError(f"resume: expected {valid} ({reason})") from error
     on_main(lambda: record_start(cfg, job), ranks)
-    return (newest[1]["step"], newest[1].get("unfinished")) if newest else (0, None)
+    return (newest[1]["step"], "unfinished" in newest[1]) if newest else (0, False)
 
 
 def newest_for_all(
@@ -197,17 +190,20 @@ def newest_for_all(
 ) -> tuple[Path, dict] | None:
     """The newest readable checkpoint and what it holds. Rank 0 chooses it, says what accept has to
     say about it, and gives the others what it holds."""
-    chosen: list[tuple[Path, dict]] = []  # gigabytes, which are not for on_main to send
+    contents: dict | None = None  # gigabytes, which are not for on_main to send
 
     def choose() -> Path | None:
+        nonlocal contents
         newest = checkpoint.newest_readable(folder, report)
-        for text in accept(*newest) if newest and accept else []:
+        if newest is None:
+            return None
+        path, contents = newest
+        for text in accept(path, contents) if accept else []:
             report(text)
-        chosen.extend([newest] if newest else [])
-        return newest and newest[0]
+        return path
 
     path = on_main(choose, ranks)
-    return path and (path, broadcast_tensors(chosen[0][1] if chosen else None, ranks))
+    return path and (path, broadcast_tensors(contents, ranks))
 
 
 class Loop:
@@ -221,155 +217,179 @@ class Loop:
         job: Path,
         stop: StopFlag,
         first_step: int,
-        unfinished: dict | None,
+        unfinished: bool,
     ):
         self.task, self.cfg, self.ranks, self.job = task, cfg, ranks, job
-        self.stop_flag, self.first_step = stop, first_step
-        self.done = first_step  # steps
-        # While there is work to do between two steps, what that needs: see keep_sums.
-        self.unfinished = unfinished
+        self.stop_flag = stop
+        self.first_step = self.done = first_step
+        self.unfinished = unfinished  # what follows the last step is still to be done
         self.steps_per_epoch = task.loader.steps_per_epoch
-        self.total_steps = self.planned_steps = cfg.epochs * self.steps_per_epoch
-        self.watched = watched_steps(self.planned_steps)
-        if task.max_steps is not None:
-            self.total_steps = min(self.total_steps, task.max_steps)
+        self.images_per_step = task.loader.images_per_step
+        self.planned_steps = cfg.epochs * self.steps_per_epoch
+        self.total_steps = min(self.planned_steps, task.max_steps or self.planned_steps)
         if unfinished:  # what follows a step beyond max_steps is due all the same
             self.total_steps = max(self.total_steps, first_step)
         self.nothing_is_left = first_step >= self.total_steps and not unfinished
-        self.images_per_step = task.loader.images_per_step
-        self.last_logged = first_step
+        self.watched = watched_steps(self.planned_steps)
         self.last_saved_step = None if unfinished else first_step
         self.last_saved = time.monotonic()
-        self.start = time.perf_counter()
-        self.speed, self.first_steps = Speed(), Speed()
-        self.last_speed: dict[str, float] = {}  # of the last log line
-        last_line = first_step - 1 if unfinished else first_step
-        self.log = RunLog(job, ranks.is_main, self.total_steps, first_step, last_line)
+        self.speed = Speed()
+        self.last_logged, self.clock_of_last_line = first_step, self.speed.clock()
+        self.clock_of_first_step = self.clock_of_last_line
+        self.log = RunLog(job, ranks.is_main, self.total_steps, first_step, unfinished)
         self.folder = job / "checkpoints"
         writer = partial(checkpoint.CheckpointWriter, self.folder, self.log.say, self.log.sync)
         self.writer = writer() if ranks.is_main else None
 
-    def follow_step(self) -> None:
-        """All that comes between two steps. If it fails, a run that resumes does it again."""
-        done = self.done
-        at_end = done == self.total_steps
-        evaluates = at_end and (self.task.evaluates_at_end or bool(self.cfg.eval_freq))
-        evaluates = evaluates or self.ends_epochs(self.cfg.eval_freq)
-        keeps = at_end or self.ends_epochs(self.cfg.save_freq)
-        with self.rescue(f"what follows step {done}"):
-            if evaluates or keeps or self.logs(done) or done in self.watched:
-                self.keep_sums()
-            self.after_step(done)
-            if evaluates:
-                self.record(done, self.task.evaluate)
-            self.watch(done, at_evaluation=evaluates)
-            if keeps:
-                self.save(done, self.whole_epoch(done))
-            self.unfinished = None
-            if not at_end:
-                self.between_steps(done)
+    # --- what follows a step
 
-    def after_step(self, done: int) -> None:
-        silent = time.monotonic() - self.log.last_said
-        is_due = done - self.first_step in FIRST_STEPS or silent > QUIET_SECONDS
-        if self.logs(done):
-            self.write_log(done)
-        elif self.ranks.is_main and is_due:
-            speed, summary = self.read_speed(done, keep=True), self.task.glimpse()
-            self.log.say(self.describe(done, summary, speed))
-            self.log.progress(done, bar_text(summary, speed))
-        self.say_supply(done - self.first_step)
-        self.log.progress(done)
+    def follow_step(self, has_a_line: bool = False) -> None:
+        """Say how it goes, look at it and save it where it is time. If that fails, a run that
+        resumes looks and saves again. has_a_line: in the log of the run that has failed."""
+        at_end = self.done == self.total_steps
+        evaluates = self.ends_epochs(self.cfg.eval_freq) or (
+            at_end and (self.task.evaluates_at_end or self.cfg.eval_freq > 0)
+        )
+        watches = evaluates or self.done in self.watched
+        keeps = at_end or self.ends_epochs(self.cfg.save_freq)
+        self.unfinished = watches or keeps
+        with self.rescue(f"what follows step {self.done}"):
+            if not has_a_line:
+                self.tell_of_step()
+            if evaluates:
+                self.record(self.task.evaluate)
+            if watches:
+                self.watch()
+            if evaluates and self.ranks.is_main and (picture := self.task.picture()):
+                self.log.show(picture, self.done)
+            if self.task.gives_up:
+                self.save()
+                self.finish_writing()
+                raise TrainingStopped(f"{self.task.gives_up}; {self.what_is_saved()}")
+            self.unfinished = False
+            if keeps:
+                self.save(self.whole_epoch())
+            if not at_end:
+                self.save_or_stop()
 
     def ends_epochs(self, epochs: int) -> bool:
         """Has this step ended an epoch whose number is a multiple of this?"""
         return epochs > 0 and self.done % (epochs * self.steps_per_epoch) == 0
 
-    def logs(self, done: int) -> bool:
-        return done % self.cfg.print_freq == 0 or done == self.total_steps
+    def save_or_stop(self) -> None:
+        """Save now and then; stop if asked to."""
+        if number := self.stop_flag.agreed():
+            self.save()
+            self.finish_writing()
+            raise Interrupted(number, self.lost_steps())
+        if (time.monotonic() - self.last_saved) / 60 > self.cfg.save_minutes:
+            self.save()
 
-    def keep_sums(self) -> None:
-        """Of all processes, what the log line is about to read, for a checkpoint of this step."""
-        own = [tensor.to("cpu", copy=True) for tensor in self.task.sums()]
-        kept = {"last_logged": self.last_logged, **self.speed.state()}
-        self.unfinished = {**kept, "sums": [own]}  # if another process is gone
-        self.unfinished["sums"] = gather_objects(own, self.ranks)
+    def finish(self) -> None:
+        """Without its last checkpoint a job is not finished, however far training has come."""
+        self.finish_writing()
+        last = self.folder / checkpoint_name(self.done, self.whole_epoch())
+        if self.ranks.is_main and not os.path.exists(last):  # or its disk does not answer
+            problem = f"its last checkpoint {last} could not be written"
+            hint = "make room, and start it again with resume=True"
+            raise TrainingStopped(f"training has ended, but {problem}: {hint}")
 
-    def take_up(self, kept: dict) -> None:
-        """The sums since the last log line. Other processes than those before share them."""
-        sums, ranks = kept["sums"], self.ranks
-        of_all = [torch.stack(parts).double().mean(0) for parts in zip(*sums, strict=True)]
-        mine = sums[ranks.rank] if len(sums) == ranks.world_size else of_all
-        for tensor, value in zip(self.task.sums(), mine, strict=True):
-            if tensor.shape == value.shape:
-                tensor.copy_(value)
-            else:  # resume=changed: there are other numbers, of which these steps have none
-                tensor.fill_(torch.nan)
-        self.last_logged = kept["last_logged"]
-        self.speed.take_up(kept)
+    # --- the log
 
-    def say_supply(self, steps: int) -> None:
-        """Warn once where loaders give less than steps take. Without the first step, in which both
-        start."""
-        first, last = FIRST_STEPS[0], FIRST_STEPS[-1]
-        if steps in (first, last):
-            speed = self.first_steps.read(last - first, self.images_per_step, 0)
-            loader = self.task.loader
-            if steps == last and isinstance(loader, TrainLoader) and loader.workers[0]:
-                workers = loader.workers[0]
-                if warning := warn_of_supply(speed, self.ranks.world_size, workers):
-                    self.log.say(warning)
+    def tell_of_step(self) -> None:
+        steps, silent = self.done - self.first_step, time.monotonic() - self.log.last_said
+        if self.done % self.cfg.print_freq == 0 or self.done == self.total_steps:
+            self.write_log()
+        elif self.ranks.is_main and (steps in FIRST_STEPS or silent > QUIET_SECONDS):
+            summary, speed = self.task.glimpse(), self.speed_now()
+            self.log.say(self.describe(summary, speed))
+            self.log.progress(self.done, bar_text(summary, speed))
+        self.check_supply(steps)
+        self.log.progress(self.done)
 
-    def write_log(self, done: int) -> None:
-        steps = done - self.last_logged
+    def write_log(self) -> None:
+        steps = self.done - self.last_logged
         try:
-            numbers, summary = self.task.log_line(done, steps)
+            numbers, summary = self.task.log_line(self.done, steps)
         except TrainingStopped as stopped:
             if self.writer is not None:
                 self.writer.wait()
             saved = [*list_checkpoints(self.folder), "none was written yet"]
             raise TrainingStopped(f"{stopped}; last good checkpoint: {saved[0]}") from stopped
-        self.last_speed = speed = self.read_speed(done)
-        self.last_logged = done
-        epoch = done / self.steps_per_epoch
+        speed = self.speed_now()
+        self.last_logged, self.clock_of_last_line = self.done, self.speed.clock()
         bar = bar_text(summary, speed)
-        if steps < min(self.cfg.print_freq, done):  # at the end, or since a resume
+        if steps < min(self.cfg.print_freq, self.done):  # at the end, or since a resume
             summary = f"(mean of {steps} steps)  {summary}"
-        values = {"epoch": epoch, **numbers, **speed}
-        self.log.record(values, done, self.describe(done, summary, speed))
-        self.log.progress(done, bar)
+        values = {"epoch": self.done / self.steps_per_epoch, **numbers, **speed}
+        self.log.record(values, self.done, self.describe(summary, speed))
+        self.log.progress(self.done, bar)
 
-    def read_speed(self, done: int, keep: bool = False) -> dict[str, float]:
-        steps, left = done - self.last_logged, self.total_steps - done
-        return self.speed.read(steps, self.images_per_step, left, keep)
+    def speed_now(self) -> dict[str, float]:
+        """Since the last log line."""
+        steps, left = self.done - self.last_logged, self.total_steps - self.done
+        return self.speed.since(self.clock_of_last_line, steps, self.images_per_step, left)
 
-    def describe(self, done: int, summary: str, speed: dict[str, float]) -> str:
-        epoch = f"epoch {done / self.steps_per_epoch:.2f}/{self.cfg.epochs}"
-        parts = (epoch, f"step {done}/{self.total_steps}", summary, describe_speed(speed))
-        return "  ".join(filter(None, parts))
+    def describe(self, summary: str, speed: dict[str, float]) -> str:
+        epoch = f"epoch {self.done / self.steps_per_epoch:.2f}/{self.cfg.epochs}"
+        step = f"step {self.done}/{self.total_steps}"
+        return "  ".join(filter(None, (epoch, step, summary, describe_speed(speed))))
 
-    def watch(self, done: int, at_evaluation: bool = False) -> None:
-        if at_evaluation or done in self.watched:
-            self.record(done, partial(self.task.watch, self, done))
-        if at_evaluation and self.ranks.is_main and (picture := self.task.picture()):
-            self.log.show(picture, done)
-        if self.task.gives_up:
-            self.save(done, unfinished=self.unfinished)
-            self.finish_writing()
-            saved = self.lost_steps() or f"step {done} is saved"
-            raise TrainingStopped(f"{self.task.gives_up}; {saved}")
+    def check_supply(self, steps: int) -> None:
+        """Warn once where loaders give less than steps take. Without the first step, in which both
+        start."""
+        first, last = FIRST_STEPS[0], FIRST_STEPS[-1]
+        loader = self.task.loader
+        if steps == first:
+            self.clock_of_first_step = self.speed.clock()
+        elif steps == last and isinstance(loader, TrainLoader) and (workers := loader.workers[0]):
+            then = self.clock_of_first_step
+            speed = self.speed.since(then, last - first, self.images_per_step, 0)
+            if warning := warn_of_supply(speed, self.ranks.world_size, workers):
+                self.log.say(warning)
 
-    def record(self, done: int, look: Callable[[], Line | None]) -> None:
-        with self.speed.pause(), self.first_steps.pause():
+    def watch(self) -> None:
+        self.record(partial(self.task.watch, self, self.done))
+
+    def record(self, look: Callable[[], Line | None]) -> None:
+        with self.speed.pause():
             found = look()
         if found is not None:
             numbers, summary = found
-            epoch = done / self.steps_per_epoch
-            self.log.record({"epoch": epoch, **numbers}, done, f"epoch {epoch:.4g}: {summary}")
+            epoch = self.done / self.steps_per_epoch
+            self.log.record({"epoch": epoch, **numbers}, self.done, f"epoch {epoch:.4g}: {summary}")
 
-    def whole_epoch(self, done: int) -> int | None:
-        epoch, steps = divmod(done, self.steps_per_epoch)
+    # --- checkpoints
+
+    def whole_epoch(self) -> int | None:
+        """The epoch that this step ends, if it ends one."""
+        epoch, steps = divmod(self.done, self.steps_per_epoch)
         return None if steps else epoch
+
+    def save(self, epoch: int | None = None) -> None:
+        """epoch: given at the end of one whose checkpoint is kept for good."""
+        self.last_saved = time.monotonic()
+        if self.done == self.last_saved_step:
+            return
+        if self.writer is not None:
+            contents = {
+                **self.task.state(),
+                "epoch": self.done // self.steps_per_epoch,
+                "step": self.done,
+                "steps_per_epoch": self.steps_per_epoch,
+                "config": OmegaConf.to_container(self.cfg),
+                "format": FORMAT,
+            }
+            if self.unfinished:
+                contents["unfinished"] = True
+            self.writer.save(contents, self.done, epoch)
+        self.last_saved_step = self.done
+
+    def finish_writing(self) -> None:
+        """Until the last checkpoint is on the disk; all processes wait for it."""
+        if self.writer is not None:
+            self.writer.wait()
+        barrier()
 
     @contextmanager
     def rescue(self, what: str) -> Iterator[None]:
@@ -382,15 +402,12 @@ class Loop:
         except Exception as error:
             self.writer = self.writer or checkpoint.CheckpointWriter(self.folder, print_error)
             if not self.task.half_done:
-                self.save(self.done, unfinished=self.unfinished)
+                self.save()
             self.writer.wait()
-            lost = self.lost_steps()
-            for newest in [] if lost else list_checkpoints(self.folder)[:1]:
-                print_error(f"{what} has failed; the newest checkpoint is {newest}")
-            if lost:
-                print_error(f"{what} has failed; {lost}")
+            if self.done > 0:
+                print_error(f"{what} has failed; {self.what_is_saved()}")
             if number := self.stop_flag.own():  # it was not waited for any longer
-                raise Interrupted(number, lost) from error
+                raise Interrupted(number, self.lost_steps()) from error
             # On a CPU torch has no type of its own for it.
             kinds = (torch.OutOfMemoryError, MemoryError)
             if isinstance(error, kinds) or "not enough memory" in str(error):
@@ -408,6 +425,9 @@ class Loop:
         newest = f"the newest checkpoint is {older[0]}" if older else "there is no checkpoint"
         return f"{lost} steps are lost: {newest}" if lost else ""
 
+    def what_is_saved(self) -> str:
+        return self.lost_steps() or f"step {self.done} is saved in {self.folder}"
+
     def how_to_need_less(self, error: Exception) -> str:
         cfg = self.cfg
         batch_size = self.task.loader.batch_size
@@ -415,53 +435,6 @@ class Loop:
         if "recompute" in cfg:
             ways += ["recompute=True", f"a smaller encoder than {cfg.encoder.name}"]
         return f"out of memory ({first_words(error)}): expected {', or '.join(ways)}"
-
-    def between_steps(self, done: int) -> None:
-        """Save now and then; stop if asked to."""
-        number = self.stop_flag.agreed()
-        if number:
-            self.save(done)
-            self.finish_writing()
-            raise Interrupted(number, self.lost_steps())
-        if (time.monotonic() - self.last_saved) / 60 > self.cfg.save_minutes:
-            self.save(done)
-
-    def save(self, done: int, epoch: int | None = None, unfinished: dict | None = None) -> None:
-        """epoch: given at the end of one whose checkpoint is kept for good. unfinished: where a run
-        that resumes first has to do what follows this step."""
-        self.last_saved = time.monotonic()
-        if done == self.last_saved_step:
-            return
-        if self.writer is None:
-            self.last_saved_step = done
-            return
-        contents = {
-            **self.task.state(),
-            "epoch": done // self.steps_per_epoch,
-            "step": done,
-            "steps_per_epoch": self.steps_per_epoch,
-            "config": OmegaConf.to_container(self.cfg),
-            "format": FORMAT,
-            **({"unfinished": unfinished} if unfinished else {}),
-        }
-        self.writer.save(contents, done, epoch)
-        self.last_saved_step = done
-
-    def finish_writing(self) -> None:
-        """Until the last checkpoint is on the disk; all processes wait for it."""
-        if self.writer is not None:
-            self.writer.wait()
-        barrier()
-
-    def finish(self) -> None:
-        """Without its last checkpoint a job is not finished, however far training has come."""
-        self.finish_writing()
-        name = checkpoint_name(self.total_steps, self.whole_epoch(self.total_steps))
-        last = self.folder / name
-        if self.ranks.is_main and not os.path.exists(last):  # or its disk does not answer
-            problem = f"its last checkpoint {last} could not be written"
-            hint = "make room, and start it again with resume=True"
-            raise TrainingStopped(f"training has ended, but {problem}: {hint}")
 
 
 def watched_steps(planned: int) -> set[int]:

@@ -83,8 +83,12 @@ class Speed:
 
     def __init__(self):
         self.images_at_peak: float | None = None  # per second, of which the speed is a share
-        self.start = self.last = time.perf_counter()
+        self.start = time.perf_counter()
         self.waited = 0.0
+
+    def clock(self) -> tuple[float, float]:
+        """Seconds of training so far, and how many of them were spent waiting for data."""
+        return time.perf_counter() - self.start, self.waited
 
     def timed(self, batches: Iterator) -> Iterator:
         """Pass batches through; the time until each is there counts as waiting."""
@@ -94,12 +98,9 @@ class Speed:
             yield batch
             start = time.perf_counter()
 
-    def read(self, steps: int, images_per_step: int, left: int, keep: bool = False) -> dict:
-        """Since the last call; then start again, or keep what was counted. left: steps"""
-        now = time.perf_counter()
-        seconds, waited = now - self.last, self.waited
-        if not keep:
-            self.last, self.waited = now, 0.0
+    def since(self, then: tuple[float, float], steps: int, images_per_step: int, left: int) -> dict:
+        """The speed of the steps since the clock said `then`. left: steps"""
+        seconds, waited = (now - before for now, before in zip(self.clock(), then, strict=True))
         values = {
             "images_per_second": steps * images_per_step / seconds,
             "data_wait": waited / seconds,
@@ -109,20 +110,12 @@ class Speed:
             values["share_of_peak"] = values["images_per_second"] / self.images_at_peak
         return values
 
-    def state(self) -> dict[str, float]:
-        """What was counted since the last call of read, for a run that resumes."""
-        return {"seconds": time.perf_counter() - self.last, "waited": self.waited}
-
-    def take_up(self, state: dict[str, float]) -> None:
-        self.last -= state["seconds"]
-        self.waited += state["waited"]
-
     @contextmanager
     def pause(self):
         """Time spent inside (an evaluation) counts neither as training nor as waiting."""
         start = time.perf_counter()
         yield
-        self.last += time.perf_counter() - start
+        self.start += time.perf_counter() - start
 
 
 def dense_peak(device: torch.device, precision: str) -> float | None:

@@ -4,7 +4,6 @@ The handler only sets a flag. At the end of each step the processes agree whethe
 told; then all save and leave together, so that no step is lost and none is done twice.
 """
 
-import os
 import signal
 import sys
 import time
@@ -72,17 +71,6 @@ class StopFlag(Signals):
 def say(text: str) -> None:
     with suppress(OSError):  # the terminal is gone
         print(text, file=sys.stderr, flush=True)
-
-
-def ignore_signals_in_child() -> None:
-    """A signal reaches the whole job. Loader workers and other forked processes ignore it: the
-    training process decides when they end."""
-    for number in STOP_SIGNALS:
-        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopFlag):
-            signal.signal(number, signal.SIG_IGN)
-
-
-os.register_at_fork(after_in_child=ignore_signals_in_child)
 
 
 # A requeue must not be forgotten because a TERM came as well.

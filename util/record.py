@@ -44,8 +44,8 @@ class RunLog:
     """The console (on a terminal above a progress bar), log.txt with one JSON object per line,
     TensorBoard. Rank 0 writes; on the others this is silent.
 
-    A resumed run first drops what the interrupted one had logged after last_line, so that no step
-    is there twice. One that starts from the beginning puts the log of an earlier run into logs/."""
+    A resumed run first drops what the interrupted one had logged of later steps, so that no step is
+    there twice. One that starts from the beginning puts the log of an earlier run into logs/."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class RunLog:
         is_main: bool,
         total_steps: int,
         resumed_step: int = 0,
-        last_line: int | None = None,  # if it is not resumed_step
+        unfinished: bool = False,  # of that step, all but its log line will be recorded again
     ):
         self.job, self.is_main = job, is_main
         self.start = self.last_said = time.monotonic()
@@ -70,10 +70,9 @@ class RunLog:
             return
         (job / "logs").mkdir(exist_ok=True)
         earlier = put_away_earlier_log(job) if resumed_step == 0 else ""
-        last_line = resumed_step if last_line is None else last_line
-        keep_until_step(job / "log.txt", last_line if resumed_step else -1)
+        keep_until_step(job / "log.txt", resumed_step or -1, unfinished)
         self.lines = JsonLines(job / "log.txt")
-        self.scalars = TensorBoardFile(job / "tensorboard", last_line + 1)
+        self.scalars = TensorBoardFile(job / "tensorboard", resumed_step + 1)
         with suppress(OSError):  # it is kept until there is room
             config = (job / "config.yaml").read_text().replace("\n", "\n    ")
             self.scalars.add({"config": "    " + config}, resumed_step)
@@ -116,9 +115,13 @@ class RunLog:
         records = read_records(self.lines.path)
         return {record["step"]: record for record in records if name in record}
 
+    def last_with(self, name: str) -> dict:
+        """The last line of log.txt that has this number; empty if there is none."""
+        return [{}, *self.records_with(name).values()][-1]
+
     def seconds(self) -> float:
         """Of the start that wrote the last line of log.txt, up to it. For the first process."""
-        return [0.0, *(line["seconds"] for line in self.records_with("seconds").values())][-1]
+        return self.last_with("seconds").get("seconds", 0.0)
 
     def progress(self, step: int, text: str = "") -> None:
         """text: what stands in front of the bar from now on"""
@@ -156,10 +159,13 @@ def put_away_earlier_log(job: Path) -> str:
     return f"the log of an earlier run is kept: {logs}/log-{number}.txt and tensorboard-{number}"
 
 
-def keep_until_step(path: Path, last_step: int) -> None:
-    """Drop what a log has beyond a step, and lines that are damaged."""
+def keep_until_step(path: Path, last_step: int, unfinished: bool = False) -> None:
+    """Drop what a log has beyond a step, and lines that are damaged. unfinished: and what was found
+    out after that step, but not the line about its training."""
     records = read_records(path) if path.exists() else []
     kept = [record for record in records if record["step"] <= last_step]
+    if unfinished:
+        kept = [r for r in kept if r["step"] < last_step or "images_per_second" in r]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
