@@ -31,7 +31,7 @@ from data.base import (
     UnusableImages,
     first_few,
 )
-from data.picture import Picture, is_dark, warn_of_dark
+from data.picture import Picture
 from util.signals import STOP_SIGNALS
 from util.streams import Stream, generator
 
@@ -222,7 +222,6 @@ class _Samples(Dataset):
     def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
         self.dataset, self.transform = dataset, transform
         self.being_read: Tensor | None = None  # by each worker the index of an image, or -1
-        self.dark = torch.full((1,), -1)  # the index of such an image, or -1
 
     def load(self, index: int) -> Picture:
         worker = get_worker_info()
@@ -231,8 +230,6 @@ class _Samples(Dataset):
         self.being_read[place] = index
         picture = self.dataset.load(index)
         self.being_read[place] = -1
-        if is_dark(picture[0] if isinstance(picture, tuple) else picture):
-            self.dark[0] = index
         return picture
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, int, list[str]] | DataError:
@@ -256,11 +253,6 @@ class _Samples(Dataset):
 
     def label(self, index: int) -> int:
         return NO_LABEL if self.dataset.labels is None else int(self.dataset.labels[index])
-
-    def dark_image(self) -> str | None:
-        """The name of one, if there was any so far."""
-        index = int(self.dark[0])
-        return None if index < 0 else self.dataset.describe(index)
 
 
 def _collate(samples: list) -> Loaded | DataError:
@@ -295,8 +287,7 @@ def _load(
     """Decode `batches` (each a list of keys of `samples`) and bring them to the device."""
     samples.being_read = torch.full((max(num_workers, 1),), -1)
     if num_workers > 0:
-        for told_by_workers in (samples.being_read, samples.dark):
-            told_by_workers.share_memory_()
+        samples.being_read.share_memory_()
     loader = DataLoader(
         samples,
         batch_sampler=batches,
@@ -317,9 +308,7 @@ def _load(
         # Closed, it ends the workers, also while something holds the traceback of an error.
         with closing(_in_time(loader, timeout or FOREVER, samples)) as in_time:
             batches = map(_or_raise, in_time)
-            for batch in batches if device.type == "cpu" else _one_ahead(batches, device):
-                warn_of_dark(samples.dark_image())  # workers have consoles of their own
-                yield batch
+            yield from batches if device.type == "cpu" else _one_ahead(batches, device)
     except RuntimeError as error:
         if num_workers > 0 and "shared memory" in str(error):  # torch's words, also of a bus error
             raise _no_shared_memory(num_workers) from error

@@ -11,6 +11,7 @@ max_value says. Other numbers have no range of their own, and without max_value 
 
 import io
 import logging
+import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -35,9 +36,7 @@ MAX_VALUE = "dataset.options.max_value"
 BITS, PLANES = 258, 284  # tags of TIFF
 OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 NUMBERS = {"F": "floating-point numbers", "I": "signed or 32-bit numbers"}  # by Pillow's mode
-# In the info of a picture whose largest value is below an eighth of its range.
-DARK = "nearly black"
-dark_is_said = False
+DARK_IS_SAID = mmap.mmap(-1, 1)  # shared with the processes of loaders, which are forked
 
 
 def find_decoder() -> Callable | None:
@@ -114,7 +113,8 @@ def to_eight_bits(
         values = np.nan_to_num(values.astype(np.float64)) * (255 / max_value) + 0.5
     levels = values.clip(0, 255).astype(np.uint8).tobytes()
     picture = to_rgb(Image.frombytes("L" if is_grey else image.mode, image.size, levels))
-    picture.info[DARK] = max_value is None and bool(np.asarray(picture).max() < 256 / 8)
+    if max_value is None and np.asarray(picture).max() < 256 / 8:
+        warn_of_dark(name)
     return picture
 
 
@@ -140,21 +140,13 @@ def other_byte(how):
     return other_byte(how[0]), *how[1:]
 
 
-def warn_of_dark(name: str | None) -> None:
-    """Once in a run, by its first process. name: of such a picture, if there is one."""
-    global dark_is_said
-    if name is None or dark_is_said or os.environ.get("RANK", "0") != "0":
-        return
-    dark_is_said = True
-    logger.warning(
-        "%s is nearly black: its largest value is below an eighth of what its bits hold; "
-        "%s=4095 reads 12 bits over their full range (this is said once)",
-        *(name, MAX_VALUE),
-    )
-
-
-def is_dark(picture: object) -> bool:
-    return isinstance(picture, Image.Image) and picture.info.get(DARK, False)
+def warn_of_dark(name: str) -> None:
+    """Once in a run, by its first process or one of that one's loaders."""
+    if not DARK_IS_SAID[0] and os.environ.get("RANK", "0") == "0":
+        DARK_IS_SAID[0] = 1
+        remedy = f"{MAX_VALUE}=4095 reads 12 bits over their full range (this is said once)"
+        problem = "its largest value is below an eighth of what its bits hold"
+        logger.warning("%s is nearly black: %s; %s", name, problem, remedy)
 
 
 def hide_rotation(contents: bytearray) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from data.base import DataError, ImageDataset, LabelledImages, first_few
 from data.loader import EvalLoader
-from data.picture import warn_of_dark
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone
 from launch.config import job_directory
@@ -81,13 +80,9 @@ class EvalRun:
         return loader
 
     def batches(self, loader: EvalLoader, what: str) -> Iterator:
-        """Those of this process. At their end all processes know what any of them left out, and the
-        first one whether any has met dark images."""
+        """Those of this process. At their end all processes know what any of them left out."""
         yield from self.tracked(loader, what)
-        own = loader.bad_images, loader.samples.dark_image()
-        for bad_images, dark_image in gather_objects(own, self.ranks):
-            loader.bad_images.update(bad_images)
-            warn_of_dark(dark_image)
+        loader.bad_images.update(*gather_objects(loader.bad_images, self.ranks))
         loader.check_bad_images()
 
     def leave_out(self, dataset: ImageDataset, indices: list[int]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from data.base import UNREADABLE, DataError
 from data.files import given_images
 from data.photographs import installed
-from data.picture import Picture, crop_and_resize, is_dark, size_of, warn_of_dark
+from data.picture import Picture, crop_and_resize, size_of
 from data.transforms import EvalTransform
 from eval.common import EvalRun, load_for_all
 from eval.families import BackboneError
@@ -162,8 +162,6 @@ def see_all(
         except UNREADABLE:
             run.leave_out(dataset, [index])
             continue
-        if is_dark(picture):
-            warn_of_dark(path)
         paths.append(path if cfg.images else Path(path).name)
         views.append([see(method, picture, paths[-1]) for method in methods])
     return paths, views

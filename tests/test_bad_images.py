@@ -232,12 +232,11 @@ def test_saved_features_have_no_rows_of_what_is_left_out(
     assert expected_meta["left_out"] == []
 
 
-def test_a_dark_image_of_any_process_is_warned_of_once(tmp_path):
+def test_dark_images_of_all_processes_are_warned_of_once(tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
-    for number in range(8):  # the last of them are those of the second process
-        most = 65535 if number < 4 else 4095
-        values = np.full((20, 20), most, dtype=np.uint16)
+    for number in range(8):
+        values = np.full((20, 20), 4095, dtype=np.uint16)
         Image.fromarray(values).save(root / f"{number}.png")
     arguments = ["--config-name=features", f"pretrained={write_checkpoint(tmp_path)}"]
     arguments += [f"images={root}", f"output_dir={tmp_path}", "num_workers=0", "batch_size=2"]

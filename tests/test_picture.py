@@ -1,6 +1,7 @@
 """The fast decoder against Pillow: the same pictures, crops and errors."""
 
 import io
+import mmap
 import struct
 import sys
 import zlib
@@ -14,7 +15,7 @@ from PIL import Image
 from bench.loader import natural_noise
 from data import picture
 from data.base import UNREADABLE, DataError
-from data.picture import decode, find_decoder, is_dark, size_of, to_image
+from data.picture import decode, find_decoder, size_of, to_image
 from data.transforms import EvalTransform, TrainTransform
 
 
@@ -218,8 +219,22 @@ def three(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[..., None], 3, axis=2) if values.ndim == 2 else values[..., :3]
 
 
+@pytest.fixture
+def is_dark(monkeypatch, caplog):
+    """Whether a picture that was just decoded was warned of, as if it were the first."""
+    monkeypatch.setattr(picture, "DARK_IS_SAID", mmap.mmap(-1, 1))
+
+    def is_dark(found: Image.Image) -> bool:
+        warned = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        monkeypatch.setattr(picture, "DARK_IS_SAID", mmap.mmap(-1, 1))
+        return any("largest value is below an eighth" in message for message in warned)
+
+    return is_dark
+
+
 @pytest.mark.parametrize("kind", DEEP)
-def test_sixteen_bits_are_read_over_their_full_range_or_up_to_max_value(kind):
+def test_sixteen_bits_are_read_over_their_full_range_or_up_to_max_value(kind, is_dark):
     colours, store = DEEP[kind]
     values = sixteen_bits(colours)
     found = decode(store(values), "fast")
@@ -237,7 +252,7 @@ def test_sixteen_bits_are_read_over_their_full_range_or_up_to_max_value(kind):
 
 @pytest.mark.parametrize("most, expected", [(8191, True), (8192, False)])
 @pytest.mark.parametrize("kind", ["grey png", "grey tiff", "rgb png", "rgb tiff < False"])
-def test_below_an_eighth_of_the_range_a_picture_is_dark(kind, most, expected):
+def test_below_an_eighth_of_the_range_a_picture_is_dark(kind, most, expected, is_dark):
     colours, store = DEEP[kind]
     assert is_dark(decode(store(sixteen_bits(colours, most)), "pil")) == expected
 
