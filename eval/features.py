@@ -29,7 +29,7 @@ from launch.command import run_worker
 from launch.job import describe_environment
 from launch.lock import lock
 from util.distributed import Ranks, barrier, broadcast_object, on_main, sum_rows
-from util.files import remove_unfinished, write_json, write_whole
+from util.files import read_json, remove_unfinished, write_json, write_whole
 from util.loaders import open_split
 
 Vectors = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] on the device -> [B, width]
@@ -213,7 +213,11 @@ def claim(job: Path) -> None:
     (job / "logs").mkdir(exist_ok=True)
     lock(job)
     remove_unfinished(job / "results")
-    (job / "results" / "meta.json").unlink(missing_ok=True)
+    meta = job / "results" / "meta.json"
+    if earlier := read_json(meta).get("backbone"):
+        name = f"{earlier['family']} {earlier['name']}"
+        print(f"features: replacing those of {name} (sha256 {earlier['sha256'][:8]})", flush=True)
+    meta.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

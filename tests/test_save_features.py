@@ -164,11 +164,12 @@ def features_of(photos, checkpoint, *overrides: str) -> int:
     return run_command("features", *places, "batch_size=3", *overrides)
 
 
-def test_a_second_start_replaces_all(checkpoint, photos):
+def test_a_second_start_replaces_all(checkpoint, photos, capsys):
     results = photos.parent / "features" / "results"
     assert features_of(photos, checkpoint, "tokens=True") == 0
     (results / "features.npy.host-1.writing").write_bytes(b"of a process that was killed")
     assert features_of(photos / "deep", checkpoint, f"output_dir={photos.parent}") == 0
+    assert "features: replacing those of lmim vit_nano (sha256 " in capsys.readouterr().out
     features, paths, labels, _ = saved(photos.parent)
     assert features.shape == (3, 24) and len(paths) == len(labels) == 3
     assert {path.name for path in results.iterdir()} == {*FILES, "meta.json"}
