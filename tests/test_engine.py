@@ -235,3 +235,11 @@ def test_a_step_that_failed_is_begun_again_without_moving_the_target_twice():
         twice.model.target_encoder.parameters(), once.model.target_encoder.parameters(), strict=True
     ):
         assert torch.equal(ours, expected)
+
+
+def test_a_failure_while_the_target_moves_leaves_a_step_half_done():
+    training = build_training()
+    training.moving_average.step = lambda momentum: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        begin_step(training, 0.25)
+    assert training.half_done
