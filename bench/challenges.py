@@ -92,8 +92,8 @@ def main(cfg: DictConfig) -> None:
     finish(cfg, [run.cfg for run in runs if not is_finished(run.cfg)])
     finish(cfg, [evaluation(run) for run in runs if not run.results()])
     pictures = draw(cfg, plans.get("textures", {}))
-    jobs = [str(run.folder) for run in runs] + [str(run.evaluated) for run in runs]
-    keys = [f"output_dir={cfg.output_dir}", f"job_name={cfg.job_name}", f"jobs=[{','.join(jobs)}]"]
+    jobs = ",".join(map(str, [run.folder for run in runs] + [run.evaluated for run in runs]))
+    keys = [f"output_dir={cfg.output_dir}", f"job_name={cfg.job_name}", f"jobs=[{jobs}]"]
     report.main(compose_config("report", keys))
     text = "\n\n".join(describe(cfg, plans, pictures))
     write_whole(Path(cfg.page), text.encode() + b"\n")
@@ -111,16 +111,12 @@ def finish(cfg: DictConfig, configs: list[DictConfig]) -> None:
 def plan(cfg: DictConfig, name: str) -> dict[str, list[Run]]:
     """List the runs of each experiment on these images, those of the recipe first."""
     common = [f"output_dir={cfg.output_dir}", f"job_name={name}", "resume=True", *cfg[name]]
+    command = Namespace(config_name=RECIPES[name][0], config_dir=CONFIG_DIR, multirun=True)
     found = {}
     for experiment in cfg.experiments:
         runs: dict[str, Run] = {}
         for chosen in ([], [f"experiment={experiment}"]):
-            command = Namespace(
-                config_name=RECIPES[name][0],
-                config_dir=CONFIG_DIR,
-                overrides=[*chosen, *common],
-                multirun=True,
-            )
+            command.overrides = [*chosen, *common]
             for own in compose_all(command):
                 label = own.job_name.removeprefix(name).removeprefix(f"-seed{own.seed}")
                 label = label.removeprefix("-").removeprefix("experiment-")
@@ -173,8 +169,8 @@ def draw(cfg: DictConfig, runs: dict[str, list[Run]]) -> dict[str, Path]:
         mosaics.load(index).save(folder / f"{index}.png")
     drawn = {}
     for experiment, own in runs.items():
-        firsts = [str(runs[0].folder) for runs in by_label(own).values()]
-        keys = [f"pretrained=[{','.join(firsts)}]", f"images={folder}"]
+        firsts = ",".join(str(row[0].folder) for row in by_label(own).values())
+        keys = [f"pretrained=[{firsts}]", f"images={folder}"]
         keys += [f"output_dir={cfg.output_dir}", f"job_name={experiment}", "dataset=textures"]
         keys += ["clusters=[4]", "max_iter=null", "point=null", "controls=[pixels]"]
         drawn[experiment] = compose_config("visualize", keys)

@@ -33,13 +33,11 @@ def only_patches(images: Tensor, views: Views, geometry: Geometry) -> list[Tenso
     here out of an image of pixel numbers."""
     count, side = len(images), geometry.side
     numbers = torch.arange(side**2, device=images.device).expand(count, -1)
-    places = extract_patches(
+    numbers, offsets = (
         numbers.reshape(count, 1, side, side),
-        geometry.patch_size,
-        geometry.patch_gap,
-        views.row_offsets,
-        views.column_offsets,
+        (views.row_offsets, views.column_offsets),
     )
+    places = extract_patches(numbers, geometry.patch_size, geometry.patch_gap, *offsets)
     found = []
     for ids in (views.visible_ids, views.masked_ids):
         shown = torch.zeros(count, side**2, dtype=torch.bool, device=images.device)

@@ -11,8 +11,9 @@ BOUNDARY_SHARE = 0.008  # boundaries match within this part of the image's diago
 
 
 def matched_miou(truth: np.ndarray, segments: np.ndarray) -> float:
-    """Each true label gets the segment that makes the mean IoU largest, no segment twice. The mean
-    is over the true labels; one that gets no segment has IoU 0. Both [N]: of labelled pixels."""
+    """Match each true label with the segment that makes the mean IoU largest, no segment twice. The
+    mean is over the true labels; one that gets no segment has IoU 0. Both [N]: of labelled pixels.
+    """
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics.cluster import contingency_matrix
 
@@ -45,15 +46,15 @@ def boundary_accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """bool [H, W]: pixels that differ from the one to the right, below, or below and right of them;
-    at the last row and column from those of these that exist."""
+    """Mark the pixels of a bool mask that differ from the one to the right, below, or below and
+    right of them; at the last row and column from those of these that exist."""
     extended = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     right, below, diagonal = extended[:-1, 1:], extended[1:, :-1], extended[1:, 1:]
     return (mask != right) | (mask != below) | (mask != diagonal)
 
 
 def share_within(pixels: np.ndarray, others: np.ndarray, radius: int) -> float:
-    """The share of the pixels that lie within a disk around one of the others."""
+    """Return the share of the pixels that lie within a disk around one of the others."""
     from scipy.ndimage import distance_transform_edt
 
     # Only the surroundings of both matter.
@@ -64,7 +65,8 @@ def share_within(pixels: np.ndarray, others: np.ndarray, radius: int) -> float:
 
 
 def score_object(truth: np.ndarray, predicted: np.ndarray, void: np.ndarray) -> dict[str, float]:
-    """Means over frames. All bool [T, H, W]; pixels of `void` count for neither mask.
+    """Average J and F of an object over frames. All bool [T, H, W]; pixels of `void` count for
+    neither mask.
 
     The caller leaves out the first frame, which is given, and the last, as the benchmark does."""
     truth, predicted = truth & ~void, predicted & ~void
@@ -79,14 +81,15 @@ def score_object(truth: np.ndarray, predicted: np.ndarray, void: np.ndarray) -> 
 
 
 def score_sequence(truth: np.ndarray, predicted: np.ndarray, void: int) -> dict[int, dict]:
-    """uint8 [T, H, W], all frames -> the scores of each object of the first annotation."""
+    """Score each object of the first annotation: uint8 [T, H, W], of all frames."""
     objects = [n for n in np.unique(truth[0]).tolist() if n not in (0, void)]
     truth, predicted = truth[1:-1], predicted[1:-1]
     return {n: score_object(truth == n, predicted == n, truth == void) for n in objects}
 
 
 def summarise(sequences: dict[str, dict[int, dict]]) -> dict[str, float]:
-    """The benchmark's numbers: means over all objects of all sequences; J&F is the mean of two."""
+    """Compute the benchmark's numbers: means over all objects of all sequences; J&F is the mean of
+    two."""
     objects = [scores for sequence in sequences.values() for scores in sequence.values()]
     summary = {name: fmean([scores[name] for scores in objects]) for name in objects[0]}
     return {"J&F": (summary["J"] + summary["F"]) / 2} | summary

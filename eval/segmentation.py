@@ -38,6 +38,7 @@ from util.schedules import half_cosine
 from util.streams import Stream, generator
 
 Batch = tuple[Tokens, Tensor]  # on the device, and masks uint8 [B, H, W] on the CPU
+Grid = tuple[int, int]  # rows, columns
 CLASSES = 256  # as many values as a mask can hold
 SEEN = {"tokens": "patch tokens", "pixels": "raw pixels of patches"}
 
@@ -106,9 +107,7 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     )
 
 
-def score_image(
-    cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], mask: np.ndarray
-) -> list[float]:
+def score_image(cfg: DictConfig, vectors: np.ndarray, grid: Grid, mask: np.ndarray) -> list[float]:
     """Score the clusters of the patches of an image. vectors [L, D], mask [H, W]
 
     -> the number of classes in the mask; mIoU and ARI of each number of segments"""
@@ -127,8 +126,8 @@ def score_image(
     return scores
 
 
-def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: int) -> np.ndarray:
-    """vectors [L, D] of length 1 -> the segment of each, int64 [L]"""
+def cluster(cfg: DictConfig, vectors: np.ndarray, grid: Grid, count: int) -> np.ndarray:
+    """Cluster the patches of an image: vectors [L, D] of length 1 -> the segment of each, [L]."""
     from sklearn.cluster import AgglomerativeClustering
     from sklearn.feature_extraction.image import grid_to_graph
 
@@ -137,17 +136,14 @@ def cluster(cfg: DictConfig, vectors: np.ndarray, grid: tuple[int, int], count: 
     # Blank patches of raw pixels may be all zero, which has no direction: they get a common one.
     blank = ~vectors.any(axis=1)
     vectors = np.where(blank[:, None], vectors.shape[1] ** -0.5, vectors)
-    neighbours = grid_to_graph(*grid) if cfg.clustering.connected else None
-    return AgglomerativeClustering(
-        count,
-        metric=cfg.clustering.metric,
-        linkage=cfg.clustering.linkage,
-        connectivity=neighbours,
-    ).fit_predict(vectors)
+    metric, linkage, connected = (cfg.clustering[key] for key in ("metric", "linkage", "connected"))
+    near = grid_to_graph(*grid) if connected else None
+    clusters = AgglomerativeClustering(count, metric=metric, linkage=linkage, connectivity=near)
+    return clusters.fit_predict(vectors)
 
 
 def to_pixels(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """[rows, columns] -> [H, W]: each pixel takes the value of its patch."""
+    """Give each pixel the value of its patch: [rows, columns] -> [H, W]."""
     rows = np.arange(size[0]) * values.shape[0] // size[0]
     columns = np.arange(size[1]) * values.shape[1] // size[1]
     return values[rows[:, None], columns]
@@ -234,21 +230,14 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     if not true.any():
         raise DataError(f"dataset={cfg.dataset.name}: no pixel of the evaluation masks has a class")
     iou = hits / (true + taken - hits)
-    present = true > 0
+    ious = {str(n): iou[n].item() for n in true.nonzero().flatten().tolist()}
+    accuracy = (hits.sum() / true.sum()).item()
     run.finish(
-        {
-            "miou": 100 * fmean(iou[present].tolist()),
-            "pixel_accuracy": 100 * (hits.sum() / true.sum()).item(),
-        },
+        {"miou": 100 * fmean(ious.values()), "pixel_accuracy": 100 * accuracy},
         protocol=f"frozen linear head on {SEEN[cfg.features]}, {cfg.patch_head.epochs} epochs, "
         f"{trained} training images; mIoU over the classes of the evaluation masks, percent",
         images=len(dataset) - len(run.bad_images[dataset]),
-        extra={
-            "iou_of_class": {
-                str(number): 100 * iou[number].item()
-                for number in present.nonzero().flatten().tolist()
-            }
-        },
+        extra={"iou_of_class": {name: 100 * value for name, value in ious.items()}},
     )
 
 
@@ -256,7 +245,7 @@ class PatchHead(nn.Module):
     """Standardise each channel, then a linear layer that starts at zero."""
 
     def __init__(self, patches: Tensor, classes: int) -> None:
-        """patches [N, L, D], of which mean and deviation are taken"""
+        """Take mean and deviation from patches [N, L, D]."""
         super().__init__()
         std, mean = torch.std_mean(patches, dim=(0, 1), correction=0)
         self.register_buffer("mean", mean)
@@ -272,7 +261,7 @@ class PatchHead(nn.Module):
 
 
 def train_patch_head(run: EvalRun, parts: list[Batch]) -> PatchHead:
-    """Train on tokens and masks of all training images. Empties `parts`."""
+    """Train a head on the tokens and masks of all training images. Empties `parts`."""
     cfg, device = run.cfg, run.ranks.device
     patches = torch.cat([tokens.patches for tokens, _ in parts])  # [N, L, D]
     masks = torch.cat([masks for _, masks in parts])  # [N, H, W]
@@ -299,8 +288,8 @@ def train_patch_head(run: EvalRun, parts: list[Batch]) -> PatchHead:
     return head.cpu()
 
 
-def class_counts(masks: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
-    """uint8 [B, H, W] -> float [B, L, classes]: pixels of each class in each patch."""
+def class_counts(masks: Tensor, grid: Grid, classes: int) -> Tensor:
+    """Count the pixels of each class in each patch: uint8 [B, H, W] -> float [B, L, classes]."""
     batch, height, width = masks.shape
     rows, columns = grid
     cells = masks.reshape(batch, rows, height // rows, columns, width // columns)

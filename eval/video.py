@@ -109,7 +109,8 @@ def frame_size(size: Size, shorter: int, patch_size: int) -> Size:
 
 
 def propagate_labels(tokens: Tensor, contexts: Tensor, known: Tensor, cfg: DictConfig) -> Tensor:
-    """tokens [R, S, D] of a frame, contexts [n, R, S, D], their labels [n, R, S, C] -> [R, S, C].
+    """Label the patches of a frame: tokens [R, S, D], contexts [n, R, S, D] with their labels
+    [n, R, S, C] -> [R, S, C].
 
     Each patch looks at the patches of all context frames at most `neighbourhood` rows and columns
     away; the top_k most similar ones (with all that equal the last of them) are averaged with
@@ -133,7 +134,7 @@ def propagate_labels(tokens: Tensor, contexts: Tensor, known: Tensor, cfg: DictC
 
 
 def pixel_objects(labels: Tensor, numbers: list[int], patch_size: int, size: Size) -> np.ndarray:
-    """labels [R, S, C] -> uint8 [H, W]: the object of each pixel of the original frame."""
+    """Find the object of each pixel of the original frame: labels [R, S, C] -> uint8 [H, W]."""
     maps = labels.permute(2, 0, 1)[None]
     maps = F.interpolate(maps, scale_factor=patch_size, mode="bilinear", align_corners=False)[0]
     # As the published numbers do: each object's map is stretched to 0..1 before they compete.

@@ -51,7 +51,7 @@ class Method(NamedTuple):
 
     @property
     def side(self) -> int:
-        """Of the images that the network was made for, in whole patches."""
+        """Side of the images that the network was made for, in whole patches"""
         backbone = self.run.backbone
         return backbone.image_side // backbone.patch_size * backbone.patch_size
 
@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
-    """Each network, followed by its controls."""
+    """Load each network, followed by its controls."""
     methods, cut = [], set()
     for source in cfg.pretrained if isinstance(cfg.pretrained, ListConfig) else [cfg.pretrained]:
         for is_random in (False, True) if "random" in cfg.controls else (False,):
@@ -133,15 +133,8 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
             for name in (f"{cfg.clusters[-1]} clusters", "PCA"):
                 sheet[path][f"{label[0]}: {name}"] = own[name]
     draw(folder / "all", sheet, lines)
-    report = {
-        "command": lines[-1],
-        "caption": lines,
-        "methods": reports,
-        "images": paths,
-        "pictures": files,
-        "left_out": run.count_left_out(),
-    }
-    write_json(report_file, report)
+    report = {"command": lines[-1], "caption": lines, "methods": reports, "images": paths}
+    write_json(report_file, report | {"pictures": files, "left_out": run.count_left_out()})
     made = f"{len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/"
     run.say(f"visualize: {made}{run.left_out_in_words()}")
 
@@ -168,7 +161,8 @@ def see_all(
 
 
 def prepare(method: Method, picture: Picture) -> Tensor:
-    """The crop of the evaluations; or the whole image, less what is no whole patch at its edges."""
+    """Cut the crop of the evaluations out of an image; or keep the whole image, less what is no
+    whole patch at its edges."""
     cfg, side, patch = method.run.cfg, method.side, method.run.backbone.patch_size
     if cfg.stride is None and cfg.upsample is None:
         return EvalTransform(side, cfg.dataset.crop_ratio)(picture)
@@ -182,7 +176,7 @@ def prepare(method: Method, picture: Picture) -> Tensor:
 
 
 def conditions(method: Method) -> str:
-    """What else the tokens depend on, in words."""
+    """Say what the tokens depend on besides the network."""
     cfg, backbone, side = method.run.cfg, method.run.backbone, method.side
     seen, how = f"central crop of {side} x {side} pixels (crop_ratio {cfg.dataset.crop_ratio})", ""
     if cfg.stride is not None or cfg.upsample is not None:
@@ -221,7 +215,7 @@ def see(method: Method, picture: Picture, path: str) -> View:
 
 
 def average_windows(method: Method, image: Tensor) -> Tensor:
-    """Each patch: the mean of its tokens in all windows that it lies in. -> [rows, columns, D]"""
+    """Average the tokens of each patch over all windows that it lies in. -> [rows, columns, D]"""
     run, patch, stride = method.run, method.run.backbone.patch_size, method.run.cfg.stride
     if stride % patch or stride > method.side:
         valid = f"a multiple of the patch size {patch}, at most {method.side}"
@@ -253,12 +247,8 @@ def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
     if cfg.max_iter is not None:
         from sklearn.manifold import TSNE  # takes a second
 
-        tsne = TSNE(
-            perplexity=min(PERPLEXITY, (len(view.tokens) - 1) / 3),
-            max_iter=cfg.max_iter,
-            init="pca",
-            random_state=cfg.seed % 2**32,  # what numpy takes
-        )
+        perplexity, seed = min(PERPLEXITY, (len(view.tokens) - 1) / 3), cfg.seed % 2**32
+        tsne = TSNE(perplexity=perplexity, max_iter=cfg.max_iter, init="pca", random_state=seed)
         panels["t-SNE"] = Panel(colours, places=tsne.fit_transform(view.tokens))
     panels["PCA"] = Panel(rgb.reshape(*view.grid, 3))
     if cfg.point is not None:
@@ -269,20 +259,20 @@ def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
 
 
 def as_rgb(scores: list[np.ndarray]) -> list[np.ndarray]:
-    """Each component from its first to its 99th percentile over all images."""
+    """Stretch each component to 0..1 from its first to its 99th percentile over all images."""
     low, high = np.percentile(np.concatenate(scores), [1, 99], axis=0)
     return [((own - low) / np.maximum(high - low, 1e-9)).clip(0, 1) for own in scores]
 
 
 def similarity(view: View, point: list[float]) -> np.ndarray:
-    """Of all tokens to the one at the point. -> [rows, columns]"""
+    """Compare all tokens with the one at the point: cosines [rows, columns]."""
     column, row = (min(int(at * n), n - 1) for at, n in zip(point, view.grid[::-1], strict=True))
     unit = F.normalize(torch.from_numpy(view.tokens), dim=1).reshape(*view.grid, -1)
     return (unit @ unit[row, column]).numpy()
 
 
 def command_of(cfg: DictConfig) -> str:
-    """With all that is not as shipped, whatever it was started by."""
+    """Write the command that draws the same, with all that is not as shipped."""
     name = "visualize"
     words = [f"dataset={cfg.dataset.name}"]
     shipped = flatten(OmegaConf.to_container(compose_config(name, words)))
@@ -294,7 +284,7 @@ def command_of(cfg: DictConfig) -> str:
 
 
 def listed(values: list) -> str:
-    """As the command line has it."""
+    """Write a list as the command line has it."""
     return f"[{','.join(quote(str(value)) for value in values)}]"
 
 

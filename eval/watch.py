@@ -27,7 +27,7 @@ EARLY = 0.15  # of training: until then both numbers fall in runs that do well
 
 
 class CollapseWatch:
-    """Measures an encoder on a few of the images that a loader has, which are read once."""
+    """Measure an encoder on a few of the images that a loader has, which are read once."""
 
     def __init__(self, cfg: DictConfig, ranks: Ranks, images: EvalLoader):
         dataset, transform = images.dataset, images.samples.transform
