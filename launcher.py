@@ -31,10 +31,10 @@ def launch(configs: list[DictConfig]) -> int:
         from launch.slurm import submit
 
         return submit(configs)
-    from launch.results import is_finished
-
     if cfg.worker.startswith("launch."):  # status, report: one process, without torch
         return run_configured_worker(OmegaConf.to_container(cfg))
+    from launch.results import is_finished
+
     if not is_one_of_several():  # what is missing
         configs = [cfg for cfg in configs if not is_finished(cfg)]
     if not configs:
@@ -45,12 +45,12 @@ def launch(configs: list[DictConfig]) -> int:
 
     if cfg.env.parallel > 1 and len(configs) > 1:
         return run_side_by_side(configs, cfg.env.parallel)
-    exit_codes = [0]
+    worst = 0
     for cfg in configs:
-        exit_codes.append(run_here(cfg))
-        if exit_codes[-1] > 128:  # interrupted: the rest of a sweep is not wanted either
+        worst = max(worst, run_here(cfg))
+        if worst > 128:  # interrupted: the rest of a sweep is not wanted either
             break
-    return max(exit_codes)
+    return worst
 
 
 if __name__ == "__main__":

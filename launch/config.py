@@ -5,7 +5,7 @@ import argparse
 import os
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from difflib import get_close_matches
@@ -17,7 +17,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
@@ -28,10 +27,6 @@ SWEEP = "sweep"  # in an experiment: what -m runs (launch/sweep.py)
 USER_GROUPS = ("local", EXPERIMENT)  # the user's own settings, not shipped
 # The only sections where a key may be added: what they hold is passed through.
 OPEN_SECTIONS = ("dataset.options", "env.slurm_extra", "env.nccl")
-HYDRA_FLAGS = (
-    *("--info", "-i", "--package", "-p", "--run", "-r", "--shell-completion", "-sc"),
-    *("--hydra-help", "--version", "--experimental-rerun"),
-)
 NOT_HYDRA = (
     "expected a key of the config or a flag of --help, because Hydra composes the config only: "
     "output_dir and job_name say where a run lives, env.* how it runs, -m starts a sweep, "
@@ -78,9 +73,6 @@ def parse_command_line(
     parser.add_argument("--resolve", action="store_true", help="always so: values are resolved")
     parser.add_argument("--multirun", "-m", action="store_true", help="one run per value of a,b,c")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    for argument in arguments:
-        if argument.split("=")[0] in HYDRA_FLAGS:
-            raise ConfigError(f"{argument}: {NOT_HYDRA}")
     command = parser.parse_intermixed_args(arguments)
     if "/" in command.config_name:  # a file
         if command.config_dir != CONFIG_DIR:
@@ -97,44 +89,30 @@ def parse_command_line(
     return command
 
 
-def describe_configs(config_dirs: list[Path]) -> str:
-    """The epilog of --help: what can be chosen."""
-    lines = ["configs (--config-name):", *describe_files(config_dirs)]
-    for group in group_names(config_dirs):
-        lines += [
-            f"\n{group} ({group}=NAME):",
-            *describe_files([folder / group for folder in config_dirs]),
-        ]
+def describe_configs(folders: list[Path]) -> str:
+    """The epilog of --help: what can be chosen, each with the comment that its file begins with."""
+    lines = []
+    for group in ["", *group_names(folders)]:
+        lines.append(f"\n{group} ({group}=NAME):" if group else "configs (--config-name):")
+        for name in group_choices(group, folders):
+            path = next(path for f in folders if (path := f / group / f"{name}.yaml").exists())
+            first = path.read_text().removeprefix("# @package _global_\n").partition("\n")[0]
+            about = first.removeprefix("# ") if first.startswith("#") else ""
+            lines.append(f"  {name:15} {textwrap.shorten(about, 61, placeholder='...')}".rstrip())
     lines.append("\nkeys: python launcher.py --config-name=NAME --cfg job")
     return "\n".join(lines)
-
-
-def describe_files(folders: list[Path]) -> list[str]:
-    """For each name its first line, where that is a comment."""
-    lines = []
-    for name in yaml_names(folders):
-        path = next(path for folder in folders if (path := folder / f"{name}.yaml").exists())
-        about = textwrap.shorten(headline(path), 61, placeholder="...")
-        lines.append(f"  {name:15} {about}".rstrip())
-    return lines
-
-
-def headline(path: Path) -> str:
-    """The comment that a config begins with, its first line."""
-    texts = [text for text in path.read_text().splitlines() if not text.startswith("# @")]
-    return texts[0].removeprefix("# ") if texts and texts[0].startswith("#") else ""
 
 
 def yaml_names(folders: list[Path]) -> list[str]:
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
-def group_names(config_dirs: list[Path]) -> list[str]:
-    return sorted({path.parent.name for folder in config_dirs for path in folder.glob("*/*.yaml")})
+def group_names(folders: list[Path]) -> list[str]:
+    return sorted({path.parent.name for folder in folders for path in folder.glob("*/*.yaml")})
 
 
-def group_choices(group: str, config_dirs: list[Path]) -> list[str]:
-    return yaml_names([folder / group for folder in config_dirs])
+def group_choices(group: str, folders: list[Path]) -> list[str]:
+    return yaml_names([folder / group for folder in folders])
 
 
 # --- composing ----------------------------------------------------------------------------------
@@ -153,14 +131,11 @@ def compose_config(
         raise ConfigError(f"--config-name={config_name}: expected {valid}")
     # Of two files with the same name, the one next to the named config counts.
     folders = sorted(config_dirs, key=lambda d: not (d / f"{config_name}.yaml").is_file())
-    worker = None
+    groups, worker = group_names(config_dirs), None
     try:
         worker = worker_of(config_name, folders)
         checked = [check_override(text, config_dirs, worker) for text in overrides]
-        groups = {*group_names(config_dirs), EXPERIMENT}
-        chosen = [
-            str(override.input_line) for override in checked if override.key_or_group in groups
-        ]
+        chosen = [str(choice.input_line) for choice in checked if choice.key_or_group in groups]
         config = deepcopy(compose_files(config_name, tuple(chosen), tuple(folders)))
         for override in checked:
             if override.key_or_group not in groups:
@@ -186,9 +161,10 @@ def compose_files(
         overrides = [text.replace(f"+{EXPERIMENT}=", f"{EXPERIMENT}=", 1) for text in overrides]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        config = compose(config_name, overrides)
-        check_files(config_name, overrides, folders)
+        config = compose(config_name, overrides, return_hydra_config=True)
+    check_files(config_name, choices, config.hydra.runtime.choices, folders)
     with open_dict(config):
+        del config["hydra"]
         config.pop(SWEEP, None)
     return config
 
@@ -197,15 +173,14 @@ def apply(
     override: Override, config: DictConfig, config_dirs: list[Path], worker: str | None
 ) -> None:
     """Set, add or remove one key, as Hydra would."""
-    section, _, name = (key := override.key_or_group).rpartition(".")
-    if override.is_delete():
-        if name not in (OmegaConf.select(config, section) or {}):
-            raise ConfigError(f"~{key}: expected a key that is there")
-        with open_dict(config):
-            del OmegaConf.select(config, section)[name]
-        return
+    key = override.key_or_group
+    section, _, name = key.rpartition(".")
     try:
-        OmegaConf.update(config, key, override.value(), force_add=override.is_force_add())
+        if override.is_delete():
+            with open_dict(config):
+                del OmegaConf.select(config, section)[name]
+        else:
+            OmegaConf.update(config, key, override.value(), force_add=override.is_force_add())
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise ConfigError(unknown_key(key, config_dirs, worker)) from error
 
@@ -229,24 +204,21 @@ def check_override(text: str, config_dirs: list[Path], worker: str | None) -> Ov
         raise ConfigError(f"{readable}: expected a text in UTF-8")
     override = parse_override(text)
     key = override.key_or_group
-    is_experiment = key == EXPERIMENT and not override.is_delete()
+    section = key.rpartition(".")[0]
     if re.split("[./]", key)[0] == "hydra":
         raise ConfigError(f"{text}: {NOT_HYDRA}")
     if override.package is not None:
         raise ConfigError(unknown_key(text.split("=")[0], config_dirs, worker))
-    section = key.rpartition(".")[0]
     if isinstance(shipped_keys(worker).get(section), list):
         raise ConfigError(f"{text}: expected {section}=[a,b], the whole list")
-    is_users = is_experiment or (
-        is_open(key) and not (override.is_delete() and key in OPEN_SECTIONS)
-    )
-    if (override.is_add() or override.is_delete()) and not is_users:
+    is_removed = override.is_delete() and not (is_open(key) and key not in OPEN_SECTIONS)
+    if is_removed or (override.is_add() and key != EXPERIMENT):
         raise ConfigError(f"{text}: keys can be set (key=value) but neither added nor removed")
     if override.is_sweep_override():
         a_list = "" if key.startswith("env.") else f"; a list is written {key}=[a,b]"
         a_text = f"a text with a comma is written \"{key}='{text.partition('=')[2]}'\""
         raise ConfigError(f"{text}: expected one value{a_list}; {a_text}")
-    if is_experiment or key in group_names(config_dirs):
+    if key in group_names(config_dirs):
         choices = group_choices(key, config_dirs)
         if override.value() not in choices:
             raise ConfigError(f"{text}: expected one of {', '.join(choices)}")
@@ -283,45 +255,37 @@ def quote(value: str) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
-def check_files(config_name: str, choices: Sequence[str], folders: Sequence[Path]) -> None:
-    """Catch what Hydra would ignore in files."""
-    loader = GlobalHydra.instance().config_loader()
-    used = loader.compute_defaults_list(config_name, [*choices], RunMode.RUN)
-    for name in [entry.config_path or "" for entry in used.defaults]:
+def check_files(
+    config_name: str, typed: Sequence[str], chosen: DictConfig, folders: Sequence[Path]
+) -> None:
+    """Catch what Hydra would ignore in files. chosen: of each group, in the end."""
+    groups = [f"{group}/{choice}" for group, choice in chosen.items()]
+    for name in [*bases_of(config_name, folders), *groups]:
         contents = read_first(name, folders)
         is_experiment = name.startswith(f"{EXPERIMENT}/")
         for section in ("hydra",) if is_experiment else ("hydra", SWEEP):
             if section in contents:
                 valid = f"no section '{section}', which would do nothing"
                 raise ConfigError(f"{name}.yaml: expected {valid}")
-        if not is_experiment:
-            continue
-        for group, choice in choices_in(contents).items():
-            wins = used.overrides.override_choices.get(group, choice)
-            if wins != choice and not any(text.startswith(f"{group}=") for text in choices):
+        for group, choice in choices_in(contents).items() if is_experiment else ():
+            if choice != chosen[group] and not any(t.startswith(f"{group}=") for t in typed):
                 valid = f"{group}={choice} on the command line as well"
                 raise ConfigError(f"{name}: expected {valid}, because {config_name} overrides it")
 
 
-def explain(error: Exception, config_dirs: list[Path], worker: str | None) -> str:
+def explain(error: BaseException, config_dirs: list[Path], worker: str | None) -> str:
     """Hydra's and OmegaConf's errors in one sentence."""
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    for message in map(str, causes):
-        if unknown := re.search(r"(?s)is not in struct.*full_key: (\S+)", message):
-            return unknown_key(unknown.group(1), config_dirs, worker)
-        if no_group := re.search(r"Could not override '([^'@]+)'", message):
-            return unknown_key(no_group.group(1), config_dirs, worker)
-        if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
-            group, choice = missing.groups()
-            choices = ", ".join(group_choices(group, config_dirs))
-            return f"{group}={choice}: expected one of {choices}"
-    if key := getattr(causes[-1], "full_key", None):
-        reason = str(causes[-1]).split("\n")[0]
+    error = error.__cause__ or error
+    if no_group := re.search(r"Could not override '([^'@]+)'", str(error)):
+        return unknown_key(no_group.group(1), config_dirs, worker)
+    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", str(error)):
+        group, choice = missing.groups()
+        return f"{group}={choice}: expected one of {', '.join(group_choices(group, config_dirs))}"
+    if key := getattr(error, "full_key", None):
+        reason = str(error).split("\n")[0]
         reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", reason).strip('"')
         return f"{key}: the value cannot be read ({reason})"
-    return ": ".join(" ".join(str(cause).split()) for cause in causes)
+    return " ".join(str(error).split())
 
 
 # --- known keys ---------------------------------------------------------------------------------
@@ -334,13 +298,11 @@ def check_keys(config: DictConfig) -> None:
         return  # the user's own worker has keys of its own
     known = shipped_keys(worker) | group_keys()  # local settings may be meant for another worker
     for key, value in flatten(OmegaConf.to_container(config)).items():
-        if is_open(key):
+        if key in known or is_open(key):
             continue
-        inside = sorted(name for name in known if name.startswith(f"{key}."))
-        if inside:
+        if inside := sorted(name for name in known if name.startswith(f"{key}.")):
             raise ConfigError(f"{key}={value}: expected its keys one by one: {', '.join(inside)}")
-        if key not in known:
-            raise ConfigError(unknown_key(key, [CONFIG_DIR], worker))
+        raise ConfigError(unknown_key(key, [CONFIG_DIR], worker))
 
 
 def unknown_key(key: str, config_dirs: list[Path], worker: str | None) -> str:
@@ -397,12 +359,18 @@ def configs_of(worker: str | None) -> list[Path]:
     return [path for path in paths if worker in (None, worker_of(path.stem, [CONFIG_DIR]))]
 
 
-def worker_of(config_name: str, folders: list[Path]) -> str | None:
+def worker_of(config_name: str, folders: Sequence[Path]) -> str | None:
     """The worker that a config names, or that it takes over from the one it builds on."""
-    contents = read_first(config_name, folders)
-    bases = [base for base in contents.get("defaults") or [] if isinstance(base, str)]
-    workers = (worker_of(base, folders) for base in bases if base not in ("_self_", config_name))
-    return contents.get("worker") or next(filter(None, workers), None)
+    named = (read_first(name, folders).get("worker") for name in bases_of(config_name, folders))
+    return next(filter(None, named), None)
+
+
+def bases_of(config_name: str, folders: Sequence[Path]) -> Iterator[str]:
+    """A config and those that it builds on."""
+    yield config_name
+    for base in read_first(config_name, folders).get("defaults") or []:
+        if isinstance(base, str) and base not in ("_self_", config_name):
+            yield from bases_of(base, folders)
 
 
 def read_first(name: str, folders: Sequence[Path]) -> dict:

@@ -15,40 +15,16 @@ def check_places(cfg: DictConfig) -> None:
     """On Slurm what is read may be there on the nodes alone."""
     if "job_name" in cfg:
         refuse_folder_of_another(cfg)
-    is_ours = cfg.worker == "main_lmim" or cfg.worker.startswith("eval.")
-    if not is_ours or cfg.env.slurm:
+    if cfg.env.slurm or not (cfg.worker == "main_lmim" or cfg.worker.startswith("eval.")):
         return
-    if "pretrained" in cfg:
-        given = cfg.pretrained if OmegaConf.is_list(cfg.pretrained) else [cfg.pretrained]
-        for pretrained in given:
-            if problem := missing_backbone(pretrained):
-                raise ConfigError(problem)
-    check_images(cfg)
-
-
-def missing_backbone(pretrained: str | None) -> str | None:
-    """What is wrong with pretrained=, as far as names of files tell."""
-    family, colon, rest = (pretrained or "").partition(":")
-    is_other = bool(colon) and family in ("timm", *FAMILIES)
-    if pretrained is None or (colon and not is_other and not Path(pretrained).exists()):
-        files = ", ".join(f"{family}:FILE" for family in FAMILIES)
-        valid = f"a checkpoint or job folder, timm:NAME, {files}"
-        return f"pretrained={pretrained or 'null'}: expected {valid}"
-    if is_other and family == "timm":
-        return None
-    path = Path(rest if is_other else pretrained)
-    if path.is_dir() and not is_other:
-        inside = path / "checkpoints"
-        holds = list_checkpoints(inside if inside.is_dir() else path)
-        return None if holds else f"pretrained={path}: this folder holds no checkpoint"
-    return None if path.is_file() else f"pretrained: expected a file, but there is no {path}"
-
-
-def check_images(cfg: DictConfig) -> None:
     from data.base import DataError
     from data.datasets import check_data_path
     from data.files import given_images
 
+    if "pretrained" in cfg:
+        for pretrained in cfg.pretrained if OmegaConf.is_list(cfg.pretrained) else [cfg.pretrained]:
+            if problem := missing_backbone(pretrained):
+                raise ConfigError(problem)
     try:
         if cfg.get("images") is not None:
             given_images(cfg.images)
@@ -57,3 +33,21 @@ def check_images(cfg: DictConfig) -> None:
             check_data_path(name, cfg.data_path)
     except DataError as error:
         raise ConfigError(str(error)) from error
+
+
+def missing_backbone(pretrained: str | None) -> str | None:
+    """What is wrong with pretrained=, as far as names of files tell."""
+    family, colon, file = (pretrained or "").partition(":")
+    is_of_family = bool(colon) and family in FAMILIES
+    if colon and family == "timm":
+        return None
+    path = Path(file if is_of_family else pretrained or "")
+    if pretrained is None or (colon and not is_of_family and not path.exists()):
+        files = ", ".join(f"{family}:FILE" for family in FAMILIES)
+        valid = f"a checkpoint or job folder, timm:NAME, {files}"
+        return f"pretrained={pretrained or 'null'}: expected {valid}"
+    if path.is_dir() and not is_of_family:
+        inside = path / "checkpoints"
+        holds = list_checkpoints(inside if inside.is_dir() else path)
+        return None if holds else f"pretrained={path}: this folder holds no checkpoint"
+    return None if path.is_file() else f"pretrained: expected a file, but there is no {path}"

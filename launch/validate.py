@@ -21,7 +21,8 @@ from launch.config import (
     shipped_keys,
 )
 
-Rule = tuple[str, Callable[[object], bool]]  # what is expected, in words and as a test
+Test = Callable[[object], bool]
+Rule = tuple[str, Test]  # what is expected, in words and as a test
 ABSENT = object()
 MOST = 10**9  # of what has no natural bound: fits C's int
 LONGEST_NAME = 199  # bytes, to which endings are added
@@ -48,16 +49,6 @@ def is_module(value) -> bool:
         return False
 
 
-def is_list(value, holds: Callable[[object], bool], least: int = 0, most: float = math.inf) -> bool:
-    items = isinstance(value, ListConfig) and all(map(holds, value))
-    return items and least <= len(value) <= most
-
-
-def is_choice(value, holds: Callable[[object], bool]) -> bool:
-    """A list of at least one item, without repetitions."""
-    return is_list(value, holds, 1) and len(value) == len(set(map(str, value)))
-
-
 def number(least: float, most: float = MOST, kind: str = "number", holds=is_number) -> Rule:
     words = f"a {kind} from {least} to {'10**9' if most == MOST else most}"
     return words, lambda v: holds(v) and least <= v <= most
@@ -67,9 +58,20 @@ def whole(least: int, most: float = MOST) -> Rule:
     return number(least, most, "whole number", is_whole)
 
 
-def list_of(words: str, holds: Callable[[object], bool], *lengths: int) -> Rule:
-    """lengths: the least and the greatest, where they matter."""
-    return f"a list of {words}", lambda v: is_list(v, holds, *lengths)
+def list_of(words: str, holds: Test, least: int = 0, most: float = math.inf) -> Rule:
+    """A list of so many items that hold."""
+
+    def is_list(value) -> bool:
+        items = isinstance(value, ListConfig) and all(map(holds, value))
+        return items and least <= len(value) <= most
+
+    return f"a list of {words}", is_list
+
+
+def choice(words: str, holds: Test, least: int = 1) -> Rule:
+    """A list of items that hold, without repetitions."""
+    words, is_list = list_of(words, holds, least)
+    return words, lambda v: is_list(v) and len(v) == len(set(map(str, v)))
 
 
 def or_null(rule: Rule) -> Rule:
@@ -84,9 +86,12 @@ def choice_of(group: str) -> Rule:
     return one_of(*group_choices(group, [CONFIG_DIR]))
 
 
-def several_of(*names: str) -> Rule:
-    words = f"a list of different ones of {', '.join(names)}"
-    return words, lambda v: is_choice(v, lambda name: name in names)
+def several_of(*names: str, least: int = 1) -> Rule:
+    return choice(f"different ones of {', '.join(names)}", lambda v: v in names, least)
+
+
+def matches(words: str, pattern: str) -> Rule:
+    return words, lambda v: is_text(v) and re.fullmatch(pattern, v) is not None
 
 
 POSITIVE: Rule = ("a number above 0", lambda v: is_number(v) and v > 0)
@@ -103,112 +108,99 @@ MODULE: Rule = ("a Python module with main(cfg), such as main_lmim", is_module)
 # Slurm's accounts and nodes may be plain numbers.
 LABEL: Rule = ("a text or a whole number", lambda v: is_text(v) or is_whole(v))
 SECTION: Rule = ("a section of keys", lambda v: isinstance(v, DictConfig))
-PLAIN: Rule = ("a text, a number, True or False", lambda v: isinstance(v, str | int | float))
-EVALUATIONS = (
-    *("nn", "knn", "linear_probe", "few_shot", "collapse", "finetune"),
-    *("patches_knn", "patches_linear", "clusters"),
+SETTINGS: Rule = (
+    "a section of keys, each with a text, a number, True or False",
+    lambda v: (
+        isinstance(v, DictConfig) and all(isinstance(x, str | int | float) for x in v.values())
+    ),
 )
-RGB = list_of("three numbers (red, green, blue)", is_number, 3, 3)
-RGB_POSITIVE = list_of("three numbers above 0 (red, green, blue)", POSITIVE[1], 3, 3)
 TEXTS = list_of("texts, such as ['linear_probe.epochs=10']", is_text)
+SEVERAL = choice("", is_text)
+BACKBONES: Rule = ("a text or a list of texts", lambda v: is_text(v) or SEVERAL[1](v))
 FOLDERS = list_of(
     "folders of jobs or globs of them, such as [checkpoints/demo,reference/*]", is_text
 )
-COUNTS = list_of("whole numbers of at least 1, such as [1,2]", whole(1)[1], 1)
-LAYERS: Rule = (
-    "top:K, such as top:6, or a list of different blocks counted from 0, such as [2,5]",
-    lambda v: (is_text(v) and bool(re.fullmatch(r"top:[1-9]\d*", v))) or is_choice(v, whole(0)[1]),
-)
-RISING: Rule = (
-    "a rising list of whole numbers from 2 to 12, such as [3,4,5]",
-    lambda v: is_choice(v, whole(2, 12)[1]) and list(v) == sorted(v),
-)
-PLACE: Rule = (
-    "a place in the picture as shares of its width and height from 0 to 1, such as [0.5,0.5]",
-    lambda v: is_list(v, number(0, 1)[1], 2, 2),
-)
-BACKBONES: Rule = ("a text or a list of texts", lambda v: is_text(v) or is_choice(v, is_text))
-CONTROLS: Rule = (
-    "[], [random], [pixels] or [random,pixels]",
-    lambda v: v == [] or is_choice(v, lambda name: name in ("random", "pixels")),
+TOP = matches("top:K, such as top:6", r"top:[1-9]\d*")
+BLOCKS = choice("different blocks counted from 0, such as [2,5]", whole(0)[1])
+LAYERS: Rule = (f"{TOP[0]}, or {BLOCKS[0]}", lambda v: TOP[1](v) or BLOCKS[1](v))
+CLUSTERS = list_of("whole numbers from 2 to 12 that rise, such as [3,4,5]", whole(2, 12)[1], 1)
+RISING: Rule = (CLUSTERS[0], lambda v: CLUSTERS[1](v) and list(v) == sorted(set(v)))
+PLACE = list_of(
+    "two shares of the picture, of its width and height, such as [0.5,0.5]", number(0, 1)[1], 2, 2
 )
 SEGMENTS = list_of(
     "whole numbers of at least 1, or truth, such as [2,truth]",
     lambda n: n == "truth" or whole(1)[1](n),
     1,
 )
-RATES: Rule = ("a list of different numbers above 0", lambda v: is_choice(v, POSITIVE[1]))
-RAND_AUGMENT: Rule = (
+RAND_AUGMENT = matches(
     "a RandAugment of timm, such as rand-m9-mstd0.5-inc1",
-    lambda v: is_text(v) and bool(re.fullmatch(r"rand(-(m|mstd|mmax|n|p|inc|t|w)\d+(\.\d+)?)*", v)),
+    r"rand(-(m|mstd|mmax|n|p|inc|t|w)\d+(\.\d+)?)*",
 )
+EVALUATIONS = "nn knn linear_probe few_shot collapse finetune patches_knn patches_linear clusters"
 
-# A rule, and the keys that it is for. Keys that are True or False in the shipped configs need none.
+# A rule, and the keys that it is for; a key with ? may also be null. Keys that are True or False in
+# the shipped configs need none.
 KEYS_OF_RULES: list[tuple[Rule, str]] = [
-    (SECTION, "dataset.options env.slurm_extra env.nccl"),
+    (SECTION, "dataset.options"),
+    (SETTINGS, "env.slurm_extra env.nccl"),
     (MODULE, "worker"),
     (("True, False or changed", lambda v: v == "changed" or isinstance(v, bool)), "resume"),
-    (TEXT, "output_dir title command page"),
-    (or_null(TEXT), "data_path images dataset.options.index_folder env.gres env.python"),
-    (or_null(TEXT), "pretrained pretrained_weights cache_dir note"),
-    (TEXTS, "settings env.setup env.srun_args"),
-    (or_null(TEXTS), "digits textures"),
+    (TEXT, "output_dir title command page data_path? images? cache_dir? note?"),
+    (TEXT, "pretrained? pretrained_weights? dataset.options.index_folder? env.gres? env.python?"),
+    (TEXTS, "settings env.setup env.srun_args digits? textures?"),
     (several_of(*group_choices("experiment", [CONFIG_DIR])), "experiments"),
     (FOLDERS, "jobs apart"),
     (FOLDER_NAME, "job_name encoder.name video_split"),  # the encoder's is part of job_name
-    (or_null(LABEL), "env.partition env.constraint env.nodelist env.exclude"),
-    (or_null(LABEL), "env.account env.qos env.comment"),
+    (LABEL, "env.partition? env.constraint? env.nodelist? env.exclude?"),
+    (LABEL, "env.account? env.qos? env.comment?"),
     # Whole numbers.
     (whole(-1, 1000), "layer"),
     (whole(0, 1000), "patch_gap proj.mlp_depth previous_frames neighbourhood"),
     (whole(0), "max_bad_steps eval_freq watch_images env.max_restarts"),
     (whole(0, 2**63 - 1), "seed dataset.options.seed"),
-    (or_null(whole(0, 1024)), "num_workers env.ngpu"),
+    (whole(0, 1024), "num_workers? env.ngpu?"),
     (whole(1, 1024), "env.tasks_per_node env.parallel"),
     (whole(1, 1000), "patch_size encoder.patch_size encoder.depth decoder_depth"),
     (whole(1, 10**5), "encoder.embed_dim encoder.num_heads decoder_embed_dim decoder_num_heads"),
+    (whole(1, 10**5), "image_side?"),
     (whole(1, 10**6), "proj.mlp_dim frame_side"),
-    (whole(1), "num_vis epochs batch_size accum_iter print_freq save_freq"),
-    (whole(1), "env.world_size env.timeout env.signal_delay env.workers"),
-    (whole(1), "env.array_parallelism dataset.options.train_images dataset.options.eval_images"),
-    (whole(1), "sigreg_slices draws top_k patch_head.epochs patch_head.batch_images"),
-    (or_null(whole(1, 10**5)), "image_side"),
-    (or_null(whole(1)), "target_depth max_steps bank_patches stride"),
+    (whole(1), "num_vis epochs batch_size accum_iter print_freq save_freq max_steps?"),
+    (whole(1), "env.world_size env.timeout env.signal_delay env.workers env.array_parallelism"),
+    (whole(1), "dataset.options.train_images dataset.options.eval_images target_depth? stride?"),
+    (whole(1), "sigreg_slices draws top_k patch_head.epochs patch_head.batch_images bank_patches?"),
     (whole(2, 1000), "grid_size encoder.grid_size"),
     (whole(4), "probe_images"),
     (whole(8, 10**5), "dataset.options.image_size"),
-    (COUNTS, "neighbours shots"),
+    (whole(250), "max_iter?"),
+    (list_of("whole numbers of at least 1, such as [1,2]", whole(1)[1], 1), "neighbours shots"),
     (SEGMENTS, "segments"),
     (RISING, "clusters"),
-    (or_null(PLACE), "point"),
-    (or_null(whole(250)), "max_iter"),
+    (PLACE, "point?"),
     # Other numbers.
-    (number(-1, 1), "sim_init sim_end"),
-    (or_null(number(-1, 1)), "same_target"),
+    (number(-1, 1), "sim_init sim_end same_target?"),
     (number(0), "sigreg data_timeout avg_sim_coeff warmup_epochs weight_decay min_lr mixup cutmix"),
-    (number(0), "patch_head.weight_decay"),
+    (number(0), "patch_head.weight_decay env.mem?"),
     (number(0, 1), "max_bad_images target_mom min_lr_frac erase"),
     (number(0, 0.99), "drop_path label_smoothing"),
+    (number(1, 1000), "upsample?"),
     (POSITIVE, "loss_beta tau blr save_minutes temperature patch_head.lr"),
-    (or_null(POSITIVE), "clip_grad dataset.options.max_value"),
-    (or_null(number(1, 1000)), "upsample"),
-    (or_null(number(0)), "env.mem"),
+    (POSITIVE, "clip_grad? dataset.options.max_value?"),
     (SHARE, "min_crop dataset.crop_ratio layer_decay"),
-    (RATES, "blrs regularisers"),
-    (RGB, "dataset.mean"),
-    (RGB_POSITIVE, "dataset.std"),
+    (choice("different numbers above 0", POSITIVE[1]), "blrs regularisers"),
+    (list_of("three numbers (red, green, blue)", is_number, 3, 3), "dataset.mean"),
+    (list_of("three numbers above 0 (red, green, blue)", POSITIVE[1], 3, 3), "dataset.std"),
     # Choices.
     (choice_of("decoder"), "decoder.name"),
     (choice_of("target"), "target.name"),
     (choice_of("loss"), "loss.name"),
-    (one_of("random", "block", "block_roll", "inverse", "inverse_roll"), "masks"),
-    (or_null(LAYERS), "target_layers"),
-    (one_of("block", "mlp"), "target_tap"),
-    (or_null(one_of("layer", "instance", "batch")), "target_norm target_post_norm"),
-    (or_null(one_of("image", "batch")), "pred_unit"),
-    (one_of("image", "batch"), "negatives"),
-    (one_of("image", "token"), "sigreg_on"),
     (choice_of("dataset"), "dataset.name"),
+    (one_of("random", "block", "block_roll", "inverse", "inverse_roll"), "masks"),
+    (LAYERS, "target_layers?"),
+    (one_of("block", "mlp"), "target_tap"),
+    (one_of("layer", "instance", "batch"), "target_norm? target_post_norm?"),
+    (one_of("image", "batch"), "negatives pred_unit?"),
+    (one_of("image", "token"), "sigreg_on"),
     (one_of("fast", "pil"), "dataset.options.decoder"),
     (one_of("auto", "bf16", "fp16", "fp32"), "precision"),
     (one_of("encoder", "target"), "which"),
@@ -221,35 +213,41 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (one_of("tokens", "pixels"), "features"),
     (one_of("cosine", "euclidean", "manhattan"), "clustering.metric"),
     (one_of("average", "complete", "single", "ward"), "clustering.linkage"),
-    (several_of(*EVALUATIONS), "evals"),
-    (CONTROLS, "controls"),
+    (several_of(*EVALUATIONS.split()), "evals"),
+    (several_of("random", "pixels", least=0), "controls"),
     (several_of("cls", "mean", "cls+mean", "attentive"), "poolings"),
-    (or_null(RAND_AUGMENT), "auto_augment"),
+    (RAND_AUGMENT, "auto_augment?"),
 ]
-RULES: dict[str, Rule] = {key: rule for rule, keys in KEYS_OF_RULES for key in keys.split()}
+RULES: dict[str, Rule] = {
+    key.removesuffix("?"): or_null(rule) if key.endswith("?") else rule
+    for rule, keys in KEYS_OF_RULES
+    for key in keys.split()
+}
+
+
+def expect(cfg: DictConfig, key: str, is_right: bool, valid: str) -> None:
+    if not is_right:
+        value = OmegaConf.select(cfg, key)
+        raise ConfigError(f"{key}={'null' if value is None else value}: expected {valid}")
 
 
 def check_config(cfg: DictConfig) -> None:
     """Each key that the config has; then what must fit together."""
     switches = {key for key, value in shipped_keys().items() if isinstance(value, bool)}
     rules = dict.fromkeys(switches, YES_OR_NO) | RULES
-    for section in ("env.slurm_extra", "env.nccl"):  # options of sbatch, variables of the shell
-        if OmegaConf.is_dict(values := OmegaConf.select(cfg, section)):
-            rules |= {f"{section}.{name}": PLAIN for name in values}
     if "controls" in cfg:  # several side by side
         rules["pretrained"] = or_null(BACKBONES)
     for key, (valid, holds) in rules.items():
         value = OmegaConf.select(cfg, key, default=ABSENT)
-        if value is not ABSENT and not holds(value):
-            raise ConfigError(f"{key}={'null' if value is None else value}: expected {valid}")
+        expect(cfg, key, value is ABSENT or holds(value), valid)
     if "encoder" in cfg:
         check_networks(cfg)
-    if "warmup_epochs" in cfg and cfg.warmup_epochs > cfg.epochs:
-        raise ConfigError(f"warmup_epochs={cfg.warmup_epochs}: expected 0 to {cfg.epochs} (epochs)")
-    is_ward = "clustering" in cfg and cfg.clustering.linkage == "ward"
-    if is_ward and cfg.clustering.metric != "euclidean":
+    if "warmup_epochs" in cfg:
+        is_right = cfg.warmup_epochs <= cfg.epochs
+        expect(cfg, "warmup_epochs", is_right, f"0 to {cfg.epochs} (epochs)")
+    if "clustering" in cfg and cfg.clustering.linkage == "ward":
         valid = "euclidean with clustering.linkage=ward"
-        raise ConfigError(f"clustering.metric={cfg.clustering.metric}: expected {valid}")
+        expect(cfg, "clustering.metric", cfg.clustering.metric == "euclidean", valid)
     if "job_name" in cfg:
         check_job(cfg)
 
@@ -257,30 +255,30 @@ def check_config(cfg: DictConfig) -> None:
 def check_networks(cfg: DictConfig) -> None:
     # infonce_patches tells the masked patches of an image apart.
     patches, masked = cfg.grid_size**2, 2 if cfg.loss.name == "infonce_patches" else 1
-    if cfg.num_vis > patches - masked:
-        why = (
-            f"grid_size={cfg.grid_size} makes {patches} patches and {masked} or more must be masked"
-        )
-        raise ConfigError(f"num_vis={cfg.num_vis}: expected 1 to {patches - masked}, because {why}")
-    networks = (
-        ("encoder.embed_dim", cfg.encoder.embed_dim, "encoder.num_heads", cfg.encoder.num_heads),
-        ("decoder_embed_dim", cfg.decoder_embed_dim, "decoder_num_heads", cfg.decoder_num_heads),
-    )
-    for dim_key, dim, heads_key, heads in networks:
-        if dim % heads:
-            raise ConfigError(f"{dim_key}={dim}: expected a multiple of {heads_key}={heads}")
-        if dim % 4:  # sines and cosines of two coordinates
-            raise ConfigError(f"{dim_key}={dim}: expected a multiple of 4 (position table)")
-    if cfg.target_depth is not None and cfg.target_depth > cfg.encoder.depth:
-        valid = f"1 to {cfg.encoder.depth} (encoder.depth), or null for all of them"
-        raise ConfigError(f"target_depth={cfg.target_depth}: expected {valid}")
+    why = f"grid_size={cfg.grid_size} makes {patches} patches and {masked} or more must be masked"
+    most = patches - masked
+    expect(cfg, "num_vis", cfg.num_vis <= most, f"1 to {most}, because {why}")
+    for dim_key, heads_key in (
+        ("encoder.embed_dim", "encoder.num_heads"),
+        ("decoder_embed_dim", "decoder_num_heads"),
+    ):
+        dim, heads = OmegaConf.select(cfg, dim_key), OmegaConf.select(cfg, heads_key)
+        expect(cfg, dim_key, dim % heads == 0, f"a multiple of {heads_key}={heads}")
+        # The table holds sines and cosines of two coordinates.
+        expect(cfg, dim_key, dim % 4 == 0, "a multiple of 4 (position table)")
+    depth = cfg.target_depth or cfg.encoder.depth
+    valid = f"1 to {cfg.encoder.depth} (encoder.depth), or null for all of them"
+    expect(cfg, "target_depth", depth <= cfg.encoder.depth, valid)
     check_choices(cfg)
-    check_layers(cfg)
-    batch_masked = cfg.batch_size * (patches - cfg.num_vis)
-    if cfg.negatives == "batch" and batch_masked > MOST_CANDIDATES:
-        valid = f"image, or a batch_size of at most {MOST_CANDIDATES} masked patches"
-        why = f"each of {batch_masked} is compared with all"
-        raise ConfigError(f"negatives=batch: expected {valid}, because {why}")
+    if layers := cfg.target_layers:
+        last = int(layers.removeprefix("top:")) - 1 if isinstance(layers, str) else max(layers)
+        valid = f"top:1 to top:{depth}, or blocks 0 to {depth - 1}, of the target encoder"
+        expect(cfg, "target_layers", last < depth, valid)
+    compared = cfg.batch_size * (patches - cfg.num_vis)
+    valid = f"image, or a batch_size of at most {MOST_CANDIDATES} masked patches"
+    why = f"each of {compared} is compared with all"
+    is_right = cfg.negatives == "image" or compared <= MOST_CANDIDATES
+    expect(cfg, "negatives", is_right, f"{valid}, because {why}")
 
 
 def check_choices(cfg: DictConfig) -> None:
@@ -303,42 +301,30 @@ def check_choices(cfg: DictConfig) -> None:
         ("same_target", None, cfg.negatives == "batch", "negatives=batch"),
         ("loss_beta", 1, cfg.loss.name != "smooth_l1", loss),
     ):
-        if is_wrong and cfg[key] != only:
-            value, valid = ("null" if v is None else v for v in (cfg[key], only))
-            raise ConfigError(f"{key}={value}: expected {valid} with {why}")
-
-
-def check_layers(cfg: DictConfig) -> None:
-    layers, depth = cfg.target_layers, cfg.target_depth or cfg.encoder.depth
-    if layers is None:
-        return
-    last = int(layers.removeprefix("top:")) - 1 if isinstance(layers, str) else max(layers)
-    if last >= depth:
-        valid = f"top:1 to top:{depth}, or blocks 0 to {depth - 1}, of the target encoder"
-        raise ConfigError(f"target_layers={layers}: expected {valid}")
+        valid = f"{'null' if only is None else only} with {why}"
+        expect(cfg, key, not is_wrong or cfg[key] == only, valid)
 
 
 def check_job(cfg: DictConfig) -> None:
-    processes = processes_per_node(cfg) * cfg.env.world_size
-    if not cfg.env.distributed and processes > 1:
-        found = f"env.ngpu={cfg.env.ngpu} and env.world_size={cfg.env.world_size} make {processes}"
-        raise ConfigError(f"env.distributed=False: expected one process, but {found}")
-    if cfg.env.slurm and cfg.env.ngpu is None:
-        raise ConfigError("env.ngpu=null: expected a number where env.slurm=True (see env=slurm)")
-    named = re.findall(r"\bgpu(?::[^:,]+)*?(?::(\d+))?(?=,|$)", str(cfg.env.gres))
-    if cfg.env.slurm and named and sum(int(count or 1) for count in named) != cfg.env.ngpu:
-        valid = f"as many GPUs as env.ngpu={cfg.env.ngpu} (one process for each)"
-        raise ConfigError(f"env.gres={cfg.env.gres}: expected {valid}")
-    if cfg.env.signal_delay >= 60 * cfg.env.timeout:
-        valid = f"fewer seconds than the env.timeout={cfg.env.timeout} minutes have"
-        raise ConfigError(f"env.signal_delay={cfg.env.signal_delay}: expected {valid}")
+    env = cfg.env
+    processes = processes_per_node(cfg) * env.world_size
+    found = f"env.ngpu={env.ngpu} and env.world_size={env.world_size} make {processes}"
+    is_right = env.distributed or processes <= 1
+    expect(cfg, "env.distributed", is_right, f"one process, but {found}")
+    if env.slurm:
+        expect(cfg, "env.ngpu", env.ngpu is not None, "a number where env.slurm=True")
+        named = re.findall(r"\bgpu(?::[^:,]+)*?(?::(\d+))?(?=,|$)", str(env.gres))
+        is_right = not named or sum(int(count or 1) for count in named) == env.ngpu
+        valid = f"as many GPUs as env.ngpu={env.ngpu} (one process for each)"
+        expect(cfg, "env.gres", is_right, valid)
+    valid = f"fewer seconds than the env.timeout={env.timeout} minutes have"
+    expect(cfg, "env.signal_delay", env.signal_delay < 60 * env.timeout, valid)
     check_writable(cfg, job_directory(cfg))
 
 
 def check_writable(cfg: DictConfig, folder: Path) -> None:
-    if problem := why_not_writable(folder):
-        valid = f"a folder that can be written to, but {problem}"
-        raise ConfigError(f"output_dir={cfg.output_dir}: expected {valid}")
+    problem = why_not_writable(folder)
+    expect(cfg, "output_dir", not problem, f"a folder that can be written to, but {problem}")
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -359,6 +345,5 @@ def why_not_writable(folder: Path) -> str | None:
 def check_processes(cfg: DictConfig, gpus: int, cores: int) -> None:
     """Without any GPU the processes run on the CPU."""
     most, what = (gpus, "GPUs") if gpus else (cores, "cores")
-    if (wanted := processes_per_node(cfg)) > most:
-        key = "env.ngpu" if cfg.env.ngpu else "env.tasks_per_node"
-        raise ConfigError(f"{key}={wanted}: expected 1 to {most}, the {what} present")
+    key = "env.ngpu" if cfg.env.ngpu else "env.tasks_per_node"
+    expect(cfg, key, processes_per_node(cfg) <= most, f"1 to {most}, the {what} present")

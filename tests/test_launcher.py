@@ -149,7 +149,7 @@ def test_flags_and_overrides_come_in_any_order(line):
     assert compose_config(command.config_name, command.overrides).epochs == 3
 
 
-@pytest.mark.parametrize("flag", ["--confg-name=lmim", "--config-name"])
+@pytest.mark.parametrize("flag", ["--confg-name=lmim", "--config-name", "-sc", "--info"])
 def test_unknown_flags_are_refused(monkeypatch, capsys, flag):
     monkeypatch.setattr(sys, "argv", ["launcher.py", flag])
     with pytest.raises(SystemExit, match="2"):

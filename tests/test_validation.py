@@ -123,8 +123,6 @@ def error_of(run_here):
         ("dataset.mean=[1,2]", "a list of three numbers (red, green, blue)"),
         ("dataset.std=[1,1,0]", "a list of three numbers above 0 (red, green, blue)"),
         ("dataset.options=3", "a section of keys"),
-        ("env.slurm_extra.a=[1]", "a text, a number, True or False"),
-        ("env.nccl.A=null", "a text, a number, True or False"),
         ("+dataset.options.decoder=gpu", "one of fast, pil"),
         ("+dataset.options.image_size=4", "a whole number from 8 to 100000"),
         ("+dataset.options.eval_images=0", "a whole number from 1 to 10**9"),
