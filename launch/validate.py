@@ -137,7 +137,9 @@ RAND_AUGMENT = matches(
     "a RandAugment of timm, such as rand-m9-mstd0.5-inc1",
     r"rand(-(m|mstd|mmax|n|p|inc|t|w)\d+(\.\d+)?)*",
 )
-EVALUATIONS = "nn knn linear_probe few_shot collapse finetune patches_knn patches_linear clusters"
+EVALUATIONS = (
+    "nn knn linear_probe few_shot collapse finetune patches_knn patches_linear clusters".split()
+)
 
 # A rule, and the keys that it is for; a key with ? may also be null. Keys that are True or False in
 # the shipped configs need none.
@@ -213,7 +215,7 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (one_of("tokens", "pixels"), "features"),
     (one_of("cosine", "euclidean", "manhattan"), "clustering.metric"),
     (one_of("average", "complete", "single", "ward"), "clustering.linkage"),
-    (several_of(*EVALUATIONS.split()), "evals"),
+    (several_of(*EVALUATIONS), "evals"),
     (several_of("random", "pixels", least=0), "controls"),
     (several_of("cls", "mean", "cls+mean", "attentive"), "poolings"),
     (RAND_AUGMENT, "auto_augment?"),
