@@ -194,16 +194,14 @@ class EvalLoader:
         for own, (images, labels, unreadable) in zip(self.batches, batches, strict=True):
             indices = torch.tensor(list(own)).to(self.device)
             if any(unreadable):
-                self.leave_out(
-                    [index for index, names in zip(own, unreadable, strict=True) if names]
-                )
+                self.leave_out(names[0] for names in unreadable if names)
                 is_read = torch.tensor([not names for names in unreadable]).to(self.device)
                 images, labels, indices = images[is_read], labels[is_read], indices[is_read]
             if len(indices):
                 yield EvalBatch(images, None if self.dataset.labels is None else labels, indices)
 
-    def leave_out(self, indices: Sequence[int]) -> None:
-        for name in map(self.dataset.describe, indices):
+    def leave_out(self, names: Iterable[str]) -> None:
+        for name in names:
             if name not in self.bad_images:
                 self.bad_images.add(name)
                 logger.warning("unreadable image, left out: %s", name)

@@ -87,9 +87,10 @@ class EvalRun:
 
     def leave_out(self, dataset: ImageDataset, indices: list[int]) -> None:
         """What could not be read outside a loader, on all processes alike."""
+        names = [dataset.describe(index) for index in indices]
         if not self.ranks.is_main:  # the first one names them
-            self.bad_images[dataset].update(map(dataset.describe, indices))
-        self.loader(dataset).leave_out(indices)
+            self.bad_images[dataset].update(names)
+        self.loader(dataset).leave_out(names)
 
     def count_left_out(self) -> int:
         return len(set().union(*self.bad_images.values()))
