@@ -59,7 +59,7 @@ class Pretraining(Task):
     evaluates_at_end = False
 
     def __init__(self, cfg: DictConfig, ranks: Ranks):
-        self.cfg, self.ranks, self.max_steps = cfg, ranks, cfg.max_steps
+        self.cfg, self.ranks = cfg, ranks
         self.geometry = read_geometry(cfg)
         crops = TrainTransform(self.geometry.side, cfg.min_crop, cfg.dataset.flip, cfg.seed)
         self.dataset = open_split(cfg, "train", ranks)

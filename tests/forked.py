@@ -1,6 +1,7 @@
 """Programs of the project in processes that are forked from one which has imported everything: each
 in a process of its own, but its start takes a moment where Python's takes five seconds."""
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -35,6 +36,8 @@ class Forked:
         self.stdout = os.fdopen(os.dup(reader.fileno()))
         reader.close()
         self.pid = self._process.pid
+        self._output: list[str] = []
+        self._reading: Thread | None = None
 
     @property
     def returncode(self) -> int | None:
@@ -50,16 +53,19 @@ class Forked:
     def kill(self) -> None:
         self._process.kill()
 
+    def _read(self) -> None:
+        self._output.append(self.stdout.read())
+
     def communicate(self, timeout: float) -> tuple[str, None]:
-        output = []
-        reading = Thread(target=lambda: output.append(self.stdout.read()), daemon=True)
-        reading.start()
-        reading.join(timeout)
-        if reading.is_alive():
+        if self._reading is None:
+            self._reading = Thread(target=self._read, daemon=True)
+            self._reading.start()
+        self._reading.join(timeout)
+        if self._reading.is_alive():
             raise subprocess.TimeoutExpired(self._process.name, timeout)
         self.wait()
         self.stdout.close()
-        return output[0], None
+        return self._output[0], None
 
 
 def become(
@@ -72,6 +78,7 @@ def become(
     for descriptor in (1, 2):
         os.dup2(place, descriptor)
     output.close()
+    faulthandler.enable()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

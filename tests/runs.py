@@ -28,7 +28,8 @@ TINY = (
 
 
 def environment(**extra: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    return os.environ | ours | extra
 
 
 def torchrun(processes: int) -> list[str]:
@@ -87,9 +88,12 @@ def finish(process: subprocess.Popen | Forked, timeout: float = 280) -> tuple[in
     """-> exit code, everything it printed"""
     try:
         output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        raise
+    except subprocess.TimeoutExpired as hung:
+        for pid in [process.pid, *descendants(process.pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)  # Python says where each of its threads is
+        output, _ = process.communicate(timeout=20)
+        raise AssertionError(f"hung: {output}") from hung
     return process.returncode, output
 
 

@@ -153,7 +153,7 @@ def all_reduce(values: torch.Tensor, operation: str = "sum") -> torch.Tensor:
 
 
 def broadcast_object(value, ranks: Ranks):
-    """What rank 0 has."""
+    """Return the value of rank 0 in all processes."""
     if not dist.is_initialized():
         return value
     box = [value if ranks.is_main else None]
@@ -162,7 +162,8 @@ def broadcast_object(value, ranks: Ranks):
 
 
 def broadcast_tensors(value, ranks: Ranks):
-    """What rank 0 has, nested dicts and lists: its tensors one by one, to the CPU of each."""
+    """Return the nested dicts and lists of rank 0 in all processes: tensors are sent one by one, to
+    the CPU of each."""
     if ranks.world_size == 1:
         return value
     outline = broadcast_object(tree_map_only(torch.Tensor, lambda t: t.to("meta"), value), ranks)
@@ -176,8 +177,8 @@ def broadcast_tensors(value, ranks: Ranks):
 
 
 def on_main(function, ranks: Ranks):
-    """What rank 0's call returns; an error that it raises is raised by all. It may take longer than
-    TIMEOUT."""
+    """Return what rank 0's call returns; an error that it raises is raised by all. It may take
+    longer than TIMEOUT."""
     if not dist.is_initialized():
         return function()
     result = error = None
@@ -194,7 +195,7 @@ def on_main(function, ranks: Ranks):
 
 
 def gather_objects(value, ranks: Ranks) -> list:
-    """One entry per rank, everywhere."""
+    """Return the values of all processes, by rank, in all of them."""
     if not dist.is_initialized():
         return [value]
     boxes = [None] * ranks.world_size

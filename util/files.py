@@ -38,7 +38,7 @@ def write_json(path: Path, contents: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """What a file holds; empty where there is none, or none that can be read."""
+    """Return what a file holds; empty where there is none, or none that can be read."""
     try:
         contents = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -47,7 +47,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_records(path: Path) -> list[dict]:
-    """Of a log with one JSON object per line; without lines that are cut off or damaged."""
+    """Return the objects of a log with one per line, but not those of lines that are cut
+    off or damaged."""
     records = []
     for line in path.read_bytes().splitlines():
         with suppress(ValueError):
@@ -56,7 +57,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Of processes that were killed."""
+    """Remove what processes that were killed have left half written."""
     for path in folder.glob("*.writing"):
         path.unlink()
 

@@ -51,7 +51,6 @@ class Task:
     made_from: dict  # what a checkpoint is compared with besides the config
     evaluates_at_end = True  # also where eval_freq is 0
     images_at_peak: float | None = None  # per second, if GPUs did nothing but matrix products
-    max_steps: int | None = None  # at which a run ends as if that were all
     gives_up = ""
     half_done = False  # while networks and optimiser are between two steps
     model: nn.Module
@@ -150,7 +149,6 @@ def train(task: Task, cfg: DictConfig, ranks: Ranks, job: Path, stop_flag: StopF
 
 def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     task.prepare()
-    loop.speed.images_at_peak = task.images_at_peak
     if loop.done == 0:
         with loop.rescue("the first evaluation"):
             loop.watch()
@@ -168,7 +166,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
 
 
 def resume(task: Task, cfg: DictConfig, ranks: Ranks, job: Path) -> tuple[int, bool]:
-    """-> the number of finished steps; whether what follows the last of them is still to be done"""
+    """Return how many steps are done, and whether what follows the last of them is still due."""
     sizes = (task.loader.batch_size, task.loader.images_per_step)
     task.made_from = on_main(partial(describe, task.dataset, *sizes), ranks)
     folder = job / "checkpoints"
@@ -226,7 +224,7 @@ class Loop:
         self.steps_per_epoch = task.loader.steps_per_epoch
         self.images_per_step = task.loader.images_per_step
         self.planned_steps = cfg.epochs * self.steps_per_epoch
-        self.total_steps = min(self.planned_steps, task.max_steps or self.planned_steps)
+        self.total_steps = min(self.planned_steps, cfg.get("max_steps") or self.planned_steps)
         if unfinished:  # what follows a step beyond max_steps is due all the same
             self.total_steps = max(self.total_steps, first_step)
         self.nothing_is_left = first_step >= self.total_steps and not unfinished
@@ -326,9 +324,12 @@ class Loop:
         self.log.progress(self.done, bar)
 
     def speed_now(self) -> dict[str, float]:
-        """Since the last log line."""
+        """Return the speed since the last log line."""
         steps, left = self.done - self.last_logged, self.total_steps - self.done
-        return self.speed.since(self.clock_of_last_line, steps, self.images_per_step, left)
+        speed = self.speed.since(self.clock_of_last_line, steps, self.images_per_step, left)
+        if self.task.images_at_peak is not None:
+            speed["share_of_peak"] = speed["images_per_second"] / self.task.images_at_peak
+        return speed
 
     def describe(self, summary: str, speed: dict[str, float]) -> str:
         epoch = f"epoch {self.done / self.steps_per_epoch:.2f}/{self.cfg.epochs}"

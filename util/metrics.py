@@ -82,7 +82,6 @@ class Speed:
     """Images per second, share of the time spent waiting for data, and time left."""
 
     def __init__(self):
-        self.images_at_peak: float | None = None  # per second, of which the speed is a share
         self.start = time.perf_counter()
         self.waited = 0.0
 
@@ -101,14 +100,11 @@ class Speed:
     def since(self, then: tuple[float, float], steps: int, images_per_step: int, left: int) -> dict:
         """The speed of the steps since the clock said `then`. left: steps"""
         seconds, waited = (now - before for now, before in zip(self.clock(), then, strict=True))
-        values = {
+        return {
             "images_per_second": steps * images_per_step / seconds,
             "data_wait": waited / seconds,
             "eta_seconds": left * seconds / steps,
         }
-        if self.images_at_peak is not None:
-            values["share_of_peak"] = values["images_per_second"] / self.images_at_peak
-        return values
 
     @contextmanager
     def pause(self):

@@ -111,16 +111,17 @@ class RunLog:
             self.scalars.add({"eval/images": picture}, step)
 
     def records_with(self, name: str) -> dict[int, dict]:
-        """The lines of log.txt that have this number, by step. For the first process."""
+        """Return the lines of log.txt that have this number, by step. For the first process."""
         records = read_records(self.lines.path)
         return {record["step"]: record for record in records if name in record}
 
     def last_with(self, name: str) -> dict:
-        """The last line of log.txt that has this number; empty if there is none."""
+        """Return the last line of log.txt that has this number; empty if there is none."""
         return [{}, *self.records_with(name).values()][-1]
 
     def seconds(self) -> float:
-        """Of the start that wrote the last line of log.txt, up to it. For the first process."""
+        """Return how long the start that wrote the last line of log.txt had taken by then. For the
+        first process."""
         return self.last_with("seconds").get("seconds", 0.0)
 
     def progress(self, step: int, text: str = "") -> None:
