@@ -52,8 +52,9 @@ class StopFlag(Signals):
     def leave(self, number: int, lost: str = "") -> int:
         """After everything is saved, or what could be: lost says what is not. -> exit code"""
         name = signal.Signals(number).name
-        if lost and self.ranks.is_main:
-            say(f"stopped by {name}: {lost}")
+        if self.ranks.is_main:
+            saved = ", everything is saved; the same command with resume=True goes on from here"
+            say(f"stopped by {name}{': ' + lost if lost else saved}")
         requeue = self.previous.get(signal.SIGUSR2)
         if number == signal.SIGUSR2 and callable(requeue):
             if self.ranks.is_main:
@@ -62,9 +63,6 @@ class StopFlag(Signals):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(60)
             return NOT_DONE
-        if self.ranks.is_main and not lost:
-            saved = f"stopped by {name}, everything is saved"
-            say(f"{saved}; the same command with resume=True goes on from here")
         return 128 + number
 
 
