@@ -1,4 +1,17 @@
-# How a batch script ends; launch/slurm.py puts it there. $LMIM_MARKS is FOLDER/JOB_ID.
+# How a batch script begins and ends; launch/slurm.py puts it there.
+
+begin_job() { # FOLDER: of the marks, named as the log. Each element of an array has its own.
+    local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    export LMIM_MARKS=$1/${id:-$SLURM_JOB_ID}
+    rm -f "$LMIM_MARKS.again" "$LMIM_MARKS.final" "$LMIM_MARKS.ended"
+}
+
+use_code() { # FOLDER
+    local way="a later submission in the same folder replaces it"
+    cd "$1" || end_job 4 0 "the copy of the code is gone; $way"
+    export PYTHONPATH=$1${PYTHONPATH:+:$PYTHONPATH}
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # Slurm does not pass it on by itself
+}
 
 for_minutes() { # COMMAND...: Slurm's controller may be away
     local tries=30

@@ -39,7 +39,9 @@ def is_one_of_several() -> bool:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
+    """Those of a job, given its folder or the one they are in, the newest first."""
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
     if not folder.is_dir():
         return []
     matches = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
@@ -54,7 +56,7 @@ def step_of(checkpoint: Path) -> int:
 
 def refuse_to_start_over(cfg: DictConfig) -> None:
     """The checkpoints of an earlier run are only removed on demand."""
-    existing = list_checkpoints(job_directory(cfg) / "checkpoints")
+    existing = list_checkpoints(job_directory(cfg))
     if existing and not cfg.resume and not cfg.overwrite:
         choices = "choose resume=True, overwrite=True or another job_name"
         raise ConfigError(f"{job_directory(cfg)} already holds {existing[0].name}: {choices}")

@@ -47,7 +47,6 @@ def missing_backbone(pretrained: str | None) -> str | None:
         valid = f"a checkpoint or job folder, timm:NAME, {files}"
         return f"pretrained={pretrained or 'null'}: expected {valid}"
     if path.is_dir() and not is_of_family:
-        inside = path / "checkpoints"
-        holds = list_checkpoints(inside if inside.is_dir() else path)
-        return None if holds else f"pretrained={path}: this folder holds no checkpoint"
+        is_there = bool(list_checkpoints(path))
+        return None if is_there else f"pretrained={path}: this folder holds no checkpoint"
     return None if path.is_file() else f"pretrained: expected a file, but there is no {path}"

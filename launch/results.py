@@ -118,7 +118,7 @@ class Outline(pickle.Unpickler):
 
 
 def newest_checkpoint(cfg: DictConfig) -> Path | None:
-    return next(iter(list_checkpoints(job_directory(cfg) / "checkpoints")), None)
+    return next(iter(list_checkpoints(job_directory(cfg))), None)
 
 
 def read_outline(path: Path | None) -> dict:
@@ -196,10 +196,8 @@ def other_backbone(key: str, before: object, now: object) -> str:
 
 def sha256_here(cfg: DictConfig) -> str | None:
     """Of the file that the weights come from. None: they come from none, or not from here."""
-    path = Path(cfg.pretrained_weights or (cfg.pretrained or "").rpartition(":")[2])
-    if path.is_dir():
-        inside = path / "checkpoints"
-        path = next(iter(list_checkpoints(inside if inside.is_dir() else path)), path)
+    given = Path(cfg.pretrained_weights or (cfg.pretrained or "").rpartition(":")[2])
+    path = next(iter(list_checkpoints(given)), given)
     return sha256_of(path) if path.is_file() and not cfg.random_init else None
 
 

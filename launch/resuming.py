@@ -13,13 +13,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from data.base import ImageDataset
-from launch.config import (
-    PATHS,
-    ConfigError,
-    UserError,
-    flatten,
-    shipped_keys,
-)
+from launch.config import PATHS, ConfigError, UserError, flatten, shipped_keys
 
 FORMAT = 2  # 1: views depended on the number of processes
 
@@ -76,7 +70,7 @@ def facts_in(contents: dict) -> dict:
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple[object, object]]:
-    """Of what must stay."""
+    """Return the settings and facts that differ and may not: {key: (old, new)}."""
     return {
         key: (old.get(key), new.get(key))
         for key in new | old
@@ -100,11 +94,10 @@ def accept(path: Path, contents: dict, cfg: DictConfig, facts: dict) -> list[str
     if found and not changed:
         if "target_mom" in found and old["target_mom"] == 0.996:
             text += ". It was 0.996 by default once: target_mom=0.996 goes on with that"
-        valid = f"the settings and images of {path}, or resume=changed"
-        if cfg.resume:
-            raise CheckpointError(f"resume=True: expected {valid}; differences: {text}")
-        valid += ", overwrite=True or another job_name"
-        raise CheckpointError(f"job_name={cfg.job_name}: expected {valid}; differences: {text}")
+        given = "resume=True" if cfg.resume else f"job_name={cfg.job_name}"
+        others = "" if cfg.resume else ", overwrite=True or another job_name"
+        valid = f"the settings and images of {path}, or resume=changed{others}"
+        raise CheckpointError(f"{given}: expected {valid}; differences: {text}")
     said = [f"resume=changed: {text}"] if found else []
     if cfg.epochs > config["epochs"]:
         said.append(f"epochs {config['epochs']} -> {cfg.epochs}: the schedules are stretched")

@@ -32,14 +32,13 @@ from launch.config import (
 )
 from launch.job import is_restart, refuse_to_start_over
 from launch.lock import JobBusy
-from launch.queue import OVER, USUAL, job_state, read_note, read_queue, why_waiting
+from launch.queue import OVER, USUAL, job_state, noted_job, why_waiting
 from launch.results import is_finished, resumes
 from util.files import write_json
 from util.signals import NOT_DONE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH = Path(__file__).with_name("batch.sh")
-CODE_IS_GONE = "the copy of the code is gone; a later submission in the same folder replaces it"
 CODE = "*.py Makefile requirements.txt bench configs data eval launch models util".split()
 CODE_FILES = {".py", ".yaml", ".yml", ".json", ".toml", ".txt", ".csv", ".npz", ".so", ".cu", ".sh"}
 # Of what the surrounding job (salloc, Jupyter) has set, only this reaches Slurm.
@@ -60,8 +59,7 @@ def submit(configs: list[DictConfig]) -> int:
     for name in os.environ:
         if name.startswith("SLURM_") and name not in KEPT:
             del os.environ[name]
-    queue = read_queue()
-    waiting = [cfg for cfg in configs if needs_to_run(cfg, queue, single=len(configs) == 1)]
+    waiting = [cfg for cfg in configs if needs_to_run(cfg, single=len(configs) == 1)]
     for cfg in waiting:
         make_paths_absolute(cfg)
     groups: dict[str, list[DictConfig]] = {}  # one array asks for the same resources for all
@@ -125,12 +123,12 @@ def submit_tasks(executor: submitit.AutoExecutor, tasks: list["SlurmTask"]) -> l
         raise ConfigError(f"Slurm refused the job: {said}") from error
 
 
-def needs_to_run(cfg: DictConfig, queue: dict[str, str], single: bool) -> bool:
+def needs_to_run(cfg: DictConfig, single: bool) -> bool:
     """False, after saying why, for a job that is finished or (in a sweep) queued. A single job that
     is queued is an error."""
     if is_finished(cfg):
         return False
-    if job_id := job_in_queue(cfg, queue):
+    if job_id := job_in_queue(cfg):
         text = f"job_name={cfg.job_name}: job {job_id} of this name is queued or running"
         if single:
             ways = f"choose another job_name, scancel {job_id} first, or wait for its end with"
@@ -188,18 +186,13 @@ def build_executor(cfg: DictConfig, folder: Path) -> submitit.AutoExecutor:
         },
         slurm_stderr_to_stdout=True,
         slurm_setup=[
-            # As in the name of the log. Each element of an array has files of its own.
-            "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
-            f"export LMIM_MARKS={shlex.quote(str(folder))}/${{id:-$SLURM_JOB_ID}}",
-            'rm -f "$LMIM_MARKS.again" "$LMIM_MARKS.final" "$LMIM_MARKS.ended"',
             *BATCH.read_text().splitlines(),
+            f"begin_job {shlex.quote(str(folder))}",
             # Bash decides what fails, as for `set -e`: conditions stay conditions.
             "trap 'setup_failed $? $LINENO ${#BASH_SOURCE[@]}' ERR",
             *cfg.env.setup,
             "trap - ERR; set +eu",
-            f'cd {shlex.quote(str(code))} || end_job {JobBusy.exit_code} 0 "{CODE_IS_GONE}"',
-            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # Slurm does not pass it on by itself
+            f"use_code {shlex.quote(str(code))}",
             *(f"export {name}={shlex.quote(str(value))}" for name, value in cfg.env.nccl.items()),
         ],
         # One lost process ends all, which would otherwise wait for it until the time limit.
@@ -307,23 +300,17 @@ def leave_early(number: int, frame: FrameType | None) -> None:
 # --- the queue ----------------------------------------------------------------------------------
 
 
-def job_in_queue(cfg: DictConfig, queue: dict[str, str]) -> str | None:
-    """The job of this folder: by the id noted at submission, or by name and log. (Elements of an
-    array share a name, and several folders may have jobs of one name.) None too if the new job is
-    to wait for its end."""
-    noted = read_note(job_directory(cfg)).get("job_id")
-    logs = (job_directory(cfg) / "logs").resolve()
-    ids = [noted] if noted in queue else []
-    for job_id, name in queue.items():
-        if name == cfg.job_name and job_id not in ids:
-            log = job_state(job_id).get("StdOut", "")
-            ids += [job_id] if Path(log).parent.resolve() == logs else []
+def job_in_queue(cfg: DictConfig) -> str | None:
+    """The last job that was submitted for this folder, if it has not ended. None too if the new one
+    is to wait for its end."""
+    job_id = noted_job(job_directory(cfg))
+    if not job_id or job_state(job_id)["JobState"] in {*OVER, "forgotten", "unknown"}:
+        return None  # where Slurm does not answer, sbatch says so
     dependency = str(cfg.env.slurm_extra.get("dependency", ""))
-    kinds = re.findall(r"(after(?:any|ok|notok|corr)):([\d:_]+)", dependency)
-    awaited = {job_id for _, waited_for in kinds for job_id in waited_for.split(":")}
-    if not ids or dependency == "singleton" or any({i, i.split("_")[0]} & awaited for i in ids):
-        return None
-    return ids[0]
+    kinds = re.findall(r"after(?:any|ok|notok|corr):([\d:_]+)", dependency)
+    awaited = {awaited_id for ids in kinds for awaited_id in ids.split(":")}
+    is_awaited = dependency == "singleton" or {job_id, job_id.split("_")[0]} & awaited
+    return None if is_awaited else job_id
 
 
 def follow_all(notes: list[dict[str, str]]) -> int:

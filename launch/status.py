@@ -11,7 +11,7 @@ from yaml import YAMLError
 from launch.config import ConfigError
 from launch.job import list_checkpoints
 from launch.lock import JobBusy, lives, owners_in, this_process
-from launch.queue import job_state, read_note, why_waiting
+from launch.queue import job_state, noted_job, why_waiting
 from launch.results import has_ended, read_outline
 from util.files import read_json, read_records
 
@@ -41,11 +41,11 @@ def main(cfg: DictConfig) -> None:
     has_slurm = answers = shutil.which("scontrol") is not None
     show(list(COLUMNS), widths)
     for job in jobs:
-        note, record = read_note(job) if has_slurm else {}, UNKNOWN
-        if note and answers:
-            record = job_state(note["job_id"])
+        job_id, record = noted_job(job) if has_slurm else "", UNKNOWN
+        if job_id and answers:
+            record = job_state(job_id)
             answers = record["JobState"] != "unknown"  # or each question would take half a minute
-        show(describe_job(job, note.get("job_id", "-"), record), widths)
+        show(describe_job(job, job_id, record), widths)
     if has_slurm and not answers:
         print("Slurm does not answer: what is shown is what the folders say", file=sys.stderr)
 
@@ -58,10 +58,10 @@ def show(cells: list[str], widths: list[int]) -> None:
 def describe_job(job: Path, job_id: str, record: dict[str, str]) -> list[str]:
     """record: Slurm's, of the job with this id."""
     records = read_records(job / "log.txt") if (job / "log.txt").exists() else []
-    checkpoints = list_checkpoints(job / "checkpoints")
+    checkpoints = list_checkpoints(job)
     return [
         job.name,
-        job_id,
+        job_id or "-",
         state_of(job, job_id, record),
         last_number(records, "loss", "epoch", ".2f"),
         last_number(records, "loss", "loss", ".4f"),
@@ -77,7 +77,7 @@ def describe_job(job: Path, job_id: str, record: dict[str, str]) -> list[str]:
 def state_of(job: Path, job_id: str, record: dict[str, str]) -> str:
     """What Slurm says, as long as it knows."""
     state, reason = record["JobState"], why_waiting(record)
-    if job_id == "-" or state == "forgotten":
+    if not job_id or state == "forgotten":
         return state_here(job)
     if state == "unknown" and has_come_to_its_end(job):
         return "finished"
@@ -103,7 +103,7 @@ def has_come_to_its_end(job: Path) -> bool:
     """With a result; what is trained, after the steps that it had planned."""
     try:
         cfg = OmegaConf.load(job / "config.yaml")
-        trained = [read_outline(path) for path in list_checkpoints(job / "checkpoints")[:1]]
+        trained = [read_outline(path) for path in list_checkpoints(job)[:1]]
         is_done = has_ended(cfg, *trained) if trained else "epochs" not in cfg and "worker" in cfg
     except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException):
         return False

@@ -79,17 +79,13 @@ def test_every_key_is_asked_for(programs, tmp_path):
         "#SBATCH --signal=USR2@55",
         "#SBATCH --time=77",
         "# setup",
-        "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
-        f"export LMIM_MARKS={marks}/${{id:-$SLURM_JOB_ID}}",
-        'rm -f "$LMIM_MARKS.again" "$LMIM_MARKS.final" "$LMIM_MARKS.ended"',
         *filter(None, slurm.BATCH.read_text().splitlines()),
+        f"begin_job {marks}",
         "trap 'setup_failed $? $LINENO ${#BASH_SOURCE[@]}' ERR",
         "module load cuda",
         "export A=1",
         "trap - ERR; set +eu",
-        f'cd {code} || end_job 4 0 "{slurm.CODE_IS_GONE}"',
-        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+        f"use_code {code}",
         "export NCCL_DEBUG=INFO",
         "# command",
         "export SUBMITIT_EXECUTOR=slurm",
@@ -104,7 +100,7 @@ def test_what_is_asked_for_without_being_set(programs, tmp_path):
     assert "#SBATCH --requeue\n" in text and "#SBATCH --gpus-per-node=2\n" in text
     assert f" {sys.executable} -u -m submitit" in text
     (code,) = tmp_path.glob("code-*")  # the snapshot
-    assert f"\ncd {code} || end_job 4 0 " in text and (code / "launcher.py").exists()
+    assert f"\nuse_code {code}\n" in text and (code / "launcher.py").exists()
     for key in ("account", "partition", "qos", "gres", "mem", "wckey", "nodelist", "exclude"):
         assert f"--{key}" not in text
 
@@ -241,7 +237,9 @@ def setup_lines(folder: Path, *more: str) -> list[str]:
 def test_lines_of_setup_that_succeed_run_in_the_shell_of_the_program(programs, tmp_path):
     ran = Ran(programs, tmp_path, status=1, setup=setup_lines(tmp_path, "set -eu"))
     environment = (programs / "environment").read_text().splitlines()
-    assert {"ACTIVE=yes", "TWICE=2"} <= {*environment}
+    assert {"ACTIVE=yes", "TWICE=2", "SRUN_CPUS_PER_TASK=1"} <= {*environment}
+    (path,) = [line for line in environment if line.startswith("PYTHONPATH=")]
+    assert path.partition("=")[2].split(":")[0] == str(slurm.REPOSITORY)
     assert ran.is_requeued and ran.crashes == 1, ran.said  # `set -e` does not end the script
 
 
@@ -263,7 +261,7 @@ def test_a_job_whose_code_is_gone_runs_no_other(programs, tmp_path, monkeypatch)
     monkeypatch.setattr(slurm, "REPOSITORY", tmp_path / "gone")
     ran = Ran(programs, tmp_path)
     assert (ran.status, ran.is_requeued, ran.is_over) == (4, False, True)
-    assert ran.said.splitlines()[-1] == f"error: {slurm.CODE_IS_GONE}"
+    assert ran.said.splitlines()[-1].startswith("error: the copy of the code is gone; a later ")
     assert not (programs / "environment").exists(), "the program has begun"
 
 
@@ -286,7 +284,6 @@ def submission(programs: Path, folder: Path, sbatch: str, **env) -> DictConfig:
     """A job whose submission these lines of sbatch answer. Its log will be that of job 7."""
     for name, lines in {
         "sbatch": sbatch,
-        "squeue": "",
         "scontrol": "echo JobState=RUNNING",
     }.items():
         write_program(programs / name, lines)
@@ -337,9 +334,29 @@ def test_who_stops_following_is_told_that_the_job_goes_on(programs, tmp_path, ca
     log = f"{tmp_path}/demo/logs/7_0_log.out"
     said = ["job 7 goes on", f"  follow  tail -F {log}", "  stop    scancel 7"]
     assert capsys.readouterr().err.splitlines() == said
-    write_program(programs / "squeue", "echo 7 demo")
     ways = "choose .*, scancel 7 first, or .* env.slurm_extra.dependency=afterany:7$"
     with pytest.raises(ConfigError, match=f"^job_name=demo: job 7 of this name .*: {ways}"):
         slurm.submit([cfg])
-    cfg.env.slurm_extra = {"dependency": "afterany:7"}
+    for dependency in ("afterany:7", "afterok:5:7", "singleton"):
+        cfg.env.slurm_extra = {"dependency": dependency}
+        assert slurm.submit([cfg]) == 130
+    cfg.env.slurm_extra = {}
+    write_program(programs / "scontrol", "echo JobState=COMPLETED")
     assert slurm.submit([cfg]) == 130
+
+
+def test_following_a_job_through_an_absence_of_the_controller(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "7_0_log.out"
+    states = ["unknown", "CONFIGURING", "unknown", "RUNNING", "COMPLETED"]
+    pieces = iter([b"a \xe8\xaa", b"\x9e b", b" c", b" d", b" e"])
+
+    def answer(job_id: str) -> dict[str, str]:
+        with open(log, "ab") as file:
+            file.write(next(pieces))
+        return {"JobState": states.pop(0), "ExitCode": "0:0"}
+
+    monkeypatch.setattr(slurm, "job_state", answer)
+    monkeypatch.setattr(slurm, "ASK_SECONDS", 0)
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    assert slurm.follow({"job_id": "7", "log": str(log)}) == 0
+    assert capsys.readouterr().out == "a 語 b c d e"
