@@ -85,7 +85,7 @@ def run_and_exit(config: dict, variables: dict[str, str]) -> None:
 
 
 def run_side_by_side(configs: list[DictConfig], at_once: int, modules: Iterable[str] = ()) -> int:
-    """So many runs at a time, each in a process of its own. They are forked from one that imports
+    """Run so many at a time, each in a process of its own. They are forked from one that imports
     their workers, and these modules, once. -> exit code"""
     share_threads(at_once)
     multiprocessing.set_forkserver_preload([*{cfg.worker for cfg in configs}, *modules, __name__])
@@ -115,7 +115,7 @@ def run_side_by_side(configs: list[DictConfig], at_once: int, modules: Iterable[
 
 
 def new_run(cfg: DictConfig, place: int) -> BaseProcess:
-    """With a GPU of its own, if it wants one."""
+    """Return the process of a run, with a GPU of its own if it wants one."""
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     own = {"CUDA_VISIBLE_DEVICES": visible[place % count]} if count and cfg.env.ngpu == 1 else {}
@@ -194,9 +194,9 @@ def end(processes: list[BaseProcess]) -> None:
 
 
 def exit_code_of(failed: dict[int, int], received: Sequence[int] = ()) -> int:
-    """Of the whole, from those of the processes that failed. One that was ended by a signal
-    (negative: out of memory, a crash) could not report it itself; or it was told to stop before it
-    handled signals."""
+    """Return that of the whole, from those of the processes that failed. One that was ended by a
+    signal (negative: out of memory, a crash) could not report it itself; or it was told to stop
+    before it handled signals."""
     said = [exit_code for exit_code in failed.values() if exit_code > 0]
     if said:
         return min(said)

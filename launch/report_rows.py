@@ -80,7 +80,7 @@ class Job:
 
 
 def results_in(contents: dict) -> list[dict]:
-    """Of one file: an evaluation, several of them, or what a pre-training has come to."""
+    """Return the results in a file: an evaluation, several, or what pre-training has come to."""
     if "evaluations" in contents:
         return [r for variants in contents["evaluations"].values() for r in variants.values()]
     if "before" in contents:
@@ -105,7 +105,7 @@ class Row:
         return steps, np.array([[curve[step] for curve in curves] for step in steps])
 
     def last_step(self, names: Iterable[str]) -> int | str:
-        """Of these curves."""
+        """Return the last step that one of these curves has."""
         return max((self.curve(name)[0][-1] for name in names if self.curve(name)[0]), default="–")
 
     def verdicts(self) -> str:

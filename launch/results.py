@@ -35,9 +35,9 @@ LONGEST = 150  # bytes of a name, to which an ending is added
 
 
 def result_path(cfg: DictConfig, evaluation: str, sha256: str, processes: int) -> Path:
-    """Of an evaluation: its kind, protocol, data set and checkpoint in words, and a digest of all
-    that the numbers depend on. So a result replaces only one of the same thing. sha256: of
-    the weights."""
+    """Return the file of an evaluation's result: its name has kind, protocol, data set and
+    checkpoint in words, and a digest of all that the numbers depend on. So a result replaces only
+    one of the same thing. sha256: of the weights."""
     kind = cfg.get("protocol") or cfg.get("method") or ""
     words = [evaluation, kind, cfg.dataset.name, *words_of(cfg.pretrained or "")]
     words += ["random-init"] if cfg.random_init else []
@@ -47,7 +47,7 @@ def result_path(cfg: DictConfig, evaluation: str, sha256: str, processes: int) -
 
 
 def words_of(pretrained: str) -> list[str]:
-    """Of JOB/checkpoints/FILE the job and the file, else of FAMILY:FILE both."""
+    """Return the job and the file of JOB/checkpoints/FILE, else both parts of FAMILY:FILE."""
     family, _, rest = pretrained.rpartition(":")
     if family == "timm":
         return [rest]
@@ -108,7 +108,7 @@ def resumes(cfg: DictConfig) -> bool | str:
 
 
 class Outline(pickle.Unpickler):
-    """Of a file of torch.save all but its tensors. Runs nothing that the file names."""
+    """Reads all of torch.save's file but its tensors, and runs nothing that the file names."""
 
     def find_class(self, module: str, name: str) -> object:
         return OrderedDict if name == "OrderedDict" else lambda *arguments: None
@@ -165,7 +165,7 @@ def facts_here(cfg: DictConfig) -> dict | None:
 
 @cache
 def listed(name: str, data_path: str | None, options: str, only_labelled: bool) -> dict:
-    """Once for all runs of a sweep."""
+    """Describe the images of a data set, once for all runs of a sweep."""
     dataset = build_dataset(name, "train", data_path, json.loads(options))
     is_part = only_labelled and dataset.labels is not None
     return describe_images(LabelledImages(dataset) if is_part else dataset)
@@ -195,7 +195,8 @@ def other_backbone(key: str, before: object, now: object) -> str:
 
 
 def sha256_here(cfg: DictConfig) -> str | None:
-    """Of the file that the weights come from. None: they come from none, or not from here."""
+    """Return the digest of the file that the weights come from. None: it is not on this machine,
+    or there is none."""
     given = Path(cfg.pretrained_weights or (cfg.pretrained or "").rpartition(":")[2])
     path = next(iter(list_checkpoints(given)), given)
     return sha256_of(path) if path.is_file() and not cfg.random_init else None
@@ -207,7 +208,7 @@ def sha256_of(path: Path) -> str:
 
 
 def has_result(cfg: DictConfig, contents: dict) -> bool:
-    """Of the newest checkpoint, not of fewer epochs."""
+    """Whether there is the result of the newest checkpoint, and not of fewer epochs."""
     folder = job_directory(cfg) / "results"
     if "backbone" not in contents:
         return read_json(folder / f"{cfg.job_name}.json").get("steps") == contents["step"]

@@ -54,7 +54,7 @@ def describe_images(dataset: ImageDataset) -> dict[str, object]:
 
 
 def describe_steps(images: int, batch_size: int, images_per_step: int) -> dict[str, object]:
-    """Of a loader of so many images."""
+    """Return what a run depends on of a loader of so many images."""
     return {
         "images_per_step": images_per_step,
         "steps_per_epoch": images // images_per_step,

@@ -217,7 +217,7 @@ def copy_code(folder: Path, keep: bool) -> Path:
 
 
 def copy_code_to(source: Path, target: Path) -> None:
-    """Of a folder neither data that lie in it, nor what links lead to."""
+    """Copy a file, or the code in a folder: neither data that lie in it nor what links lead to."""
     if not source.is_dir():
         shutil.copy2(source, target)
         return
