@@ -90,9 +90,10 @@ def test_what_does_not_read_data_path_does_not_ask_for_it(tmp_path):
         check_places(config("features", checkpoint, tmp_path, *own))
 
 
-@pytest.mark.parametrize("line", ["data_path=/not/there", "-m data_path=/not/there seed=1,2"])
-def test_the_launcher_says_so_without_torch(line):
-    command = [sys.executable, "-X", "importtime", *LAUNCHER[1:], "env=local", *line.split()]
+def test_the_launcher_says_so_without_torch():
+    """Of all runs of a sweep."""
+    arguments = ["env=local", "-m", "seed=1,2", "data_path=/not/there"]
+    command = [sys.executable, "-X", "importtime", *LAUNCHER[1:], *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     error = result.stderr.splitlines()[-1]
     assert result.returncode == 2 and error.startswith("error: data_path=/not/there does not exist")

@@ -350,29 +350,13 @@ def test_checkpoints_of_an_earlier_run(run_here, error_of, tmp_path):
 # ---- The same from a shell. ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (
-            "launcher.py --config-name=lmim encoder=vit_foo",
-            "encoder=vit_foo: expected one of",
-        ),
-        ("launcher.py --config-name=nope", "--config-name=nope: expected a config of"),
-        ("launcher.py --config-name=demo num_vis=16", "num_vis=16: expected 1 to 14, because"),
-        pytest.param(
-            "main_lmim.py --config-name=demo epochs=abc",
-            "epochs=abc: expected a whole number from 1 to 10**9",
-            marks=pytest.mark.slow,  # imports torch
-        ),
-    ],
-)
-def test_a_mistake_in_a_shell(command, message):
+def test_a_mistake_in_a_shell():
     run = subprocess.run(
-        [sys.executable, *command.split()],
+        [sys.executable, "launcher.py", "--config-name=demo", "num_vis=16"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith(f"error: {message}") and run.stderr.count("\n") == 1
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("error: num_vis=16: expected 1 to 14, because")
