@@ -193,7 +193,7 @@ def without_generator(function: Callable) -> Callable:
 
 @contextmanager
 def fake_cuda() -> Iterator[Recorder]:
-    """Inside, networks that are built are on a fake GPU; enter the recorder to note what runs."""
+    """Inside, what is built on CUDA is on a fake GPU; enter the recorder to note what runs."""
     recorder = Recorder()
     patches = [
         (torch, "compile", recorder.compile),
@@ -209,7 +209,7 @@ def fake_cuda() -> Iterator[Recorder]:
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
-        for mode in (FakeTensorMode(), CUDA, FusedAttention()):
+        for mode in (FakeTensorMode(), FusedAttention()):
             stack.enter_context(mode)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda t: t))
         yield recorder

@@ -106,7 +106,7 @@ def test_nothing_waits_and_all_is_on_the_device(name):
 
 
 def from_host() -> torch.Tensor:
-    return torch.ones(3, device="cpu")
+    return torch.ones(3)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +122,19 @@ def from_host() -> torch.Tensor:
 )
 def test_a_wait_or_mismatch_raises(wait, error):
     with fake_cuda(), pytest.raises(error):
-        wait(torch.ones(()))
+        wait(torch.ones((), device=CUDA))
 
 
 def test_copies_are_noted_with_their_lines():
     def copy(loss: torch.Tensor) -> None:
         loss + from_host().to(CUDA)
         loss + torch.tensor([1.0], device=CUDA)
-        torch.empty(3).copy_(from_host())
+        torch.empty(3, device=CUDA).copy_(from_host())
         loss.cpu()
 
     first = copy.__code__.co_firstlineno
     with fake_cuda() as recorder, recorder:
-        copy(torch.ones(()))
+        copy(torch.ones((), device=CUDA))
     places = [copy.partition(" at ")[2] for copy in recorder.copies]
     assert places == [f"tests/test_fake_cuda.py:{first + line}" for line in (1, 2, 3, 4)]
 
