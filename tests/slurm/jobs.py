@@ -9,12 +9,18 @@ from util.checkpoint import list_checkpoints
 # Long enough to be interrupted: 588 steps, 294 of two processes. Checkpoints every second.
 LONG = ["epochs=14", "batch_size=32", "print_freq=5", "save_minutes=0.02", "save_freq=1000"]
 ON_SLURM = ["env.slurm=True", "env.ngpu=0", "env.workers=1", "env.timeout=60"]
+HELD = "+env.slurm_extra.hold=True"  # queued, and never started
 
 
 def submit(*overrides: str) -> str:
     """-> job id"""
-    output = succeed(LAUNCHER, *ON_SLURM, *overrides)
-    return output.split("submitted as job ")[1].split()[0]
+    (job_id,) = ids(succeed(LAUNCHER, *ON_SLURM, *overrides))
+    return job_id
+
+
+def ids(output: str) -> list[str]:
+    """Of the jobs that the launcher says it has submitted."""
+    return [line.split("job ")[1] for line in output.splitlines() if "submitted as job" in line]
 
 
 def wait_for_end(job_id: str, timeout: float) -> str:

@@ -21,11 +21,10 @@ from tests.runs import (
     succeed_together,
 )
 from tests.slurm.cluster import cancel, job_info, squeue, wait_for
-from tests.slurm.jobs import ON_SLURM, error_text, submit, wait_for_end
+from tests.slurm.jobs import HELD, ON_SLURM, error_text, ids, submit, wait_for_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("require_cluster")]
 
-HELD = "+env.slurm_extra.hold=True"  # queued, and never started
 # A worker that tells what has reached it.
 WORKER = """
 import json, os
@@ -43,19 +42,17 @@ def batch_script(job_id: str) -> str:
     return Path(wait_for(lambda: job_info(job_id).get("Command"), 10, "the script")).read_text()
 
 
-def ids(output: str) -> list[str]:
-    return [line.split("job ")[1] for line in output.splitlines() if "submitted as job" in line]
-
-
 def test_options_of_sbatch_are_sent_once(tmp_path):
     places = [f"output_dir={tmp_path}", "env.ngpu=2", HELD]
-    one = submit(*places, "job_name=one", "env.gres=gpu:fake:2", "env.mem=0")
+    nccl = "+env.nccl.NCCL_DEBUG=INFO"
+    one = submit(*places, "job_name=one", "env.gres=gpu:fake:2", "env.mem=0", nccl)
     two = submit(*places, "job_name=two", "+env.slurm_extra.gpus-per-node=fake:2")
     extra = ["+env.slurm_extra.cpus-per-task=3", "+env.slurm_extra.requeue=False"]
     three = submit(*places, "job_name=three", "env.gres=none", *extra)
     script = batch_script(one)
     assert "--gres=gpu:fake:2\n" in script and "--gpus-per-node" not in script
     assert "--mem=0GB" in script and "--wckey" not in script and "--requeue\n" in script
+    assert "export NCCL_DEBUG=INFO\n" in script
     script = batch_script(two)
     assert "--gres" not in script and script.count("--gpus-per-node") == 1
     assert "--gpus-per-node=fake:2\n" in script
@@ -152,29 +149,12 @@ def test_names_of_signs_that_slurm_reads(tmp_path):
         assert code == 2 and f"job {job_id} of this name is queued" in output
 
 
-def test_following_a_job_through_an_absence_of_the_controller(tmp_path, monkeypatch, capsys):
-    log = tmp_path / "7_0_log.out"
-    states = ["unknown", "CONFIGURING", "unknown", "RUNNING", "COMPLETED"]
-    pieces = iter([b"a \xe8\xaa", b"\x9e b", b" c", b" d", b" e"])
-
-    def answer(job_id: str) -> dict[str, str]:
-        with open(log, "ab") as file:
-            file.write(next(pieces))
-        return {"JobState": states.pop(0), "ExitCode": "0:0"}
-
-    monkeypatch.setattr(slurm, "job_state", answer)
-    monkeypatch.setattr(slurm, "ASK_SECONDS", 0)
-    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
-    assert slurm.follow({"job_id": "7", "log": str(log)}) == 0
-    assert capsys.readouterr().out == "a 語 b c d e"
-
-
 def test_srun_in_a_script_of_ones_own(tmp_path):
     """Two processes on one node or on two; what is started without srun is alone."""
     succeed_together(2, f"output_dir={tmp_path / 'by-hand'}")
     expected = final_state(tmp_path / "by-hand" / "demo")
     program = [sys.executable, "main_lmim.py", *TINY]
-    alone = " ".join([*program, "epochs=1", "warmup_epochs=0", f"output_dir={tmp_path / 'alone'}"])
+    alone = " ".join([*program, "max_steps=1", f"output_dir={tmp_path / 'alone'}"])
     jobs = {}
     for nodes in (1, 2):
         folder = tmp_path / f"{nodes}-nodes"
