@@ -1,5 +1,6 @@
 """Whole runs of the worker: what they print, leave behind, and how they stop."""
 
+import io
 import json
 import sys
 import time
@@ -143,6 +144,15 @@ def test_a_terminal_shows_the_lines_and_a_bar_below(tmp_path, monkeypatch, capsy
     said = (tmp_path / "logs" / "console.txt").read_text().splitlines()
     assert [line[21:] for line in said] == [f"line {step}" for step in range(1, 6)]
     assert time.strptime(said[0][:19], "%Y-%m-%d %H:%M:%S")
+
+
+def test_a_line_is_there_as_soon_as_it_is_said(tmp_path, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    log = RunLog(tmp_path, is_main=True, total_steps=10)
+    log.say("here")
+    assert written.getvalue() == b"here\n"
+    log.close()
 
 
 def test_a_resumed_run_shows_no_step_twice(tmp_path):
