@@ -316,6 +316,12 @@ def test_what_no_machine_has(error_of, override, expected):
     assert error_of(override) == f"{override}: expected {expected}"
 
 
+@pytest.mark.parametrize("value", ["[cls,cls]", "[]", "cls"])
+def test_a_list_of_different_choices(error_of, value):
+    message = error_of("-cn=linear_probe", f"poolings={value}")
+    assert "expected a list of different ones of cls, mean, cls+mean" in message
+
+
 def test_a_finished_job_is_composed_again(composed, tmp_path):
     (config,) = composed("-cn=demo", "tau=0.3", "env.slurm_extra.x=1")
     folder = tmp_path / "demo"
