@@ -262,6 +262,8 @@ def test_stopped_and_resumed_equals_undisturbed(checkpoint, tmp_path, monkeypatc
             probe(checkpoint, tmp_path / "broken", *settings)
     whole, broken = (tmp_path / name / "linear_probe" for name in ("whole", "broken"))
     assert final_state(broken)["step"] == 7
+    with pytest.raises(CheckpointError, match="belongs to another backbone"):
+        probe(digits_checkpoint(tmp_path, seed=1), tmp_path / "broken", *settings)
     probe(checkpoint, tmp_path / "broken", *settings)
     assert_same_state(final_state(broken), final_state(whole))
     assert numbers(broken) == numbers(whole)
