@@ -17,7 +17,8 @@ import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -40,6 +41,8 @@ from util.files import write_whole
 logger = logging.getLogger("lmim.data")
 
 EXPECTED = "a folder with train/*.tar and val/*.tar"
+# In each process; far below 1024, the usual limit for all its files.
+MOST_OPEN_TARS = 256
 INDEX_NAME = "index-latent-mim.npz"
 CACHE_FOLDER = "~/.cache/latent-mim"
 INDEX_FORMAT = 2
@@ -102,6 +105,14 @@ def evaluation_labels(folder: Path, index: TarIndex, classes: list[str]) -> np.n
     return labels
 
 
+# Forked workers may inherit what is open: each read says where it starts, so none moves another.
+@lru_cache(maxsize=MOST_OPEN_TARS)
+def open_tar(path: str, modified: int) -> FileIO:
+    """It closes when nothing refers to it any more: never while another thread still reads.
+    `modified`: a tar that was replaced is another one."""
+    return open(path, "rb", buffering=0)
+
+
 class TarDataset(StoredImages):
     """Images inside the tars of one folder; labels[i] is a position in `classes`."""
 
@@ -119,13 +130,16 @@ class TarDataset(StoredImages):
 
     def contents(self, index: int) -> bytearray:
         _, number, start, size = self.index.places[self.rows[index]].item()
-        path = os.path.join(self.folder, self.index.tars[number].name)
+        tar = self.index.tars[number]
+        path = os.path.join(self.folder, tar.name)
+        file = open_tar(path, tar.modified)
         contents = bytearray(size)
-        # Opened for each image, as files in folders are: 30 us, where decoding takes 1000.
-        with open(path, "rb") as file:
-            file.seek(start)
-            if file.readinto(contents) < size:
-                raise OSError(f"{path} ends inside an image: it was longer when indexed")
+        done = 0
+        while done < size:  # a read may return a part of what was asked for
+            count = os.preadv(file.fileno(), [memoryview(contents)[done:]], start + done)
+            if count == 0:
+                raise OSError(f"{path} ends at byte {start + done}: it was longer when indexed")
+            done += count
         return contents
 
     def describe(self, index: int) -> str:

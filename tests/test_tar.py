@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from data.datasets import DataError, build_dataset
 from data.loader import TrainLoader
+from data.tar import MOST_OPEN_TARS
 from data.transforms import TrainTransform
 from tests.tars import (
     FILES,
@@ -206,6 +208,30 @@ def test_workers_read_the_batches_of_the_unpacked_files(root):
         assert not found.unreadable
 
 
+@pytest.fixture(scope="module")
+def many_tars(tmp_path_factory):
+    root = tmp_path_factory.mktemp("many")
+    for number in range(MOST_OPEN_TARS + 50):
+        write(root / "train" / f"{number:04d}.tar", packed({"a.jpg": b"%d" % number}))
+    return root
+
+
+def test_not_all_tars_are_open_at_once(many_tars):
+    dataset = build(many_tars)
+    for index in range(len(dataset)):
+        assert dataset.contents(index) == b"%d" % index
+    files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert sum(path.endswith(".tar") for path in files) == MOST_OPEN_TARS
+
+
+def test_threads_may_read_while_others_close(many_tars):
+    dataset = build(many_tars)
+    order = np.random.default_rng(0).integers(0, len(dataset), 400)
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(dataset.contents, order.tolist())
+        assert all(file == b"%d" % index for file, index in zip(found, order, strict=True))
+
+
 def test_a_data_set_can_be_sent_to_another_process(root):
     dataset = build(root)
     assert contents(pickle.loads(pickle.dumps(dataset))) == contents(dataset)
@@ -215,7 +241,7 @@ def test_a_tar_that_became_shorter_is_named(root):
     dataset = build(root)
     path = root / "train" / "dog.tar"
     os.truncate(path, path.stat().st_size // 4)
-    with pytest.raises(OSError, match=f"{path} ends inside an image: it was longer when indexed"):
+    with pytest.raises(OSError, match=f"{path} ends at byte .*: it was longer when indexed"):
         dataset.contents(len(dataset) - 1)
 
 
