@@ -110,7 +110,8 @@ def to_eight_bits(
     else:
         if not is_grey:
             values = values * 256.0 + low_bytes(contents, name)
-        values = np.nan_to_num(values.astype(np.float64)) * (255 / max_value) + 0.5
+        values = np.nan_to_num(values.astype(np.float64)).clip(0, max_value)
+        values = values * (255 / max_value) + 0.5
     levels = values.clip(0, 255).astype(np.uint8).tobytes()
     picture = to_rgb(Image.frombytes("L" if is_grey else image.mode, image.size, levels))
     if max_value is None and np.asarray(picture).max() < 256 / 8:

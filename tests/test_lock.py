@@ -101,7 +101,7 @@ def test_it_is_given_back(job):
         assert len(list((job / "logs").glob("running-*"))) == 1
 
 
-@pytest.mark.parametrize("pid", [1, os.getpid()])
+@pytest.mark.parametrize("pid", [1, os.getpid()], ids=["of its first process", "of this process"])
 def test_an_owner_in_a_container_cannot_be_seen_and_is_not_followed(job, monkeypatch, pid):
     """Its number may be that of another process here, or of this one."""
     monkeypatch.setattr("launch.lock.ATTEMPTS", 1)

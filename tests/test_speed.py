@@ -28,7 +28,7 @@ def test_no_switch_waits_for_the_device(monkeypatch):
     with fake_cuda() as recorder:
         sizes = {"slices": 4, "dim": 6, "seed": 0, "processes": 1, "device": CUDA}
         sigreg = SIGReg(weight=1.0, on="image", all_reduce=lambda total: total, **sizes)
-        layers = list(torch.randn(3, 4, 16, 6, requires_grad=True))
+        layers = list(torch.randn(3, 4, 16, 6, requires_grad=True, device=CUDA))
         with recorder:
             for masks in MASKS:
                 views = sample_views(4, 4, 5, 1, torch.Generator(CUDA), masks=masks)
