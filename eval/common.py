@@ -25,8 +25,7 @@ from launch.job import (
     refuse_folder_of_another,
 )
 from launch.lock import unlock
-from launch.results import other_backbone, result_path
-from launch.resuming import CheckpointError
+from launch.results import CheckpointError, other_backbone, result_path
 from util.distributed import (
     Ranks,
     all_reduce,

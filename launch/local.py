@@ -21,9 +21,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
-from launch.command import leave, run_configured_worker
+from launch.command import leave, open_streams, run_configured_worker
 from launch.config import ConfigError, job_directory, processes_per_node
-from launch.console import open_streams
 from launch.validate import check_processes
 from util.signals import Signals
 

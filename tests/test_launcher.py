@@ -193,7 +193,7 @@ def test_what_is_said_before_nobody_reads_is_whole():
 
 
 def test_what_python_does_not_buffer_is_there_at_once():
-    program = "import os, launch.console as c; c.open_streams(); print('said'); os._exit(0)"
+    program = "import os, launch.command as c; c.open_streams(); print('said'); os._exit(0)"
     assert run([sys.executable, "-u", "-c", program]).stdout == "said\n"
 
 

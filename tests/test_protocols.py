@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from data import datasets
 from engine_pretrain import Training
 from launch.config import CONFIG_DIR, compose_config, flatten, parse_command_line, read_yaml
-from launch.resuming import CHANGE_NO_RESULT
+from launch.results import CHANGE_NO_RESULT
 from models.lmim import LatentMIM
 from models.losses import Objective
 from models.vit import Encoder

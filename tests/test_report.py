@@ -22,15 +22,17 @@ import main_lmim
 from launch.command import run_command_line
 from launch.config import compose_config
 from launch.report import (
+    Row,
     compare_workers,
     environments,
     evaluations,
     figure,
+    find_jobs,
+    find_rows,
     main,
     readable,
     spread,
 )
-from launch.report_rows import Row, find_jobs, find_rows
 from tests.backbones import run_command
 from tests.evaluations import results
 from tests.runs import configured_here, records

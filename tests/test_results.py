@@ -20,8 +20,16 @@ from data.datasets import build_dataset
 from launch.command import run_command_line
 from launch.config import ConfigError, compose_config
 from launch.job import checkpoint_name, prepare_job_directory
-from launch.results import is_finished, read_outline, result_path, resumes, sha256_of
-from launch.resuming import FORMAT, CheckpointError, describe
+from launch.results import (
+    FORMAT,
+    CheckpointError,
+    describe,
+    is_finished,
+    read_outline,
+    result_path,
+    resumes,
+    sha256_of,
+)
 from tests.backbones import digits_checkpoint
 from tests.evaluations import arguments, config, launch, results
 from tests.runs import LAUNCHER, ROOT, TINY, finish, start_process

@@ -16,7 +16,7 @@ from eval.common import Classification
 from launch.command import call
 from launch.config import CONFIG_DIR, ConfigError, choices_in, compose_config, read_yaml
 from launch.job import list_checkpoints
-from launch.resuming import CHANGE_NO_RESULT, FORMAT, CheckpointError, accept, describe
+from launch.results import CHANGE_NO_RESULT, FORMAT, CheckpointError, accept, describe
 from tests.backbones import digits_checkpoint
 from tests.evaluations import config
 from tests.failing import train_here

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from launch.job import checkpoint_name, list_checkpoints
-from launch.resuming import FORMAT, CheckpointError
+from launch.results import FORMAT, CheckpointError
 from util.files import write_whole
 
 KEEP_ROLLING = 2

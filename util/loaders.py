@@ -8,7 +8,7 @@ from torch import Tensor
 from data.base import DataError, ImageDataset
 from data.datasets import DECODING, build_dataset
 from data.loader import Augmentation, EvalLoader, TrainLoader
-from launch.resuming import training_batch_size
+from launch.results import training_batch_size
 from util.distributed import Ranks, default_workers, on_main
 
 

@@ -29,7 +29,7 @@ from launch.job import (
     step_of,
 )
 from launch.lock import unlock
-from launch.resuming import FORMAT, CheckpointError, accept, describe
+from launch.results import FORMAT, CheckpointError, accept, describe
 from util import checkpoint
 from util.checkpoint import first_words
 from util.distributed import Ranks, all_reduce, barrier, broadcast_tensors, gather_objects, on_main
