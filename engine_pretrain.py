@@ -56,13 +56,11 @@ def end_step(training: Training, step: int) -> None:
     grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
     if training.clip_grad is not None:
         nn.utils.clip_grads_with_norm_(parameters, training.clip_grad, grad_norm, foreach=True)
-    gradient_is_bad = ~grad_norm.isfinite()
-    # A scaler leaves such steps out itself, routinely while it looks for its scale.
+    # A scaler leaves bad steps out itself, routinely while it looks for its scale.
     is_routine = training.scaler.is_enabled()
-    training.meters.add_gradient(step, gradient_is_bad, SCALER_SEARCHES if is_routine else 0)
     if not is_routine:
         # The gradient is the same on all ranks by now, so they leave out the same steps.
-        training.optimizer.found_inf = gradient_is_bad.float()  # type: ignore[attr-defined]
+        training.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
     training.half_done = True
     training.scaler.step(training.optimizer)
     training.scaler.update()
@@ -70,7 +68,7 @@ def end_step(training: Training, step: int) -> None:
     # DistributedDataParallel keeps the gradients inside its buckets, and None would detach them.
     is_alone = not isinstance(training.network, DistributedDataParallel)
     training.optimizer.zero_grad(set_to_none=is_alone)
-    training.meters.add_step(step, grad_norm)
+    training.meters.add_step(step, grad_norm, SCALER_SEARCHES if is_routine else 0)
 
 
 def train_step(

@@ -160,7 +160,7 @@ class Pretraining(Task):
     def log_line(self, done: int, steps: int) -> Line:
         meters, schedule = self.training.meters, self.training.schedule
         mine = meters.read()
-        numbers = torch.tensor([*mine.values(), meters.count_faults()], dtype=torch.float64)
+        numbers = torch.tensor([*mine.values(), meters.bad_steps], dtype=torch.float64)
         *sums, faults = sum_over_processes(numbers.to(self.ranks.device), self.loader, self.ranks)
         if faults:
             self.check_faults()
@@ -186,15 +186,15 @@ class Pretraining(Task):
 
     def check_faults(self) -> None:
         """Steps with a loss or gradient that is not finite were left out: max_bad_steps of them."""
-        reports = enumerate(gather_objects(self.training.meters.faults(), self.ranks))
-        found = [(*fault, rank) for rank, faults in reports for fault in faults]
-        step, what, _, rank = min(found)
-        left_out = max(count for _, _, count, _ in found)
+        meters = self.training.meters
+        found = gather_objects((int(meters.first_bad_step), int(meters.bad_steps)), self.ranks)
+        step = min(first for first, count in found if count)
+        left_out = max(count for _, count in found)
         if left_out <= self.cfg.max_bad_steps:
             return
         epoch = step / self.loader.steps_per_epoch
         raise TrainingStopped(
-            f"the {what} is not finite at step {step} (epoch {epoch:.2f}) on rank {rank}, "
+            f"the loss or gradient is not finite at step {step} (epoch {epoch:.2f}), "
             f"lr {self.training.schedule.learning_rate(epoch):.3e}; {left_out} steps were left "
             f"out and max_bad_steps={self.cfg.max_bad_steps}"
         )

@@ -21,7 +21,7 @@ MACHINES = Path(__file__).with_name("machines.yaml")
 
 
 class DeviceMeters:
-    """Sums since the last log point, on the device. Only `read` and `faults` wait for it."""
+    """Sums since the last log point, on the device. Only `read` waits for it."""
 
     def __init__(self, device: torch.device, names: Sequence[str]):
         self.names = names
@@ -29,22 +29,20 @@ class DeviceMeters:
         self.grad_norm, self.step_loss = torch.zeros(2, dtype=torch.float64, device=device)
         self.counts = torch.zeros(2, dtype=torch.int64)  # micro-steps and steps
         # Since the start of the process. The loss is this rank's own; the gradient is common.
-        self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_losses = FaultCounter(device)
-        self.bad_gradients = FaultCounter(device)
+        bad = torch.zeros(3, dtype=torch.int64, device=device)
+        self.bad_steps, self.first_bad_step, self.bad_in_a_row = bad
 
     def add_micro_step(self, metrics: Tensor) -> None:
         self.sums += metrics
         self.step_loss += metrics[0]
         self.counts[0] += 1
 
-    def add_gradient(self, step: int, is_bad: Tensor, most_in_a_row: int = 0) -> None:
+    def add_step(self, step: int, grad_norm: Tensor, most_in_a_row: int = 0) -> None:
         """A bad gradient is a fault only after more than most_in_a_row in a row."""
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * is_bad
-        self.bad_gradients.add(step, self.bad_in_a_row > most_in_a_row)
-
-    def add_step(self, step: int, grad_norm: Tensor) -> None:
-        self.bad_losses.add(step, ~self.step_loss.isfinite())
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * ~grad_norm.isfinite()
+        is_bad = (self.bad_in_a_row > most_in_a_row) | ~self.step_loss.isfinite()
+        self.first_bad_step += (is_bad & (self.bad_steps == 0)) * step
+        self.bad_steps += is_bad
         self.step_loss.zero_()
         self.grad_norm += grad_norm.nan_to_num(0.0, 0.0)  # of a step that was left out
         self.counts[1] += 1
@@ -57,25 +55,6 @@ class DeviceMeters:
             for tensor in (self.sums, self.grad_norm, self.counts):
                 tensor.zero_()
         return dict(zip((*self.names, "grad_norm"), values, strict=True))
-
-    def count_faults(self) -> int:
-        return int(self.bad_losses.count + self.bad_gradients.count)
-
-    def faults(self) -> list[tuple[int, str, int]]:
-        """(first step, what, how many steps) for what went wrong on this rank."""
-        counters = {"loss": self.bad_losses, "gradient": self.bad_gradients}.items()
-        return [(int(bad.first_step), what, int(bad.count)) for what, bad in counters if bad.count]
-
-
-class FaultCounter:
-    """How many steps went wrong and which was the first, without asking the device."""
-
-    def __init__(self, device: torch.device):
-        self.count, self.first_step = torch.zeros(2, dtype=torch.int64, device=device)
-
-    def add(self, step: int, is_bad: Tensor) -> None:
-        self.first_step += (is_bad & (self.count == 0)) * step
-        self.count += is_bad
 
 
 class Speed:
