@@ -29,12 +29,13 @@ from torch import Tensor
 
 from data.base import DataError
 from eval.common import EvalRun, run_evaluation
-from eval.features import ROWS, extract
+from eval.features import extract
 from launch.command import run_worker
 from models.losses import average_similarity
 from util.distributed import Ranks, all_reduce
 from util.loaders import open_split
 
+ROWS = 65536  # features that are converted at a time: bounds the memory
 RIDGE = 1e-4  # of the mean variance of a channel
 
 
@@ -47,7 +48,7 @@ def evaluate(run: EvalRun) -> None:
     dataset = open_split(cfg, cfg.split, run.ranks)
     if len(dataset) < 4:
         raise DataError(f"split={cfg.split}: expected 4 images or more, it has {len(dataset)}")
-    pooled = extract(run, dataset, cfg.split, cfg.pooling, normalised=False).features
+    pooled = extract(run, dataset, cfg.split, cfg.pooling).features
     generator = torch.Generator().manual_seed(cfg.seed)
     drawn, left_out = torch.randperm(len(dataset), generator=generator), run.bad_images[dataset]
     readable = (index for index in drawn.tolist() if dataset.describe(index) not in left_out)

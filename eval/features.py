@@ -8,20 +8,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
-from io import BytesIO
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.lib.format import write_array_header_1_0
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from data.base import ImageDataset
 from data.files import given_images
-from data.loader import EvalLoader
+from data.loader import EvalBatch
 from eval.backbone import Tokens
 from eval.common import EvalRun, LabelledImages, run_evaluation
 from eval.families import BackboneError
@@ -33,7 +32,6 @@ from util.files import read_json, remove_unfinished, write_json, write_whole
 from util.loaders import open_split
 
 Vectors = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] on the device -> [B, width]
-ROWS = 65536  # features that are copied or normalised at a time: bounds the memory
 
 
 class Features(NamedTuple):
@@ -54,10 +52,9 @@ def pooled_width(width: int, pooling: str) -> int:
 
 
 def extract(
-    run: EvalRun, dataset: ImageDataset, split: str, pooling: str, normalised: bool
+    run: EvalRun, dataset: ImageDataset, split: str, pooling: str, only_labelled: bool = False
 ) -> Features:
-    """Pooled features of all images of a split that can be read, on every process. normalised: to
-    length 1.
+    """Pooled features of all images of a split that can be read, on every process.
 
     With cache_dir features are computed once, and read from there by all evaluations and processes.
     """
@@ -75,20 +72,20 @@ def extract(
     labels, is_read = labels_of(dataset), ~features[:, 0].isnan()
     if not is_read.all():
         run.leave_out(dataset, (~is_read).nonzero().flatten().tolist())  # if it is from the cache
-        features, labels = features[is_read], labels[is_read]
-    return Features(unit_length(features) if normalised else features, labels)
+    kept = is_read & (labels >= 0) if only_labelled else is_read
+    if not kept.all():  # otherwise a file of the cache stays on the disk
+        features, labels = features[kept], labels[kept]
+    return Features(features, labels)
 
 
 def extract_labelled(
-    run: EvalRun, images: dict[str, LabelledImages], pooling: str, normalised: bool = True
+    run: EvalRun, images: dict[str, LabelledImages], pooling: str
 ) -> dict[str, Features]:
     """Of those images of each split that have a label."""
-    found = {}
-    for split, labelled in images.items():
-        everything = extract(run, labelled.dataset, split, pooling, normalised)
-        kept = everything.labels >= 0
-        found[split] = everything if kept.all() else Features(*(part[kept] for part in everything))
-    return found
+    return {
+        split: extract(run, labelled.dataset, split, pooling, only_labelled=True)
+        for split, labelled in images.items()
+    }
 
 
 def labels_of(dataset: ImageDataset) -> Tensor:
@@ -98,20 +95,13 @@ def labels_of(dataset: ImageDataset) -> Tensor:
     return torch.from_numpy(np.asarray(dataset.labels, dtype=np.int64))
 
 
-def unit_length(features: Tensor) -> Tensor:
-    """A normalised copy, part by part: a file that is mapped is never in memory as a whole."""
-    result = torch.empty(features.shape)
-    for part, normalised in zip(features.split(ROWS), result.split(ROWS), strict=True):
-        F.normalize(part, dim=-1, out=normalised)
-    return result
-
-
 @torch.inference_mode()
 def compute(run: EvalRun, dataset: ImageDataset, pooling: str) -> Tensor:
     """-> float32 [N, D], not normalised; NaN are the rows of images that could not be read"""
     width = pooled_width(run.backbone.embed_dim, pooling)
+    batches = run.batches(run.loader(dataset), "batches encoded:")
     features, is_read = encode(
-        run.loader(dataset), lambda images: pool(run.tokens(images), pooling), width, run.ranks, run
+        batches, lambda images: pool(run.tokens(images), pooling), (len(dataset), width), run.ranks
     )
     check_finite(features, f"precision={run.precision}")
     features[~is_read] = torch.nan
@@ -125,13 +115,13 @@ def check_finite(features: Tensor, settings: str) -> None:
 
 @torch.inference_mode()
 def encode(
-    loader: EvalLoader, vectors: Vectors, width: int, ranks: Ranks, run: EvalRun | None = None
+    batches: Iterable[EvalBatch], vectors: Vectors, shape: tuple[int, int], ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """Each process encodes its part; then all have all. -> float32 [N, width], on the CPU, and
     which of the images could be read, bool [N]; the rows of the others are zero"""
-    features = torch.zeros(len(loader.dataset), width)
+    features = torch.zeros(shape)
     is_read = torch.zeros(len(features), dtype=torch.uint8)
-    for batch in loader if run is None else run.batches(loader, "batches encoded:"):
+    for batch in batches:
         indices = batch.indices.cpu()
         features[indices], is_read[indices] = vectors(batch.images).float().cpu(), 1
     for rows in (features, is_read):
@@ -167,12 +157,10 @@ def main(cfg: DictConfig) -> None:
 def save(run: EvalRun) -> None:
     """meta.json comes last: where it is, the other files are whole and belong to it."""
     cfg, results, side = run.cfg, run.job / "results", run.backbone.image_side
-    given = cfg.images is not None
-    dataset = (
-        given_images(cfg.images, cfg.dataset.options.get("max_value"))
-        if given
-        else open_split(cfg, cfg.split, run.ranks)
-    )
+    if cfg.images is not None:
+        dataset = given_images(cfg.images, cfg.dataset.options.get("max_value"))
+    else:
+        dataset = open_split(cfg, cfg.split, run.ranks)
 
     def chosen(tokens: Tokens) -> Tensor:
         return tokens.patches if cfg.tokens else pool(tokens, cfg.pooling)
@@ -189,9 +177,8 @@ def save(run: EvalRun) -> None:
     names = (dataset.describe(index).splitlines() for index in kept)
     lines = (os.fsencode("\\n".join(name)) + b"\n" for name in names)
     write_whole(results / "paths.txt", lambda file: file.writelines(lines))
-    write_whole(
-        results / "labels.npy", lambda file: np.save(file, labels_of(dataset)[kept].numpy())
-    )
+    labels = labels_of(dataset)[kept].numpy()
+    write_whole(results / "labels.npy", lambda file: np.save(file, labels))
     meta = {
         "shape": shape,
         "left_out": sorted(run.bad_images[dataset]),  # images that could not be read
@@ -229,10 +216,13 @@ def save_rows(
     one would lose its rows. -> the file, and the images whose rows it has"""
     dtype, path = np.dtype(run.cfg.dtype), run.job / "results" / "features.npy"
     size, kept = dtype.itemsize * math.prod(shape[1:]), list(range(len(dataset)))  # bytes of a row
-    start = len(npy_header(dtype, shape))
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
 
     def write(file: BinaryIO | None = None) -> None:
-        name = broadcast_object(file and file.name, run.ranks)
+        if file is not None:  # a header, which is as long for fewer rows
+            write_array_header_1_0(file, header)
+            file.flush()
+        name, start = broadcast_object(file and (file.name, file.tell()), run.ranks)
         with open(name, "r+b") as rows:
             for batch in run.batches(run.loader(dataset), "batches encoded:"):
                 values = vectors(batch.images).float().cpu().to(getattr(torch, dtype.name))
@@ -247,24 +237,17 @@ def save_rows(
             stored = np.memmap(name, np.uint8, "r+", start, (len(kept), size))
             kept[:] = [index for index in kept if dataset.describe(index) not in left_out]
             for place, index in enumerate(kept):
-                if place != index:
-                    stored[place] = stored[index]
+                stored[place] = stored[index]
             stored.flush()
             file.truncate(start + len(kept) * size)
-        file.write(npy_header(dtype, (len(kept), *shape[1:])))
+            file.seek(0)
+            write_array_header_1_0(file, header | {"shape": (len(kept), *shape[1:])})
 
     if run.ranks.is_main:
         write_whole(path, write)
     else:
         write()
     return path, kept
-
-
-def npy_header(dtype: np.dtype, shape: tuple) -> bytes:
-    """As long for any number of rows."""
-    header, file = {"descr": dtype.str, "fortran_order": False, "shape": shape}, BytesIO()
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the evaluation images.
 
 from collections import ChainMap
 from collections.abc import Sequence
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
@@ -21,8 +22,6 @@ from launch.command import run_worker
 from util.distributed import gather_objects
 from util.streams import Stream, generator
 
-QUERIES = 8192  # evaluation images at a time: bounds the memory
-
 
 def main(cfg: DictConfig) -> None:
     run_evaluation(cfg, "few_shot", evaluate)
@@ -32,7 +31,8 @@ def evaluate(run: EvalRun) -> None:
     cfg, ranks = run.cfg, run.ranks
     images = labelled_images(run, "train", "eval")
     check_shots(images["train"].labels, max(cfg.shots))
-    train, evaluation = extract_labelled(run, images, cfg.pooling).values()
+    found = extract_labelled(run, images, cfg.pooling).values()
+    train, evaluation = (part._replace(features=F.normalize(part.features)) for part in found)
     check_shots(train.labels.numpy(), max(cfg.shots))  # some may have been left out
     classes = count_classes(train.labels, evaluation.labels)
 
@@ -43,10 +43,10 @@ def evaluate(run: EvalRun) -> None:
         chosen = choose_shots(train.labels, shots, cfg.seed, draw)
         support = Features(train.features[chosen], train.labels[chosen])
         own[shots, draw] = ridge_accuracies(support, evaluation, classes, list(cfg.regularisers))
-    found = ChainMap(*gather_objects(own, ranks))
+    accuracies = ChainMap(*gather_objects(own, ranks))
     results, details = {}, {}
     for shots in cfg.shots:
-        draws = [found[shots, draw] for draw in range(cfg.draws)]
+        draws = [accuracies[shots, draw] for draw in range(cfg.draws)]
         top1 = [draw["top1"] for draw in draws]
         summary = mean_and_spread(top1)
         results[f"top1/{shots}-shot"] = summary["mean"]
@@ -70,9 +70,7 @@ def evaluate(run: EvalRun) -> None:
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
     """The standard deviation over draws, of one of them."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    spread = tensor.std(correction=min(1, len(values) - 1))
-    return {"mean": tensor.mean().item(), "spread": spread.item()}
+    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else 0.0}
 
 
 def check_shots(labels: np.ndarray, shots: int) -> None:
@@ -103,13 +101,9 @@ def ridge_accuracies(
     # and number of shots. Features that are all alike have none.
     unit = max(np.square(features - features.mean(axis=0)).sum() / len(features), 1e-12)
     fits = [Ridge(strength * unit).fit(features, targets) for strength in regularisers]
-    hits = torch.zeros(len(fits))
-    parts = zip(evaluation.features.split(QUERIES), evaluation.labels.split(QUERIES), strict=True)
-    for queries, labels in parts:
-        for position, ridge in enumerate(fits):
-            predicted = ridge.predict(queries.double().numpy())
-            hits[position] += (predicted.argmax(axis=1) == labels.numpy()).sum()
-    percent = (100 * hits.double() / len(evaluation.labels)).tolist()
+    queries, labels = evaluation.features.double().numpy(), evaluation.labels.numpy()
+    predicted = (ridge.predict(queries).argmax(axis=1) for ridge in fits)
+    percent = [float(100 * (found == labels).mean()) for found in predicted]
     # Where each class has one image, its class is gone when it is left out, and the middle one of
     # the list is taken.
     if len(targets) == support.labels.unique().numel():

@@ -151,7 +151,7 @@ class CachedProbe(Probe):
         order = StepOrder(count, cfg.seed, *sizes)
         # Of several poolings each is a part of cls+mean, or all of it.
         pooling = cfg.poolings[0] if len(cfg.poolings) == 1 else "cls+mean"
-        self.stored = extract_labelled(self.run, self.images, pooling, normalised=False)
+        self.stored = extract_labelled(self.run, self.images, pooling)
         bad = self.run.bad_images[self.images["train"].dataset]
         kept = [index for index in range(count) if self.dataset.describe(index) not in bad]
         # Of each training image; one that could not be read is replaced by the next, as elsewhere.

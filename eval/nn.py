@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
 from data.loader import EvalLoader, share_of
 from eval.common import EvalRun, labelled_images, run_evaluation
-from eval.features import Features, encode, extract_labelled, labels_of, unit_length
+from eval.features import Features, encode, extract_labelled, labels_of
 from launch.command import run_worker
 from launch.config import ConfigError
 from models.vit import Encoder
@@ -48,12 +49,11 @@ def evaluate(run: EvalRun) -> None:
     queries = found["eval"]
     count = len(queries.labels)
     if is_knn:
-        bank = found["train"]
-        check_bank(max(cfg.neighbours), len(bank.labels), "labelled training images")
+        bank, size = found["train"], len(found["train"].labels)
+        check_bank(max(cfg.neighbours), size, "labelled training images")
         results = knn(bank, queries, cfg.neighbours, cfg.temperature, run.ranks, run)
-        protocol = f"k-NN, bank of {len(bank.labels)} training images, votes of "
-        protocol += f"exp(cosine / {cfg.temperature})"
-        extra = {"bank": len(bank.labels)}
+        votes = f"votes of exp(cosine / {cfg.temperature})"
+        protocol, extra = f"k-NN, bank of {size} training images, {votes}", {"bank": size}
     else:
         check_bank(1, count - 1, "evaluation images other than the query")
         results = {"top1": leave_one_out(queries, run.ranks, run)}
@@ -87,13 +87,15 @@ def knn(
     """Percent of the queries whose class is the first, and among the first five, of the vote; each
     process searches its part of them. Where the queries are the bank, none is a neighbour of
     itself."""
+    vectors = F.normalize(queries.features)
+    searched = vectors if queries is bank else F.normalize(bank.features)
     classes = int(torch.cat([bank.labels, queries.labels]).max()) + 1
     hits = torch.zeros(len(neighbours), 2, dtype=torch.int64)
     pieces = torch.arange(len(queries.labels)).split(QUERIES)
     pieces = pieces[share_of(len(pieces), ranks.rank, ranks.world_size)]
     for rows in pieces if run is None else run.tracked(pieces, "pieces of the queries:"):
-        own, itself = queries.features[rows], rows if queries is bank else None
-        found = nearest(bank.features, own, max(neighbours), ranks.device, leave_out=itself)
+        itself = rows if queries is bank else None
+        found = nearest(searched, vectors[rows], max(neighbours), ranks.device, leave_out=itself)
         for row, k in enumerate(neighbours):
             ranking = vote(found, bank.labels, k, temperature, classes)[:, :5]
             is_hit = ranking == queries.labels[rows, None]
@@ -127,9 +129,10 @@ def leave_one_out_accuracy(
 
     was_training = encoder.training
     encoder.eval()
-    features, is_read = encode(images, vectors, encoder.embed_dim, ranks)
+    shape = (len(images.dataset), encoder.embed_dim)
+    features, is_read = encode(images, vectors, shape, ranks)
     encoder.train(was_training)
-    found = Features(unit_length(features[is_read]), labels_of(images.dataset)[is_read])
+    found = Features(features[is_read], labels_of(images.dataset)[is_read])
     count = len(found.labels)
     return leave_one_out(found, ranks) if count > 1 else math.nan, count
 

@@ -26,7 +26,7 @@ from data.masks import IGNORE, MaskedImages, WithMasks
 from data.transforms import MaskTransform
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation
-from eval.features import Features, unit_length
+from eval.features import Features
 from eval.metrics import matched_miou
 from eval.nn import QUERIES, check_bank, nearest, vote
 from launch.command import run_worker
@@ -159,7 +159,7 @@ def vote_on_patches(run: EvalRun, dataset: MaskedImages) -> None:
     hits = torch.zeros(1 + len(cfg.neighbours), dtype=torch.int64)  # of each k; first, of all
     for batch in token_batches(run, dataset, "batches searched:"):
         vectors, labels = pure_patches(*batch)
-        vectors = unit_length(vectors - centre)
+        vectors = F.normalize(vectors - centre)
         for rows in torch.arange(len(labels)).split(QUERIES):
             found = nearest(bank.features, vectors[rows], max(cfg.neighbours), ranks.device)
             hits[0] += len(rows)
@@ -202,7 +202,7 @@ def build_bank(cfg: DictConfig, parts: list[tuple[Tensor, Tensor]]) -> tuple[Fea
         drawn = generator(Stream.BANK, cfg.seed).permutation(len(labels))[: cfg.bank_patches]
         vectors, labels = vectors[np.sort(drawn)], labels[np.sort(drawn)]
     centre = vectors.mean(dim=0, dtype=torch.float64).float()
-    return Features(unit_length(vectors - centre), labels), centre
+    return Features(F.normalize(vectors - centre), labels), centre
 
 
 def linear_head(run: EvalRun, dataset: MaskedImages) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import collapse, features
+from eval import collapse
 from eval.collapse import measure_pooled
 from eval.common import run_joined
 from tests import eval_by_hand as by_hand
@@ -18,7 +18,7 @@ from util.distributed import Ranks
 
 @pytest.mark.parametrize("rows", [7, 65536])
 def test_numbers_equal_their_definitions(monkeypatch, rows):
-    assert features.ROWS == 65536
+    assert collapse.ROWS == 65536
     monkeypatch.setattr("eval.collapse.ROWS", rows)
     given = torch.randn(50, 12, generator=torch.Generator().manual_seed(0)) + 0.5
     found, array = measure_pooled(given), given.double().numpy()

@@ -103,7 +103,6 @@ REGULARISERS = [0.02, 4, 0.3, 1, 0.1]
 
 def test_a_whole_run_by_hand(tmp_path, monkeypatch, capsys):
     """Every key is away from its default, but for random_init. Some images have no label."""
-    monkeypatch.setattr("eval.few_shot.QUERIES", 10)
     by_hand.lose_labels(monkeypatch)
     path = by_hand.write_checkpoint(tmp_path)
     root = by_hand.write_images(tmp_path / "images")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -24,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 
 from bench import loader as loading
 from bench import step
-from eval.features import unit_length
 from eval.nn import QUERIES, nearest
 from launch.config import compose_config
 from launch.job import git
@@ -258,7 +258,7 @@ def test_search(bench, row):
     """Exact, in the CPU's memory, as evaluations have it."""
     torch.manual_seed(0)
     sizes = bench.size((1_280_000, 5 * QUERIES), (3000, 20))
-    bank, queries = (unit_length(torch.randn(n, WIDTH, device=bench.device).cpu()) for n in sizes)
+    bank, queries = (F.normalize(torch.randn(n, WIDTH, device=bench.device).cpu()) for n in sizes)
     find = partial(nearest, bank, k=NEIGHBOURS, device=bench.device)
     find(queries=queries[:1])
     begin = time.perf_counter()
