@@ -18,9 +18,9 @@ from data.base import count_images
 from data.loader import TrainBatch, TrainLoader
 from data.transforms import EvalTransform, TrainTransform, normalise
 from engine_pretrain import train_step
-from eval.glimpses import picture
+from eval.collapse import COLLAPSED, CollapseWatch, judge
 from eval.nn import leave_one_out_accuracy
-from eval.watch import COLLAPSED, CollapseWatch, judge
+from eval.pictures import picture
 from launch.command import run_worker
 from launch.config import TrainingStopped
 from launch.job import list_checkpoints

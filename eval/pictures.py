@@ -1,13 +1,19 @@
-"""Figures of pictures and maps side by side, and colours for clusters that divide."""
+"""Figures of pictures and maps side by side, colours for clusters that divide, and what TensorBoard
+shows of a few fixed images while an encoder is trained."""
 
+import io
 import textwrap
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ImageColor
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageColor
+from torch import Tensor
 
+from models.views import Geometry, Views, extract_patches, take_tokens
 from util.files import write_whole
 
 # Of Okabe and Ito: blue, orange, green, purple, vermilion and yellow that colour-blind readers tell
@@ -26,6 +32,9 @@ PANEL, GAP, LINE, MARGIN = 2.0, 0.08, 0.2, 0.1
 TEXT, SMALL = 8, 6.5
 WIDTH = 0.62  # of a monospaced letter, as a share of its size
 DOTS = 130  # per inch
+
+# In TensorBoard: the colours of the last level; the parts of a cluster of the first share a hue.
+CLUSTERS, GREY, FRAME = [3, 5], 128, 1
 
 
 class Panel(NamedTuple):
@@ -133,3 +142,44 @@ def fill(axes, panel: Panel) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
         font = {"family": "monospace", "size": SMALL}
         axes.text(0.03, 0.04, panel.note, font, transform=axes.transAxes, bbox=box)
+
+
+# --- in TensorBoard -------------------------------------------------------------------------------
+
+
+def picture(images: Tensor, views: Views, geometry: Geometry, tokens: Tensor) -> bytes:
+    """Draw a PNG with a row per image: the image, its visible patches, its masked ones, the
+    clusters of its tokens. images: uint8 [N, 3, H, W]; tokens [N, L, D], of the whole grid."""
+    side = geometry.side
+    resized = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True).byte()
+    parts = [resized, *only_patches(resized, views, geometry), cluster_maps(tokens, side)]
+    framed = [F.pad(part.cpu(), [FRAME] * 4, value=255) for part in parts]
+    rows = torch.cat(framed, dim=3)  # [N, 3, side, 4 x side], with margins
+    whole = rows.permute(0, 2, 3, 1).flatten(0, 1)
+    file = io.BytesIO()
+    Image.fromarray(whole.numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def only_patches(images: Tensor, views: Views, geometry: Geometry) -> list[Tensor]:
+    """Show the visible patches on grey, and the masked ones. The networks' own function cuts them,
+    here out of an image of pixel numbers."""
+    count, side = len(images), geometry.side
+    numbers = torch.arange(side**2, device=images.device).reshape(1, 1, side, side)
+    numbers, offsets = numbers.expand(count, -1, -1, -1), (views.row_offsets, views.column_offsets)
+    places = extract_patches(numbers, geometry.patch_size, geometry.patch_gap, *offsets)
+    found = []
+    for ids in (views.visible_ids, views.masked_ids):
+        shown = torch.zeros(count, side**2, dtype=torch.bool, device=images.device)
+        shown.scatter_(1, take_tokens(places, ids).flatten(1), True)
+        found.append(torch.where(shown.reshape(count, 1, side, side), images, GREY))
+    return found
+
+
+def cluster_maps(tokens: Tensor, side: int) -> Tensor:
+    """Draw the clusters of the tokens of each image: uint8 [N, 3, side, side]."""
+    grid, maps = round(tokens.shape[1] ** 0.5), []
+    for own in tokens.float().cpu().numpy():
+        colours = torch.from_numpy(nested_colours(nested_clusters(own, CLUSTERS))[-1])
+        maps.append((255 * colours).byte().T.reshape(3, grid, grid))
+    return F.interpolate(torch.stack(maps), (side, side), mode="nearest")

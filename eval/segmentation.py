@@ -10,13 +10,13 @@ python launcher.py --config-name=segmentation pretrained=checkpoints/demo datase
 """
 
 from collections.abc import Iterator
-from statistics import fmean
+from statistics import fmean  # rounded once: the order of the values changes nothing
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -27,12 +27,11 @@ from data.transforms import MaskTransform
 from eval.backbone import Tokens
 from eval.common import EvalRun, run_evaluation
 from eval.features import Features
-from eval.metrics import matched_miou
 from eval.nn import QUERIES, check_bank, nearest, vote
 from launch.command import run_worker
 from launch.config import ConfigError
 from models.views import extract_patches
-from util.distributed import Ranks, all_reduce, broadcast_object, gather_objects, on_main
+from util.distributed import Ranks, all_reduce, gather_objects, on_main
 from util.loaders import eval_loader, open_split
 from util.schedules import half_cosine
 from util.streams import Stream, generator
@@ -90,8 +89,8 @@ def cluster_images(run: EvalRun, dataset: MaskedImages) -> None:
     least = 2 if "truth" in cfg.segments else 1
     scored = [score for score in scores if score[0] >= least]
     if not any(score[0] > 1 for score in scored):
-        valid = f"values such as 0 and 1 ({IGNORE} marks pixels without a class)"
-        raise DataError(f"none of the {len(scores)} masks holds two classes: expected {valid}")
+        found = f"none of the {len(scores)} masks holds two classes"
+        raise DataError(f"{found}: expected 0, 1, ... ({IGNORE} marks pixels without a class)")
     names = [f"{measure}_{count}" for count in cfg.segments for measure in ("miou", "ari")]
     _, *columns = zip(*scored, strict=True)
     results = {name: 100 * fmean(values) for name, values in zip(names, columns, strict=True)}
@@ -121,9 +120,24 @@ def score_image(cfg: DictConfig, vectors: np.ndarray, grid: Grid, mask: np.ndarr
     scores: list[float] = [classes]
     for count in cfg.segments:
         segments = cluster(cfg, vectors, grid, classes if count == "truth" else count)
-        found = to_pixels(segments.reshape(grid), mask.shape)[labelled]
+        picture = Image.fromarray(segments.reshape(grid).astype(np.int32))
+        found = np.array(picture.resize(mask.shape[::-1], Image.Resampling.NEAREST))[labelled]
         scores += [matched_miou(truth, found), adjusted_rand_score(truth, found)]
     return scores
+
+
+def matched_miou(truth: np.ndarray, segments: np.ndarray) -> float:
+    """Match each true label with the segment that makes the mean IoU largest, no segment twice. The
+    mean is over the true labels; one that gets no segment has IoU 0. Both [N]: of labelled pixels.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics.cluster import contingency_matrix
+
+    counts = contingency_matrix(truth, segments)
+    union = counts.sum(axis=1, keepdims=True) + counts.sum(axis=0, keepdims=True) - counts
+    iou = counts / union
+    rows, columns = linear_sum_assignment(iou, maximize=True)
+    return float(iou[rows, columns].sum() / len(iou))
 
 
 def cluster(cfg: DictConfig, vectors: np.ndarray, grid: Grid, count: int) -> np.ndarray:
@@ -136,27 +150,20 @@ def cluster(cfg: DictConfig, vectors: np.ndarray, grid: Grid, count: int) -> np.
     # Blank patches of raw pixels may be all zero, which has no direction: they get a common one.
     blank = ~vectors.any(axis=1)
     vectors = np.where(blank[:, None], vectors.shape[1] ** -0.5, vectors)
-    metric, linkage, connected = (cfg.clustering[key] for key in ("metric", "linkage", "connected"))
-    near = grid_to_graph(*grid) if connected else None
-    clusters = AgglomerativeClustering(count, metric=metric, linkage=linkage, connectivity=near)
-    return clusters.fit_predict(vectors)
-
-
-def to_pixels(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Give each pixel the value of its patch: [rows, columns] -> [H, W]."""
-    rows = np.arange(size[0]) * values.shape[0] // size[0]
-    columns = np.arange(size[1]) * values.shape[1] // size[1]
-    return values[rows[:, None], columns]
+    own = cfg.clustering
+    near = grid_to_graph(*grid) if own.connected else None
+    options = {"metric": own.metric, "linkage": own.linkage, "connectivity": near}
+    return AgglomerativeClustering(count, **options).fit_predict(vectors)
 
 
 def vote_on_patches(run: EvalRun, dataset: MaskedImages) -> None:
     cfg, ranks = run.cfg, run.ranks
     batches = token_batches(run, training_images(cfg, dataset), "training batches encoded:")
     parts = gather_to_first([pure_patches(*batch) for batch in batches], ranks)
-    bank, centre = broadcast_object(build_bank(cfg, parts) if ranks.is_main else None, ranks)
+    bank, centre = on_main(lambda: build_bank(cfg, parts), ranks)
     check_bank(max(cfg.neighbours), len(bank.labels), "training patches of one class")
     classes = int(bank.labels.max()) + 1
-    hits = torch.zeros(1 + len(cfg.neighbours), dtype=torch.int64)  # of each k; first, of all
+    hits = torch.zeros(1 + len(cfg.neighbours), dtype=torch.int64)  # patches, then hits of each k
     for batch in token_batches(run, dataset, "batches searched:"):
         vectors, labels = pure_patches(*batch)
         vectors = F.normalize(vectors - centre)
@@ -216,28 +223,27 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     # processes changes nothing.
     parts = gather_to_first(parts, ranks)
     head = on_main(lambda: train_patch_head(run, parts), ranks).to(ranks.device)
-    pixels = torch.zeros(3, CLASSES, dtype=torch.int64)  # in the masks, predicted, and both
+    pixels = torch.zeros(CLASSES**2, dtype=torch.int64)  # of each pair: true class, predicted one
     for tokens, masks in token_batches(run, dataset, "batches classified:"):
         for vectors, mask in zip(tokens.patches, masks, strict=True):
             with torch.inference_mode():  # the logits of the patches, interpolated
                 logits = head(vectors).T.unflatten(1, tokens.grid)[None]
                 logits = F.interpolate(logits, size=mask.shape, mode="bilinear")
-            predicted, labelled = logits[0].argmax(dim=0).cpu(), mask != IGNORE
-            for row, where in zip(pixels[:2], (mask, predicted), strict=True):
-                row += where[labelled].bincount(minlength=CLASSES)
-            pixels[2] += mask[labelled & (mask == predicted)].bincount(minlength=CLASSES)
-    true, taken, hits = all_reduce(pixels.to(ranks.device)).double().cpu()
+            pairs = CLASSES * mask.long() + logits[0].argmax(dim=0).cpu()
+            pixels += pairs[mask != IGNORE].bincount(minlength=len(pixels))
+    confusion = all_reduce(pixels.to(ranks.device)).cpu().double().reshape(CLASSES, CLASSES)
+    true, taken, hits = confusion.sum(dim=1), confusion.sum(dim=0), confusion.diagonal()
     if not true.any():
         raise DataError(f"dataset={cfg.dataset.name}: no pixel of the evaluation masks has a class")
-    iou = hits / (true + taken - hits)
-    ious = {str(n): iou[n].item() for n in true.nonzero().flatten().tolist()}
+    percent = 100 * hits / (true + taken - hits)
+    ious = {str(n): percent[n].item() for n in true.nonzero().flatten().tolist()}
     accuracy = (hits.sum() / true.sum()).item()
     run.finish(
-        {"miou": 100 * fmean(ious.values()), "pixel_accuracy": 100 * accuracy},
+        {"miou": fmean(ious.values()), "pixel_accuracy": 100 * accuracy},
         protocol=f"frozen linear head on {SEEN[cfg.features]}, {cfg.patch_head.epochs} epochs, "
         f"{trained} training images; mIoU over the classes of the evaluation masks, percent",
         images=len(dataset) - len(run.bad_images[dataset]),
-        extra={"iou_of_class": {name: 100 * value for name, value in ious.items()}},
+        extra={"iou_of_class": ious},
     )
 
 
@@ -301,17 +307,12 @@ def class_counts(masks: Tensor, grid: Grid, classes: int) -> Tensor:
 
 def gather_to_first(parts: list, ranks: Ranks) -> list:
     """Gather the parts of all processes, in the order of ranks, on the first one; none on the
-    others. One part of each at a time, because what is sent is in memory several times. Empties
-    `parts`."""
-    if ranks.world_size == 1:
-        return parts
-    gathered = []
-    for number in range(max(gather_objects(len(parts), ranks))):
-        boxes = [None] * ranks.world_size if ranks.is_main else None
-        dist.gather_object(parts[number] if number < len(parts) else None, boxes)
-        gathered.append(boxes or [])
-    parts.clear()
-    return [part for own in zip(*gathered, strict=True) for part in own if part is not None]
+    others. One part of each at a time, because what is sent is in memory several times."""
+    own, gathered = iter(parts), []
+    for _ in range(max(gather_objects(len(parts), ranks))):
+        found = gather_objects(next(own, None), ranks)
+        gathered.append(found if ranks.is_main else [])
+    return [part for of_rank in zip(*gathered, strict=True) for part in of_rank if part is not None]
 
 
 if __name__ == "__main__":

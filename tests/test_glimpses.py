@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eval.glimpses import GREY, only_patches, picture
+from eval.pictures import GREY, only_patches, picture
 from models.views import Geometry, sample_views
 
 GEOMETRY = Geometry(grid_size=4, patch_size=3, patch_gap=2, num_vis=5)

@@ -19,8 +19,8 @@ from eval.common import EvalRun, count_hits
 from eval.features import Features
 from eval.few_shot import ridge_accuracies
 from eval.linear_probe import ProbeHead
-from eval.metrics import boundary_accuracy, score_object
 from eval.nn import knn
+from eval.video import boundary_accuracy, score_object
 from models.losses import Objective
 from tests.published import prediction_loss
 from tests.test_probe_by_hand import optimiser_steps

@@ -13,8 +13,7 @@ from data.base import DataError
 from data.masks import IGNORE
 from eval import segmentation
 from eval.common import run_joined
-from eval.metrics import matched_miou
-from eval.segmentation import class_counts, score_image, to_pixels
+from eval.segmentation import class_counts, matched_miou, score_image
 from launch.config import ConfigError, compose_config
 from launch.validate import check_config
 from tests.backbones import digits_checkpoint
@@ -65,11 +64,6 @@ def test_pixels_without_a_class_are_left_out():
     mask[1, 3] = 4
     assert score_image(cfg, np.eye(2), (1, 2), mask) == pytest.approx([2, 1, 1, 1, 1])
     assert score_image(cfg, np.eye(2), (1, 2), np.full_like(mask, IGNORE)) == [0]
-
-
-def test_patches_cover_their_pixels():
-    patches = np.array([[0, 1, 2], [3, 4, 5]])
-    assert np.array_equal(to_pixels(patches, (4, 9)), patches.repeat(2, axis=0).repeat(3, axis=1))
 
 
 def test_class_counts_of_patches():

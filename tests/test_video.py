@@ -17,14 +17,16 @@ from data.davis import VOID
 from eval import video
 from eval.backbone import Backbone, Tokens
 from eval.common import EvalRun, run_joined
-from eval.metrics import (
+from eval.video import (
     boundary_accuracy,
+    frame_size,
+    pixel_objects,
+    propagate_labels,
     region_similarity,
     score_object,
     score_sequence,
     summarise,
 )
-from eval.video import frame_size, pixel_objects, propagate_labels
 from launch.config import compose_config
 from models.views import extract_patches
 from tests.backbones import digits_checkpoint

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from data.base import ArrayDataset
 from data.transforms import EvalTransform
-from eval.collapse import measure_pooled, measure_tokens
-from eval.watch import CollapseWatch, judge
+from eval.collapse import CollapseWatch, judge, measure_pooled, measure_tokens
 from launch.config import compose_config
 from tests.runs import (
     LAUNCHER,
