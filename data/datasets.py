@@ -7,14 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import davis, imagenet, images, masks, tar
+from data import files, images, masks, tar
 from data.base import ArrayDataset, DataError, ImageDataset
-from data.files import FOLDER_LAYOUT, build_folder, existing_folder
-from data.imagenet import build_imagefolder
-from data.images import build_images
-from data.masks import build_masks, build_voc
+from data.files import existing_folder
 from data.photographs import Photographs, Textures, build_photographs
-from data.tar import build_tar
 
 OF_CLASS_FOLDERS = ("imagefolder", "imagenet", "imagenet100")
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -71,26 +67,26 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": build_digits,
     "textures": partial(build_photographs, Textures),
     "photographs": partial(build_photographs, Photographs),
-    "tar": build_tar,
-    "folder": build_folder,
-    "images": build_images,
+    "tar": tar.build_tar,
+    "folder": files.build_folder,
+    "images": images.build_images,
     "cifar10": partial(build_cifar, "cifar10"),
     "cifar100": partial(build_cifar, "cifar100"),
     "stl10": build_stl10,
-    "masks": build_masks,
-    "voc": build_voc,
-    **{name: partial(build_imagefolder, name) for name in OF_CLASS_FOLDERS},
+    "masks": masks.build_masks,
+    "voc": masks.build_voc,
+    **{name: partial(files.build_imagefolder, name) for name in OF_CLASS_FOLDERS},
 }
 # What data_path has to be; the others need none.
 LAYOUTS = {
-    **dict.fromkeys(OF_CLASS_FOLDERS, imagenet.EXPECTED),
+    **dict.fromkeys(OF_CLASS_FOLDERS, files.CLASSES_LAYOUT),
     **{name: UNPACKED.format(*archive) for name, archive in ARCHIVES.items()},
     "tar": tar.EXPECTED,
-    "folder": FOLDER_LAYOUT,
+    "folder": files.FOLDER_LAYOUT,
     "images": images.EXPECTED,
     "masks": masks.MASKS_LAYOUT,
     "voc": masks.VOC_LAYOUT,
-    "DAVIS-2017": davis.LAYOUT,
+    "DAVIS-2017": masks.DAVIS_LAYOUT,
 }
 # The options of those that are stored in files, and their defaults. One process lists the files for
 # all.

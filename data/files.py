@@ -1,8 +1,15 @@
-"""Data sets made of image files, and `folder`, the one without labels."""
+"""Data sets made of image files: `folder`, without labels, and those with one folder per class,
+`imagefolder`, ImageNet-1K as it is distributed and its 100-class subset.
+
+The val/ of the latter may also be flat, as in ImageNet's archive; then the labels come from two
+files of the development kit: ILSVRC2012_validation_ground_truth.txt and meta.mat.
+"""
 
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -13,7 +20,13 @@ from data.base import DataError, StoredImages, first_few
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 ENDINGS = f"expected files ending in {' '.join(EXTENSIONS)}"
 FOLDER_LAYOUT = "a folder with images, at any depth"
+CLASSES_LAYOUT = "a folder with train/CLASS/ and val/"
 EVAL_FOLDERS = ("val", "validation", "test")
+SUBSET_FILE = Path(__file__).with_name("imagenet100.txt")
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+META = "meta.mat"
+DEVKIT_FOLDERS = ("", "ILSVRC2012_devkit_t12/data", "devkit/data", "data")
+FLAT_NAME = "ILSVRC2012_val_{:08d}.JPEG"
 # Listing folders waits for the file server, not for the processor.
 SCAN_THREADS = 16
 
@@ -181,3 +194,81 @@ def given_images(pattern: str, max_value: float | None = None) -> FileDataset:
     dataset = FileDataset(sorted(paths), others=others)
     dataset.decoder, dataset.max_value = "fast", max_value
     return dataset
+
+
+# ---- One folder per class. -----------------------------------------------------------------------
+
+
+def build_imagefolder(name: str, split: str, data_path: str | None) -> FileDataset:
+    """Label = position of the class: in sorted order, of all that are in train/; of imagenet100 in
+    imagenet100.txt, from a full ImageNet or from a copy of these classes alone."""
+    root = existing_folder(name, data_path, CLASSES_LAYOUT)
+    only = SUBSET_FILE.read_text().split() if name == "imagenet100" else None
+    classes = only or class_folders(root / "train")
+    folder = split_folder(root, split)
+    others: list[str] = []
+    images = images_by_class(folder, others, only)
+    if only is None:
+        require_known_classes(folder, images, classes)
+    elif missing := sorted(set(only) - set(images)):
+        problem = f"{len(missing)} of the {len(only)} classes of imagenet100"
+        raise DataError(f"{folder} lacks {problem}: {first_few(missing)}")
+    by_label = [images.get(own, []) for own in classes]  # images of other classes are left out
+    paths = [path for of_class in by_label for path in of_class]
+    labels = np.repeat(np.arange(len(classes)), [len(of_class) for of_class in by_label])
+    return FileDataset(paths, labels, classes, others)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the class folders in train/ or val/; there must be some."""
+    subfolders = list_folder(folder)[0] if folder.is_dir() else []
+    if not subfolders:
+        problem = "contains no class folders" if folder.is_dir() else "does not exist"
+        raise DataError(f"{folder} {problem}; expected {folder}/CLASS/*.jpg")
+    return subfolders
+
+
+def images_by_class(
+    folder: Path, others: list[str], only: list[str] | None = None
+) -> dict[str, list[str]]:
+    """Paths of the images of each class, from either layout; of class folders only those named.
+    others: as in list_folder."""
+    subfolders, flat_images = list_folder(folder, others)
+    if flat_images and not subfolders:
+        flat: dict[str, list[str]] = {}
+        for name, wnid in zip(flat_images, wnids_of_flat(folder, flat_images), strict=True):
+            flat.setdefault(wnid, []).append(str(folder / name))
+        return flat
+    names = [name for name in class_folders(folder) if only is None or name in only]
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        paths = pool.map(partial(find_images, others=others), [folder / name for name in names])
+        images = dict(zip(names, paths, strict=True))
+    if empty := [name for name in names if not images[name]]:  # was its archive unpacked?
+        problem = f"class folders that contain no images: {first_few(empty)}"
+        raise DataError(f"{folder} has {problem}; {ENDINGS}")
+    return images
+
+
+def wnids_of_flat(folder: Path, names: list[str]) -> list[str]:
+    """The classes of these images of a flat validation folder."""
+    # Slow to import, and only this layout needs it.
+    from scipy.io import loadmat
+
+    places = [folder.parent / place for place in DEVKIT_FOLDERS]
+    kits = [kit for kit in places if (kit / GROUND_TRUTH).is_file() and (kit / META).is_file()]
+    if not kits:
+        needed = f"{GROUND_TRUTH} and {META} are needed to label its images"
+        looked = f"looked in {', '.join(map(str, places))}"
+        raise DataError(f"{folder} has no class folders, so {needed}; {looked}")
+    synsets = loadmat(kits[0] / META, squeeze_me=True)["synsets"]
+    # The ground truth counts classes by ILSVRC2012_ID, which is not the sorted order of the WNIDs.
+    wnids = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
+    numbers = map(int, (kits[0] / GROUND_TRUTH).read_text().split())
+    wnid_of = {
+        FLAT_NAME.format(place): wnids.get(number, f"class {number}")
+        for place, number in enumerate(numbers, 1)
+    }
+    if unknown := [name for name in names if name not in wnid_of]:
+        valid = f"{FLAT_NAME.format(1)} to {FLAT_NAME.format(len(wnid_of))}"
+        raise DataError(f"{folder} contains {unknown[0]}; expected names from {valid}")
+    return [wnid_of[name] for name in names]

@@ -25,17 +25,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data import files
 from data.base import DataError, StoredImages, first_few
-from data.files import (
-    ENDINGS,
-    EXTENSIONS,
-    SCAN_THREADS,
-    PathList,
-    existing_folder,
-    require_known_classes,
-    split_folder,
-)
-from data.imagenet import FLAT_NAME, wnid_of, wnids_from_devkit
+from data.files import PathList
 from util.files import write_whole
 
 logger = logging.getLogger("lmim.data")
@@ -80,9 +72,9 @@ def build_tar(
     split: str, data_path: str | None, *, index_folder: str | None = None
 ) -> "TarDataset":
     """train/*.tar and val/*.tar; the classes are those of train/."""
-    root = existing_folder("tar", data_path, EXPECTED)
+    root = files.existing_folder("tar", data_path, EXPECTED)
     index = train = index_of(root / "train", index_folder)
-    folder, labels = split_folder(root, split), train.places["label"]
+    folder, labels = files.split_folder(root, split), train.places["label"]
     if split == "eval":
         index = index_of(folder, index_folder)
         labels = evaluation_labels(folder, index, train.classes)
@@ -95,12 +87,11 @@ def evaluation_labels(folder: Path, index: TarIndex, classes: list[str]) -> np.n
     labels = np.array([label_of.get(name, -1) for name in index.classes])[index.places["label"]]
     rows = np.flatnonzero(labels < 0)
     names = [index.names[row].rpartition("/")[2] for row in rows]
-    if any(FLAT_NAME.fullmatch(name) for name in names):
-        wnids = wnids_from_devkit(folder)
-        found = [wnid_of(folder, name, wnids) for name in names]
+    if any(name.startswith("ILSVRC2012_val_") for name in names):
+        found = files.wnids_of_flat(folder, names)
     else:
         found = [index.classes[label] for label in index.places["label"][rows]]
-    require_known_classes(folder, found, classes)
+    files.require_known_classes(folder, found, classes)
     labels[rows] = [label_of[name] for name in found]
     return labels
 
@@ -251,7 +242,7 @@ def scan_tars(folder: Path, tars: list[TarFile]) -> TarIndex:
     # Threads, because a scan mostly waits for the file server. Forked processes would read headers
     # in memory faster, but would also copy a process that uses a GPU, and could outlive it.
     bar = tqdm(desc=title, unit=" images", leave=False, disable=None)
-    with bar as progress, ThreadPoolExecutor(SCAN_THREADS) as pool:
+    with bar as progress, ThreadPoolExecutor(files.SCAN_THREADS) as pool:
         if progress.disable:  # no terminal
             logger.info(title)
         while pieces:
@@ -260,7 +251,7 @@ def scan_tars(folder: Path, tars: list[TarFile]) -> TarIndex:
             pieces = [inner for _, inner_tars in results for inner in inner_tars]
     if empty := sorted({tar.name for tar in tars} - {member.tar for member in members}):
         problem = f"tar files that contain no images: {first_few(empty)}"
-        raise DataError(f"{folder} has {problem}; {ENDINGS}")
+        raise DataError(f"{folder} has {problem}; {files.ENDINGS}")
     members.sort(key=lambda member: (member.category, member.name.rpartition("/")[2], *member[1:]))
     classes = sorted({member.category for member in members})
     label_of = {name: label for label, name in enumerate(classes)}
@@ -282,7 +273,7 @@ def scan(folder: Path, progress: tqdm, piece: Piece) -> tuple[list[Member], list
             continue
         name = "/".join([piece.inside, *parts] if piece.inside else parts)
         require_not_compressed(f"{path}/{member.name}")
-        if name.lower().endswith(EXTENSIONS):
+        if name.lower().endswith(files.EXTENSIONS):
             if member.issparse():
                 raise DataError(f"{path} holds {member.name} with holes: pack without --sparse")
             category = parts[-2] if len(parts) > 1 else own_class

@@ -11,9 +11,9 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.augmentation import FinetuneTransform
 from data.base import count_images
 from data.loader import TrainBatch, TrainLoader
+from data.transforms import FinetuneTransform
 from eval.backbone import Backbone
 from eval.common import Classification, EvalRun, run_evaluation
 from eval.features import pool, pooled_width

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from data.davis import VOID, Video, read_videos
+from data.masks import IGNORE, Video, read_videos
 from data.picture import to_tensor
 from eval.common import EvalRun, run_evaluation
 from launch.command import run_worker
@@ -68,18 +68,18 @@ def evaluate_video(run: EvalRun, video: Video) -> dict[int, dict]:
             if palette := video.palette():
                 image.putpalette(palette)
             image.save(folder / annotation.name)
-    return score_sequence(truth, np.stack(predicted), VOID)
+    return score_sequence(truth, np.stack(predicted), IGNORE)
 
 
 @torch.inference_mode()
 def propagate(run: EvalRun, video: Video, given: np.ndarray) -> Iterator[np.ndarray]:
     """Follow the objects of the first frame, uint8 [H, W]: yield those of each later frame."""
-    numbers = [0, *sorted(set(np.unique(given).tolist()) - {0, VOID})]
+    numbers = [0, *sorted(set(np.unique(given).tolist()) - {0, IGNORE})]
     frames = frame_tokens(run, video)
     first_tokens = next(frames)
     rows, columns = first_tokens.shape[:2]
     # The object at the middle of each patch, one-hot: [rows, columns, C].
-    image = Image.fromarray(np.where(given == VOID, 0, given).astype(np.uint8))
+    image = Image.fromarray(np.where(given == IGNORE, 0, given).astype(np.uint8))
     small = np.array(image.resize((columns, rows), Image.Resampling.NEAREST))
     first_labels = torch.from_numpy(small[..., None] == np.array(numbers)).to(first_tokens)
     previous = deque(maxlen=run.cfg.previous_frames)

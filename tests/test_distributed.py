@@ -11,7 +11,7 @@ import torch.multiprocessing as multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-import data.imagenet
+import data.files
 import util.distributed
 from bench.loader import write_photos
 from data.base import DataError
@@ -124,7 +124,7 @@ def open_both(ranks: Ranks, folder, name: str) -> None:
         (folder / f"listed by {ranks.rank}: {Path(path).name}").touch()
         return list_folder(path, *others)
 
-    data.files.list_folder = data.imagenet.list_folder = listing
+    data.files.list_folder = listing
     found = []
     for data_path in (folder / "photos", folder / "nowhere"):
         cfg = compose_config("demo", [f"dataset={name}", f"data_path={data_path}"])

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from data.augmentation import FinetuneTransform, posterize
+from data.transforms import FinetuneTransform, posterize
 from eval.backbone import TimmBackbone
 from eval.common import run_joined
 from eval.finetune import (

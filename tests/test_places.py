@@ -7,8 +7,8 @@ import pytest
 
 from data.base import DataError
 from data.datasets import DATASETS, LAYOUTS, build_dataset
-from data.davis import read_videos
 from data.files import given_images
+from data.masks import read_videos
 from eval import families
 from eval.families import BackboneError
 from launch.config import ConfigError, compose_config

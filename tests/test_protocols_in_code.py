@@ -12,7 +12,7 @@ from pytest import approx
 from timm.layers import DropPath, Mlp
 from torch import nn, tensor
 
-from data import datasets, davis, imagenet, masks, transforms
+from data import datasets, files, masks, transforms
 from eval import collapse, evaluate, families, finetune, linear_probe, segmentation
 from eval.backbone import OwnBackbone, Tokens
 from eval.common import EvalRun, count_hits
@@ -115,8 +115,8 @@ def test_crops_and_mirror_images():
 
 
 def test_data_of_the_code():
-    names = imagenet.SUBSET_FILE.read_text().split()
-    assert len(set(names)) == 100 and masks.IGNORE == davis.VOID == 255
+    names = files.SUBSET_FILE.read_text().split()
+    assert len(set(names)) == 100 and masks.IGNORE == 255
     assert hashlib.sha256(" ".join(names).encode()).hexdigest().startswith("fa2b1926ad6f96fb")
     for name, begin in {"textures": "092fab7d2c4b97d9", "photographs": "175edaebf10b237b"}.items():
         digest = hashlib.sha256()

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data.base import DataError
-from data.davis import VOID
+from data.masks import IGNORE
 from eval import video
 from eval.backbone import Backbone, Tokens
 from eval.common import EvalRun, run_joined
@@ -110,12 +110,12 @@ def test_region_and_boundary_equal_slow_ones(name):
 def test_only_the_frames_between_first_and_last_count():
     rng = np.random.default_rng(0)
     truth, predicted = (rng.integers(0, 3, (5, 20, 30)).astype(np.uint8) for _ in range(2))
-    truth[2, :4] = VOID
-    scores = score_sequence(truth, predicted, VOID)
+    truth[2, :4] = IGNORE
+    scores = score_sequence(truth, predicted, IGNORE)
     assert set(scores) == {1, 2}
     for number, score in scores.items():
         kept = [
-            (t != VOID, t == number, p == number) for t, p in zip(truth, predicted, strict=True)
+            (t != IGNORE, t == number, p == number) for t, p in zip(truth, predicted, strict=True)
         ]
         kept = [(t & valid, p & valid) for valid, t, p in kept[1:-1]]
         regions = [region_similarity(*pair) for pair in kept]
@@ -220,7 +220,7 @@ def write_video(root: Path, name: str, velocities: list[tuple[int, int]], frames
             window = np.s_[y : y + 10, x : x + 10]
             image[window], objects[window] = squares[number - 1], number
         if frame:
-            objects[8:12, 8:12] = VOID  # inside an object, where nobody asks
+            objects[8:12, 8:12] = IGNORE  # inside an object, where nobody asks
         folder, annotated = (root / part / "480p" / name for part in ("JPEGImages", "Annotations"))
         for path in (folder, annotated):
             path.mkdir(parents=True, exist_ok=True)
@@ -294,7 +294,7 @@ def check_saved_masks(root: Path, folder: Path, found: dict) -> None:
             assert all(image.mode == "P" for image in images) and len(images) == 6
             arrays.append(np.stack([np.asarray(image) for image in images]))
             assert images[0].convert("RGB").getpixel((5, 5)) == (128, 0, 0)
-        scores = score_sequence(*arrays, VOID)
+        scores = score_sequence(*arrays, IGNORE)
         assert {str(number): score for number, score in scores.items()} == objects
 
 
@@ -337,7 +337,7 @@ def write_noisy_video(root: Path, numbers: list[int]) -> tuple[list[Image.Image]
             window = np.s_[top : top + 10, left : left + 11]
             annotations[frame][window] = number
             pixels[window] += np.array([[120, -60, 0], [-120, 0, 60]])[place]
-        annotations[frame, 8:12, 6:14] = VOID
+        annotations[frame, 8:12, 6:14] = IGNORE
         frames.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
         for part, image in (("JPEGImages", frames[-1]), ("Annotations", annotations[frame])):
             folder = root / part / "480p" / "noisy"
@@ -353,7 +353,7 @@ def slow_prediction(tokens: np.ndarray, given: np.ndarray, numbers: list[int]) -
     """tokens [T, rows, columns, D] of length 1 -> objects, uint8 [T, H, W], from those of the first
     frame: the last two frames, patches one or two away, the three nearest ones."""
     rows, columns = tokens.shape[1:3]
-    of_patch = nearest(np.where(given == VOID, 0, given), rows, columns)
+    of_patch = nearest(np.where(given == IGNORE, 0, given), rows, columns)
     labels = [(of_patch[..., None] == [0, *numbers]).astype(float)]
     predicted = [given]
     for frame in range(1, len(tokens)):
@@ -372,7 +372,7 @@ def slow_prediction(tokens: np.ndarray, given: np.ndarray, numbers: list[int]) -
 def slow_scores(truth: np.ndarray, predicted: np.ndarray, number: int) -> dict[str, float]:
     scores = {"J": [], "F": []}
     for ours, theirs in zip(predicted[1:-1], truth[1:-1], strict=True):
-        ours, theirs = ((part == number) & (theirs != VOID) for part in (ours, theirs))
+        ours, theirs = ((part == number) & (theirs != IGNORE) for part in (ours, theirs))
         first, second = pixels(ours), pixels(theirs)
         scores["J"].append(len(first & second) / len(first | second))
         scores["F"].append(slow_f(theirs, ours))
