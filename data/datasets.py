@@ -10,7 +10,7 @@ import numpy as np
 from data import files, images, masks, tar
 from data.base import ArrayDataset, DataError, ImageDataset
 from data.files import existing_folder
-from data.photographs import Photographs, Textures, build_photographs
+from data.photographs import Photographs, Textures
 
 OF_CLASS_FOLDERS = ("imagefolder", "imagenet", "imagenet100")
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -65,8 +65,8 @@ def open_archive(name: str, data_path: str | None, **arguments):
 
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": build_digits,
-    "textures": partial(build_photographs, Textures),
-    "photographs": partial(build_photographs, Photographs),
+    "textures": Textures,
+    "photographs": Photographs,
     "tar": tar.build_tar,
     "folder": files.build_folder,
     "images": images.build_images,

@@ -125,9 +125,22 @@ class Photographs(ImageDataset):
     name = "photographs"
     sources: Callable[[str], list[np.ndarray]] = staticmethod(photographs)
 
-    def __init__(self, split: str, image_size: int, images: int, seed: int) -> None:
-        self.split, self.image_size, self.images, self.seed = split, image_size, images, seed
+    def __init__(
+        self,
+        split: str,
+        data_path: str | None,
+        *,
+        image_size: int = 96,
+        train_images: int = 6000,
+        eval_images: int = 400,
+        seed: int = 0,
+    ) -> None:
+        """data_path is not used."""
+        self.split, self.image_size, self.seed = split, image_size, seed
+        self.images = train_images if split == "train" else eval_images
         self.pictures = [mirrored(pixels, image_size) for pixels in self.sources(split)]
+        if self.classes:
+            self.labels = np.arange(self.images, dtype=np.int64) % len(self.classes)
 
     def __len__(self) -> int:
         return self.images
@@ -153,10 +166,6 @@ class Textures(Photographs, MaskedImages):
     sources = staticmethod(textures)
     classes = list(TEXTURES)
 
-    def __init__(self, split: str, image_size: int, images: int, seed: int) -> None:
-        super().__init__(split, image_size, images, seed)
-        self.labels: np.ndarray = np.arange(images, dtype=np.int64) % len(TEXTURES)
-
     def load(self, index: int) -> Image.Image:
         return Image.fromarray(self.mosaic(index)[0]).convert("RGB")
 
@@ -166,7 +175,7 @@ class Textures(Photographs, MaskedImages):
 
     def mosaic(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The image, grey, and its mask; uint8 [H, W]"""
-        rng, side, label = self.generator(index), self.image_size, self.labels[index]
+        rng, side, label = self.generator(index), self.image_size, index % len(TEXTURES)
         points = rng.integers(side, size=(rng.integers(REGIONS[0], REGIONS[1] + 1), 2))
         y, x = np.ogrid[:side, :side]
         regions = np.stack([(y - row) ** 2 + (x - column) ** 2 for row, column in points])
@@ -176,17 +185,3 @@ class Textures(Photographs, MaskedImages):
         shown[regions[side // 2, side // 2]] = label
         windows = np.stack([window(rng, self.pictures[number], side) for number in shown])
         return np.take_along_axis(windows, regions[None], axis=0)[0], shown[regions]
-
-
-def build_photographs(
-    kind: type[Photographs],
-    split: str,
-    data_path: str | None,
-    *,
-    image_size: int = 96,
-    train_images: int = 6000,
-    eval_images: int = 400,
-    seed: int = 0,
-) -> Photographs:
-    """data_path is not used."""
-    return kind(split, image_size, train_images if split == "train" else eval_images, seed)
