@@ -23,9 +23,9 @@ def begin_step(training: Training, epoch: float) -> None:
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate
     training.similarity_goal.fill_(training.schedule.similarity_goal(epoch))
-    if training.moving_average is not None and not training.target_is_ahead:
+    if not training.target_is_ahead:
         training.half_done = True
-        training.moving_average.step(training.schedule.target_momentum(epoch))
+        training.model.move_target(training.schedule.target_momentum(epoch))
         training.half_done = False
     training.target_is_ahead = True
 

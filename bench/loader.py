@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import Tensor
 from torchvision import transforms
 
 from bench.command import run_bench, show
@@ -64,23 +63,14 @@ def write_photos(folder: Path, count: int) -> None:
 
 def customary_transform(cfg: DictConfig) -> Augmentation:
     """What most code bases do in their loaders."""
-    steps = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(
-                read_geometry(cfg).side,
-                scale=(cfg.min_crop, 1),
-                interpolation=transforms.InterpolationMode.BICUBIC,
-            ),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(cfg.dataset.mean, cfg.dataset.std),
-        ]
-    )
-
-    def transform(image: Image.Image, epoch: int, index: int) -> Tensor:
-        return steps(image)
-
-    return transform
+    side, bicubic = read_geometry(cfg).side, transforms.InterpolationMode.BICUBIC
+    steps = [
+        transforms.RandomResizedCrop(side, (cfg.min_crop, 1), interpolation=bicubic),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(cfg.dataset.mean, cfg.dataset.std),
+    ]
+    return lambda image, epoch, index: transforms.Compose(steps)(image)
 
 
 def recipe_transform(cfg: DictConfig) -> TrainTransform:

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.decoder import DECODERS
-from models.target import (
-    OWN_WEIGHTS,
-    MovingAverage,
-    average_layers,
-    make_projection,
-    make_target,
-)
+from models.target import OWN_WEIGHTS, average_layers, follow, make_projection, make_target
 from models.views import Views, extract_patches, take_tokens
 from models.vit import Encoder
 
@@ -73,9 +67,10 @@ class LatentMIM(nn.Module):
             recompute=encoder["recompute"],
         )
 
-    def moving_average(self) -> MovingAverage | None:
-        """The rule by which the target follows, for the engine to call; None where it does not."""
-        return MovingAverage(self.target_encoder, self.encoder) if self.target == "ema" else None
+    def move_target(self, momentum: float) -> None:
+        """Once per step: a moving average follows the online encoder, others stay as they are."""
+        if self.target == "ema":
+            follow(self.target_encoder, self.encoder, momentum)
 
     def compiled_methods(self) -> list[tuple[nn.Module, str]]:
         """Which methods of which modules compile=True compiles, each by itself: what is before the

@@ -77,12 +77,7 @@ def cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(predictions, targets, dim=-1).mean()
 
 
-REGRESSIONS = {
-    "norm_l2": norm_l2,
-    "l2": F.mse_loss,
-    "l1": F.l1_loss,
-    "cosine": cosine,
-}
+REGRESSIONS = {"norm_l2": norm_l2, "l2": F.mse_loss, "l1": F.l1_loss, "cosine": cosine}
 LOSSES = ("infonce_patches", "smooth_l1", *REGRESSIONS)
 
 
@@ -113,14 +108,8 @@ class Objective:
 
     def prediction_loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         if self.loss == "infonce_patches":
-            return infonce_patches(
-                predictions,
-                targets,
-                self.tau,
-                self.pred_unit,
-                self.negatives,
-                self.same_target,
-            )
+            options = (self.pred_unit, self.negatives, self.same_target)
+            return infonce_patches(predictions, targets, self.tau, *options)
         if self.loss == "smooth_l1":
             return F.smooth_l1_loss(predictions, targets, beta=self.loss_beta)
         return REGRESSIONS[self.loss](predictions, targets)

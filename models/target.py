@@ -49,17 +49,11 @@ def average_layers(layers: list[Tensor], norm: str | None, post_norm: str | None
     return standardise(mean, post_norm)
 
 
-class MovingAverage:
+@torch.no_grad()
+def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """target <- momentum * target + (1 - momentum) * online.
 
     Parameters are paired by name, so that a target of fewer blocks follows exactly the blocks that
     it copied."""
-
-    def __init__(self, target: nn.Module, online: nn.Module):
-        own, others = dict(target.named_parameters()), dict(online.named_parameters())
-        self.targets: list[Tensor] = list(own.values())
-        self.online: list[Tensor] = [others[name] for name in own]
-
-    @torch.no_grad()
-    def step(self, momentum: float) -> None:
-        torch._foreach_lerp_(self.targets, self.online, 1.0 - momentum)
+    own, others = dict(target.named_parameters()), dict(online.named_parameters())
+    torch._foreach_lerp_([*own.values()], [others[name] for name in own], 1.0 - momentum)

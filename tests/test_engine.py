@@ -135,7 +135,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(poison):
     state_before = copy.deepcopy(training.optimizer.state_dict()["state"])
     images, views = draw(2, 8)
     images[3] = poison
-    training.moving_average = None  # it moves the target at each step, good or bad
+    training.model.target = "frozen"  # a moving average moves at each step, good or bad
     begin_step(training, 0.5)
     micro_step(training, images, views, last_of_step=True)
     end_step(training, 2)
@@ -237,7 +237,7 @@ def test_a_step_that_failed_is_begun_again_without_moving_the_target_twice():
 
 def test_a_failure_while_the_target_moves_leaves_a_step_half_done():
     training = build_training()
-    training.moving_average.step = lambda momentum: 1 / 0
+    training.model.move_target = lambda momentum: 1 / 0
     with pytest.raises(ZeroDivisionError):
         begin_step(training, 0.25)
     assert training.half_done

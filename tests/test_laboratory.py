@@ -104,7 +104,6 @@ def test_targets_without_an_encoder(mask_target):
         assert not any(name.startswith("target_") for name in trained)
         others = set(dict(model.named_parameters())) - trained
         assert others == (frozen if target == "projection" else set())
-        assert model.moving_average() is None
 
 
 def test_layers_are_counted_from_the_end_of_the_target_encoder():

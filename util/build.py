@@ -103,7 +103,6 @@ class Training:
         peak = peak_learning_rate(cfg.blr, batch_size, cfg.accum_iter, ranks.world_size)
         self.schedule = Schedule(cfg, peak)
         self.sigreg = build_sigreg(cfg, ranks)
-        self.moving_average = model.moving_average()
         self.target_is_ahead = False  # from when it moves to the end of the step
         self.half_done = False  # while networks and optimiser are between two steps
         # On the device: compiled code takes it as it comes.

@@ -1,7 +1,6 @@
 """Ranks, their devices, and the collective operations."""
 
 import ctypes
-import inspect
 import multiprocessing
 import os
 import re
@@ -23,12 +22,6 @@ TIMEOUT = timedelta(minutes=10)
 SIGN_OF_LIFE = 60  # seconds, while the others wait for what rank 0 alone does
 ROWS = 65536  # that are sent at a time: bounds the memory
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-# Newer versions of torch have renamed it.
-BUFFER_OPTION = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
 
 
 @dataclass(frozen=True)
@@ -128,9 +121,10 @@ def synchronised(model: nn.Module, ranks: Ranks) -> nn.Module:
     """DistributedDataParallel around the model; the model itself in a single process."""
     if ranks.world_size == 1:
         return model
-    options: dict = {BUFFER_OPTION: False, "gradient_as_bucket_view": True}  # buffers are constant
+    constant = [name for name, _ in model.named_buffers()]  # need not be sent at each step
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constant)
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, **options)
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def leave_processes() -> None:

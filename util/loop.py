@@ -413,7 +413,11 @@ class Loop:
             # On a CPU torch has no type of its own for it.
             kinds = (torch.OutOfMemoryError, MemoryError)
             if isinstance(error, kinds) or "not enough memory" in str(error):
-                raise TrainingStopped(self.how_to_need_less(error)) from error
+                less = (
+                    "a smaller batch_size (and larger accum_iter), recompute=True, a smaller model"
+                )
+                reason = f"out of memory ({first_words(error)}): expected {less}"
+                raise TrainingStopped(reason) from error
             raise
 
     def lost_steps(self) -> str:
@@ -429,14 +433,6 @@ class Loop:
 
     def what_is_saved(self) -> str:
         return self.lost_steps() or f"step {self.done} is saved in {self.folder}"
-
-    def how_to_need_less(self, error: Exception) -> str:
-        cfg = self.cfg
-        batch_size = self.task.loader.batch_size
-        ways = [f"batch_size below {batch_size}, with accum_iter above {cfg.accum_iter}"]
-        if "recompute" in cfg:
-            ways += ["recompute=True", f"a smaller encoder than {cfg.encoder.name}"]
-        return f"out of memory ({first_words(error)}): expected {', or '.join(ways)}"
 
 
 def watched_steps(planned: int) -> set[int]:

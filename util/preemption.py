@@ -54,7 +54,9 @@ class StopFlag(Signals):
         name = signal.Signals(number).name
         if self.ranks.is_main:
             saved = ", everything is saved; the same command with resume=True goes on from here"
-            say(f"stopped by {name}{': ' + lost if lost else saved}")
+            text = f"stopped by {name}{': ' + lost if lost else saved}"
+            with suppress(OSError):  # the terminal is gone
+                print(text, file=sys.stderr, flush=True)
         requeue = self.previous.get(signal.SIGUSR2)
         if number == signal.SIGUSR2 and callable(requeue):
             if self.ranks.is_main:
@@ -64,11 +66,6 @@ class StopFlag(Signals):
             time.sleep(60)
             return NOT_DONE
         return 128 + number
-
-
-def say(text: str) -> None:
-    with suppress(OSError):  # the terminal is gone
-        print(text, file=sys.stderr, flush=True)
 
 
 # A requeue must not be forgotten because a TERM came as well.
