@@ -8,13 +8,13 @@ Started again it goes on where it was. Curves of all runs: output_dir/job_name/r
 """
 
 import math
+import re
 import shutil
 import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from datetime import date
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,6 @@ from launch.command import run_worker
 from launch.config import CONFIG_DIR, compose_config, job_directory
 from launch.job import git, list_checkpoints
 from launch.local import run_side_by_side
-from launch.report import spread
 from launch.results import is_finished, sha256_of
 from launch.sweep import compose_all
 from launch.validate import check_config
@@ -59,6 +58,8 @@ RECIPES = {
 # What the paper says of an experiment is that its own recipe is better; of these it says nothing.
 UNCLAIMED = {"target-stopgrad", "target-frozen"}
 
+Rows = dict[str, list["Run"]]  # of a table: its runs by label, those of the recipe first
+
 
 class Run(NamedTuple):
     recipe: str
@@ -73,6 +74,11 @@ class Run(NamedTuple):
     def evaluated(self) -> Path:
         """The folder of its evaluations"""
         return self.folder.with_name(f"{self.folder.name}-evaluated")
+
+    @property
+    def trained(self) -> dict:
+        """What its training has come to"""
+        return read_json(self.folder / "results" / f"{self.cfg.job_name}.json")
 
     def results(self) -> dict:
         """Read the evaluations of its last checkpoint; empty where any of them is missing."""
@@ -91,7 +97,7 @@ def main(cfg: DictConfig) -> None:
     runs = different_runs(plans)
     finish(cfg, [run.cfg for run in runs if not is_finished(run.cfg)])
     finish(cfg, [evaluation(run) for run in runs if not run.results()])
-    pictures = draw(cfg, plans.get("textures", {}))
+    pictures = draw(cfg, plans["textures"]) if "textures" in plans else {}
     jobs = ",".join(map(str, [run.folder for run in runs] + [run.evaluated for run in runs]))
     keys = [f"output_dir={cfg.output_dir}", f"job_name={cfg.job_name}", f"jobs=[{jobs}]"]
     report.main(compose_config("report", keys))
@@ -108,34 +114,34 @@ def finish(cfg: DictConfig, configs: list[DictConfig]) -> None:
 # --- what runs ----------------------------------------------------------------------------------
 
 
-def plan(cfg: DictConfig, name: str) -> dict[str, list[Run]]:
-    """List the runs of each experiment on these images, those of the recipe first."""
+def plan(cfg: DictConfig, name: str) -> dict[str, Rows]:
+    """List the runs of each experiment on these images."""
     common = [f"output_dir={cfg.output_dir}", f"job_name={name}", "resume=True", *cfg[name]]
     command = Namespace(config_name=RECIPES[name][0], config_dir=CONFIG_DIR, multirun=True)
     found = {}
     for experiment in cfg.experiments:
-        runs: dict[str, Run] = {}
+        configs: dict[str, DictConfig] = {}
         for chosen in ([], [f"experiment={experiment}"]):
             command.overrides = [*chosen, *common]
-            for own in compose_all(command):
-                label = own.job_name.removeprefix(name).removeprefix(f"-seed{own.seed}")
-                label = label.removeprefix("-").removeprefix("experiment-")
-                runs[own.job_name] = Run(name, label, own)
-        if cfg.equal_gflop:
-            rows = by_label([*runs.values()])
-            cost = {label: flops_per_image(own[0].cfg) for label, own in rows.items()}
-            for run in runs.values():
-                run.cfg.epochs = round(run.cfg.epochs * cost[""] / cost[run.label])
-        for run in runs.values():
-            check_config(run.cfg)
-        found[experiment] = [*runs.values()]
-        print(f"{experiment} on {name}: {len(runs)} runs", flush=True)
+            configs |= {own.job_name: own for own in compose_all(command)}
+        rows: Rows = {}
+        for own in configs.values():
+            label = own.job_name.removeprefix(name).removeprefix(f"-seed{own.seed}")
+            label = label.removeprefix("-").removeprefix("experiment-")
+            if cfg.equal_gflop and label:
+                cost = flops_per_image(rows[""][0].cfg)
+                own.epochs = round(own.epochs * cost / flops_per_image(own))
+            check_config(own)
+            rows.setdefault(label, []).append(Run(name, label, own))
+        found[experiment] = rows
+        print(f"{experiment} on {name}: {len(configs)} runs", flush=True)
     return found
 
 
-def different_runs(plans: dict[str, dict[str, list[Run]]]) -> list[Run]:
+def different_runs(plans: dict[str, dict[str, Rows]]) -> list[Run]:
     """List each run once: experiments share those of the recipe."""
-    found = {run.folder: run for plan in plans.values() for runs in plan.values() for run in runs}
+    tables = [rows for plan in plans.values() for rows in plan.values()]
+    found = {run.folder: run for rows in tables for runs in rows.values() for run in runs}
     return [*found.values()]
 
 
@@ -158,18 +164,16 @@ def evaluation(run: Run) -> DictConfig:
     return cfg
 
 
-def draw(cfg: DictConfig, runs: dict[str, list[Run]]) -> dict[str, Path]:
+def draw(cfg: DictConfig, plan: dict[str, Rows]) -> dict[str, Path]:
     """Draw clusters of a few mosaics for the first seed of each row: the picture by experiment."""
-    if not runs:
-        return {}
     folder = Path(cfg.output_dir) / "mosaics"
     folder.mkdir(exist_ok=True)
-    mosaics = open_split(next(iter(runs.values()))[0].cfg, "eval")
+    mosaics = open_split(next(iter(plan.values()))[""][0].cfg, "eval")
     for index in range(MOSAICS):
         mosaics.load(index).save(folder / f"{index}.png")
     drawn = {}
-    for experiment, own in runs.items():
-        firsts = ",".join(str(row[0].folder) for row in by_label(own).values())
+    for experiment, rows in plan.items():
+        firsts = ",".join(str(runs[0].folder) for runs in rows.values())
         keys = [f"pretrained=[{firsts}]", f"images={folder}"]
         keys += [f"output_dir={cfg.output_dir}", f"job_name={experiment}", "dataset=textures"]
         keys += ["clusters=[4]", "max_iter=null", "point=null", "controls=[pixels]"]
@@ -182,12 +186,12 @@ def draw(cfg: DictConfig, runs: dict[str, list[Run]]) -> dict[str, Path]:
 
 
 def describe(
-    cfg: DictConfig, plans: dict[str, dict[str, list[Run]]], pictures: dict[str, Path]
+    cfg: DictConfig, plans: dict[str, dict[str, Rows]], pictures: dict[str, Path]
 ) -> Iterator[str]:
     """Write the parts of the page."""
     yield f"# {cfg.title}\n\n```bash\n{cfg.command}\n```"
     runs = different_runs(plans)
-    seconds = sum(trained(run)["seconds"] for run in runs)
+    seconds = sum(run.trained["seconds"] for run in runs)
     settings = "; ".join(f"{name}: {' '.join(cfg[name])}" for name in plans)
     yield (
         f"{date.today()}, commit {git('rev-parse', '--short', 'HEAD')}: {len(runs)} runs, "
@@ -209,50 +213,40 @@ def describe(
             yield f"![Clusters and principal components]({Path('..') / 'figs' / figure.name})"
 
 
-def introduce(experiment: str) -> Iterator[str]:
+def introduce(experiment: str) -> list[str]:
     """Quote the comment that its config begins with: its paragraphs without the command, which is
     indented, and without what it says of changed results."""
-    lines = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text().splitlines()
-    comment = takewhile(lambda line: line.startswith("#"), lines)
-    texts = [line.removeprefix("#").removeprefix(" ") for line in comment]
-    for paragraph in "\n".join(text for text in texts if not text.startswith("@")).split("\n\n"):
-        if not paragraph.startswith((" ", "Changes results")):
-            yield paragraph.replace("\n", " ")
+    head, *_ = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")
+    paragraphs = re.sub(r"^# ?(@.*\n)?", "", head, flags=re.MULTILINE).split("\n\n")
+    kept = [text for text in paragraphs if not text.startswith((" ", "Changes results"))]
+    return [text.replace("\n", " ") for text in kept]
 
 
-def describe_rows(name: str, experiment: str, runs: list[Run]) -> Iterator[str]:
+def describe_rows(name: str, experiment: str, rows: Rows) -> Iterator[str]:
     """Write a table with a row per setting, and what it shows."""
-    rows = by_label(runs)
-    measured = {label: numbers_of(own, "trained") for label, own in rows.items()}
-    titles, judged = [*RECIPES[name][1]], next(iter(RECIPES[name][1]))
+    titles, seen = [*RECIPES[name][1]], []
+
+    def line(title: str, numbers: dict[str, np.ndarray], *others: str) -> list[str]:
+        return [title, *(report.spread(numbers[column], 0) for column in titles), *others]
+
     lines = [[name, *titles, "loss", "chance", "verdict", "GFLOP"]]
-    random = numbers_of(rows[""], "random init")
-    lines.append(["random weights", *(spread(random[title], 0) for title in titles), *"––––"])
-    seen = []
-    for label, numbers in measured.items():
-        verdicts = Counter(trained(run)["verdict"] for run in rows[label])
-        lines.append(
-            [
-                f"`{label}`" if label else "recipe",
-                *(spread(numbers[title], 0) for title in [*titles, "loss"]),
-                f"{numbers['chance'][0]:.4g}" if "chance" in numbers else "–",
-                ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items()),
-                f"{flops_per_image(rows[label][0].cfg) / 1e9:.3g}",
-            ]
-        )
+    lines.append(line("random weights", numbers_of(rows[""], "random init"), *"––––"))
+    base = numbers_of(rows[""], "trained")[titles[0]]
+    for label, runs in rows.items():
+        numbers = numbers_of(runs, "trained")
+        loss = report.spread(numbers["loss"], 0)
+        chance = f"{numbers['chance'][0]:.4g}" if "chance" in numbers else "–"
+        counted = Counter(run.trained["verdict"] for run in runs)
+        verdicts = ", ".join(f"{verdict} {count}" for verdict, count in counted.items())
+        gflop = f"{flops_per_image(runs[0].cfg) / 1e9:.3g}"
+        title = f"`{label}`" if label else "recipe"
+        lines.append(line(title, numbers, loss, chance, verdicts, gflop))
         if label:
             is_claimed = experiment.startswith("challenge_") and label not in UNCLAIMED
-            what = compare(measured[""][judged], numbers[judged], is_claimed)
-            seen.append(f"- `{label}`, {judged}: {what}.")
+            what = compare(base, numbers[titles[0]], is_claimed)
+            seen.append(f"- `{label}`, {titles[0]}: {what}.")
     yield table(lines)
     yield "\n".join(seen)
-
-
-def by_label(runs: list[Run]) -> dict[str, list[Run]]:
-    rows: dict[str, list[Run]] = {}
-    for run in runs:
-        rows.setdefault(run.label, []).append(run)
-    return rows
 
 
 def numbers_of(runs: list[Run], weights: str) -> dict[str, np.ndarray]:
@@ -268,11 +262,6 @@ def numbers_of(runs: list[Run], weights: str) -> dict[str, np.ndarray]:
         for title in last.keys() & {"loss", "chance"}:
             numbers.setdefault(title, []).append(last[title])
     return {title: np.array(found) for title, found in numbers.items()}
-
-
-def trained(run: Run) -> dict:
-    """Read what its training has come to."""
-    return read_json(run.folder / "results" / f"{run.cfg.job_name}.json")
 
 
 def compare(base: np.ndarray, values: np.ndarray, is_claimed: bool) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 from bench import challenges
 from bench.challenges import (
     UNCLAIMED,
+    Rows,
     Run,
     compare,
     describe,
@@ -70,10 +71,11 @@ MEASURES += [("collapse", name) for name in ("rankme", "mean_cosine", "token_sim
 MEASURES += [("collapse", "position_probe")]
 
 
-def write_runs(folder: Path, *labels: str) -> list[Run]:
+def write_runs(folder: Path, *labels: str) -> Rows:
     """Runs of the recipe and of each label, two seeds of which each left one number in all columns:
     10 less for a label than for the recipe, and all differ."""
-    base, runs = compose_config("demo", [f"output_dir={folder}", "encoder.depth=1"]), []
+    base = compose_config("demo", [f"output_dir={folder}", "encoder.depth=1"])
+    rows: Rows = {}
     for number, label in enumerate(label for label in ("", *labels) for _ in range(2)):
         shift = -10 * bool(label) + (0.25 if number % 2 else 0.0) * (-1 if label else 1)
         cfg = base.copy()
@@ -103,8 +105,8 @@ def write_runs(folder: Path, *labels: str) -> list[Run]:
         ):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        runs.append(run)
-    return runs
+        rows.setdefault(label, []).append(run)
+    return rows
 
 
 def test_a_page(tmp_path):
@@ -114,8 +116,9 @@ def test_a_page(tmp_path):
     shown.parent.mkdir()
     shown.write_text("older")
     drawn.write_text("new")
-    runs = write_runs(tmp_path, "target-joint", "target-stopgrad", "lab_mae")
-    plans = {"digits": {"challenge_target": runs[:6], "lab_mae": [*runs[:2], *runs[6:]]}}
+    rows = write_runs(tmp_path, "target-joint", "target-stopgrad", "lab_mae")
+    laboratory = {"": rows[""], "lab_mae": rows.pop("lab_mae")}
+    plans = {"digits": {"challenge_target": rows, "lab_mae": laboratory}}
     own = ["digits=['a=1','b=2']", f"experiments=[{','.join(plans['digits'])}]"]
     cfg = compose_config("laboratory", [*own, f"page={tmp_path}/docs/page.md"])
     parts = list(describe(cfg, plans, {"lab_mae": drawn}))
@@ -147,11 +150,11 @@ def test_a_page(tmp_path):
 def test_of_one_seed(tmp_path):
     """The same rows, of which a table shows nothing."""
     options = [f"output_dir={tmp_path}", "experiments=[challenge_loss]", "digits=['seed=3']"]
-    (runs,) = plan(compose_config("challenges", options), "digits").values()
-    assert [run.label for run in runs][:2] == ["", "loss-l2"]
-    assert {run.cfg.seed for run in runs} == {3}
-    runs = write_runs(tmp_path, "target-joint")[::2]
-    lines, seen = describe_rows("digits", "challenge_target", runs)
+    (rows,) = plan(compose_config("challenges", options), "digits").values()
+    assert [*rows][:2] == ["", "loss-l2"]
+    assert {run.cfg.seed for runs in rows.values() for run in runs} == {3}
+    rows = {label: runs[:1] for label, runs in write_runs(tmp_path, "target-joint").items()}
+    lines, seen = describe_rows("digits", "challenge_target", rows)
     assert seen.endswith("10.0 lower than the recipe, of one seed: not shown.")
     assert lines.splitlines()[3].startswith("| recipe | 50 | 51 |")
 
@@ -161,7 +164,8 @@ def test_what_runs_and_what_evaluates_it(tmp_path):
     settings = "seed=3,4 epochs=40 warmup_epochs=1 encoder.grid_size=3 encoder.depth=1 num_vis=4"
     listed = ",".join(f"'{setting}'" for setting in settings.split())
     options = [f"output_dir={tmp_path}", "experiments=[lab_mae]", f"textures=[{listed}]"]
-    (runs,) = plan(compose_config("laboratory", options), "textures").values()
+    (rows,) = plan(compose_config("laboratory", options), "textures").values()
+    runs = [run for own in rows.values() for run in own]
     found = [(run.label, run.cfg.seed) for run in runs]
     assert found == [("", 3), ("", 4), ("lab_mae", 3), ("lab_mae", 4)]
     recipe, _, other, _ = (run.cfg for run in runs)
@@ -186,15 +190,15 @@ def test_what_is_drawn(monkeypatch, tmp_path):
         challenges, "open_split", lambda cfg, split: SimpleNamespace(load=images.__getitem__)
     )
     monkeypatch.setattr(challenges, "finish", lambda cfg, configs: finished.extend(configs))
-    base, runs = compose_config("textures", [f"output_dir={tmp_path}"]), []
+    base, rows = compose_config("textures", [f"output_dir={tmp_path}"]), {}
     for label in ("", "b", "a"):
+        rows[label] = []
         for seed in (0, 1):
             cfg = base.copy()
             cfg.job_name = f"{seed}{label}"
-            runs.append(Run("textures", label, cfg))
+            rows[label].append(Run("textures", label, cfg))
     cfg = compose_config("challenges", [f"output_dir={tmp_path}"])
-    assert draw(cfg, {}) == {}
-    drawn = draw(cfg, {"x": runs})
+    drawn = draw(cfg, {"x": rows})
     assert drawn == {"x": tmp_path / "x/results/pictures/all.png"}
     (own,) = finished
     assert own.pretrained == [str(tmp_path / name) for name in ("0", "0b", "0a")]
@@ -202,7 +206,7 @@ def test_what_is_drawn(monkeypatch, tmp_path):
 
 
 def test_an_evaluation_of_other_weights_or_of_fewer_columns_is_made_again(tmp_path):
-    run, *_ = write_runs(tmp_path)
+    run = write_runs(tmp_path)[""][0]
     (file,) = run.evaluated.glob("results/*.json")
     table = json.loads(file.read_text())
     assert run.results() == table["evaluations"]
