@@ -69,7 +69,7 @@ def parse_command_line(
         metavar="DIR",
         help="a folder of your own, laid out like configs/ and searched as well",
     )
-    parser.add_argument("--cfg", "-c", metavar="job", help="print the composed config and stop")
+    parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
     parser.add_argument("--resolve", action="store_true", help="always so: values are resolved")
     parser.add_argument("--multirun", "-m", action="store_true", help="one run per value of a,b,c")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -84,8 +84,6 @@ def parse_command_line(
         parser.epilog = describe_configs([command.config_dir, CONFIG_DIR])
         parser.print_help()
         parser.exit()
-    if command.cfg not in (None, "job"):
-        raise ConfigError(f"--cfg={command.cfg}: expected job; Hydra's own settings are not used")
     return command
 
 
@@ -123,27 +121,29 @@ def compose_config(
 ) -> DictConfig:
     """The composed config. Hydra's errors become one sentence each."""
     config_name = config_name.removesuffix(".yaml")
-    config_dirs = [config_dir, CONFIG_DIR]
+    # Of two files with the same name, the one next to the named config counts.
+    folders = sorted(
+        [config_dir, CONFIG_DIR], key=lambda folder: not (folder / f"{config_name}.yaml").is_file()
+    )
     if not config_dir.is_dir():
         raise ConfigError(f"--config-dir={config_dir}: expected a folder of configs")
-    if config_name not in yaml_names(config_dirs):
-        valid = f"a config of {config_dir}, one of {', '.join(yaml_names(config_dirs))}"
-        raise ConfigError(f"--config-name={config_name}: expected {valid}")
-    # Of two files with the same name, the one next to the named config counts.
-    folders = sorted(config_dirs, key=lambda d: not (d / f"{config_name}.yaml").is_file())
-    groups, worker = group_names(config_dirs), None
+    names, groups = yaml_names(folders), group_names(folders)
+    if config_name not in names:
+        raise ConfigError(
+            f"--config-name={config_name}: expected a config of {config_dir}, "
+            f"one of {', '.join(names)}"
+        )
     try:
-        worker = worker_of(config_name, folders)
-        checked = [check_override(text, config_dirs, worker) for text in overrides]
+        checked = [check_override(text, folders) for text in overrides]
         chosen = [str(choice.input_line) for choice in checked if choice.key_or_group in groups]
         config = deepcopy(compose_files(config_name, tuple(chosen), tuple(folders)))
         for override in checked:
             if override.key_or_group not in groups:
-                apply(override, config, config_dirs, worker)
+                apply(override, config)
         missing = sorted(OmegaConf.missing_keys(config))  # names the key of what is not resolved
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(explain(error, config_dirs, worker)) from error
+        raise ConfigError(explain(error)) from error
     if missing:
         raise ConfigError(f"{missing[0]}=???: expected a value, for which ??? holds the place")
     check_keys(config)
@@ -169,12 +169,12 @@ def compose_files(
     return config
 
 
-def apply(
-    override: Override, config: DictConfig, config_dirs: list[Path], worker: str | None
-) -> None:
+def apply(override: Override, config: DictConfig) -> None:
     """Set, add or remove one key, as Hydra would."""
     key = override.key_or_group
     section, _, name = key.rpartition(".")
+    if OmegaConf.is_list(OmegaConf.select(config, section)):
+        raise ConfigError(f"{override.input_line}: expected {section}=[a,b], the whole list")
     try:
         if override.is_delete():
             with open_dict(config):
@@ -182,7 +182,7 @@ def apply(
         else:
             OmegaConf.update(config, key, override.value(), force_add=override.is_force_add())
     except (ConfigAttributeError, ConfigKeyError) as error:
-        raise ConfigError(unknown_key(key, config_dirs, worker)) from error
+        raise ConfigError(unknown_key(key, config)) from error
 
 
 def change_paths(cfg: DictConfig, change: Callable[[str], str]) -> None:
@@ -198,28 +198,24 @@ def change_paths(cfg: DictConfig, change: Callable[[str], str]) -> None:
             OmegaConf.update(cfg, key, paths if OmegaConf.is_list(given) else paths[0])
 
 
-def check_override(text: str, config_dirs: list[Path], worker: str | None) -> Override:
+def check_override(text: str, folders: list[Path]) -> Override:
     """Catch what Hydra would ignore, or answer with a traceback."""
     if (readable := text.encode(errors="backslashreplace").decode()) != text:
         raise ConfigError(f"{readable}: expected a text in UTF-8")
     override = parse_override(text)
     key = override.key_or_group
-    section = key.rpartition(".")[0]
     if re.split("[./]", key)[0] == "hydra":
         raise ConfigError(f"{text}: {NOT_HYDRA}")
     if override.package is not None:
-        raise ConfigError(unknown_key(text.split("=")[0], config_dirs, worker))
-    if isinstance(shipped_keys(worker).get(section), list):
-        raise ConfigError(f"{text}: expected {section}=[a,b], the whole list")
+        raise ConfigError(f"{text}: expected a key without '@'")
     is_removed = override.is_delete() and not (is_open(key) and key not in OPEN_SECTIONS)
     if is_removed or (override.is_add() and key != EXPERIMENT):
         raise ConfigError(f"{text}: keys can be set (key=value) but neither added nor removed")
     if override.is_sweep_override():
-        a_list = "" if key.startswith("env.") else f"; a list is written {key}=[a,b]"
-        a_text = f"a text with a comma is written \"{key}='{text.partition('=')[2]}'\""
-        raise ConfigError(f"{text}: expected one value{a_list}; {a_text}")
-    if key in group_names(config_dirs):
-        choices = group_choices(key, config_dirs)
+        a_text = f"\"{key}='{text.partition('=')[2]}'\""
+        raise ConfigError(f"{text}: expected one value; a list is {key}=[a,b], a text {a_text}")
+    if key in group_names(folders):
+        choices = group_choices(key, folders)
         if override.value() not in choices:
             raise ConfigError(f"{text}: expected one of {', '.join(choices)}")
     return override
@@ -273,19 +269,14 @@ def check_files(
                 raise ConfigError(f"{name}: expected {valid}, because {config_name} overrides it")
 
 
-def explain(error: BaseException, config_dirs: list[Path], worker: str | None) -> str:
+def explain(error: BaseException) -> str:
     """Hydra's and OmegaConf's errors in one sentence."""
-    error = error.__cause__ or error
-    if no_group := re.search(r"Could not override '([^'@]+)'", str(error)):
-        return unknown_key(no_group.group(1), config_dirs, worker)
-    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", str(error)):
-        group, choice = missing.groups()
-        return f"{group}={choice}: expected one of {', '.join(group_choices(group, config_dirs))}"
+    text = str(error.__cause__ or error)
+    if no_group := re.search(r"Could not override '([^'@]+)'", text):
+        return f"{no_group.group(1)}: unknown key; the config has none in its defaults"
     if key := getattr(error, "full_key", None):
-        reason = str(error).split("\n")[0]
-        reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", reason).strip('"')
-        return f"{key}: the value cannot be read ({reason})"
-    return " ".join(str(error).split())
+        return f"{key}: the value cannot be read ({text.splitlines()[0]})"
+    return " ".join(text.partition("Config search path")[0].split())
 
 
 # --- known keys ---------------------------------------------------------------------------------
@@ -302,19 +293,15 @@ def check_keys(config: DictConfig) -> None:
             continue
         if inside := sorted(name for name in known if name.startswith(f"{key}.")):
             raise ConfigError(f"{key}={value}: expected its keys one by one: {', '.join(inside)}")
-        raise ConfigError(unknown_key(key, [CONFIG_DIR], worker))
+        raise ConfigError(unknown_key(key, config))
 
 
-def unknown_key(key: str, config_dirs: list[Path], worker: str | None) -> str:
-    """With keys to choose from that this worker has."""
-    others = {*group_names([CONFIG_DIR]), *USER_GROUPS} - groups_of(worker)
-    known = {*(shipped_keys(worker) or shipped_keys()), *group_names(config_dirs)} - others - {key}
+def unknown_key(key: str, config: DictConfig) -> str:
+    """With keys to choose from that this config has."""
+    known = {*flatten(OmegaConf.to_container(config)), *map(str, config)} - {key}
     close = get_close_matches(key, sorted(known), n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "see --cfg job for the valid ones"
-    group = key.split(".")[0]
-    if key in group_names(config_dirs):
-        hint = f"the config has no {group} in its defaults"
-    elif group in USER_GROUPS:
+    if (group := key.split(".")[0]) in USER_GROUPS:
         hint = f"the first line of configs/{group}/*.yaml must be '# @package _global_'"
     return f"{key}: unknown key; {hint}"
 

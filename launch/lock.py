@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.config import UserError
-from launch.queue import has_ended
+from launch.queue import OVER, job_state
 from util.files import write_json
 
 ATTEMPTS = 5
@@ -70,7 +70,7 @@ def lives(owner: Owner, me: Owner) -> bool:
         return True  # as far as can be told from here
     if owner.slurm_job == me.slurm_job:
         return owner.restarts >= me.restarts
-    return not has_ended(owner.slurm_job)
+    return job_state(owner.slurm_job)["JobState"] not in OVER  # unknown: Slurm cannot be asked
 
 
 def lock(job: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from util.files import read_json
 
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED"}
-OVER |= {"BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY"}
+OVER |= {"BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY", "forgotten"}
 # Reasons for which a job waits without anybody having to do something.
 USUAL = {"None", "Priority", "Resources", "Dependency", "BeginTime", "JobHeldUser"}
 USUAL |= {"JobArrayTaskLimit", "Licenses", "Reservation", "Cleaning", "Prolog"}
@@ -38,8 +38,3 @@ def why_waiting(record: dict[str, str]) -> str | None:
 def noted_job(job: Path) -> str:
     """The id of the last job that was submitted for this folder; empty if none can be read."""
     return str(read_json(job / "logs" / "slurm.json").get("job_id", ""))
-
-
-def has_ended(job_id: str) -> bool:
-    """False too where Slurm cannot be asked."""
-    return job_state(job_id)["JobState"] in {*OVER, "forgotten"}

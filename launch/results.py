@@ -297,8 +297,6 @@ def accept(path: Path, contents: dict, cfg: DictConfig, facts: dict) -> list[str
         raise ConfigError(f"epochs={cfg.epochs}: expected at least {least}, which are trained")
     text = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in found.items())
     if found and not changed:
-        if "target_mom" in found and old["target_mom"] == 0.996:
-            text += ". It was 0.996 by default once: target_mom=0.996 goes on with that"
         given = "resume=True" if cfg.resume else f"job_name={cfg.job_name}"
         others = "" if cfg.resume else ", overwrite=True or another job_name"
         valid = f"the settings and images of {path}, or resume=changed{others}"
@@ -306,13 +304,9 @@ def accept(path: Path, contents: dict, cfg: DictConfig, facts: dict) -> list[str
     said = [f"resume=changed: {text}"] if found else []
     if cfg.epochs > config["epochs"]:
         said.append(f"epochs {config['epochs']} -> {cfg.epochs}: the schedules are stretched")
-    per_micro_batch = any(cfg.get(key) for key in ("avg_sim_coeff", "mixup", "sigreg"))
-    batch_wide = ("pred_unit", "negatives", "target_norm", "target_post_norm")
-    per_micro_batch |= any(cfg.get(key) == "batch" for key in batch_wide)
     before, now = old["batch_size"], facts["batch_size"]  # as shrink_batch has made them
-    if now != before and per_micro_batch:
-        what = "the objective or mixup is per micro-batch, so numbers differ"
-        said.append(f"batch_size {before} -> {now}: {what}")
+    if now != before:
+        said.append(f"batch_size {before} -> {now}: what is per micro-batch gives other numbers")
     if contents.get("format", 1) < FORMAT:
         said.append("the checkpoint is of an earlier version, which drew other random numbers")
     return said

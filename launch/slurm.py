@@ -304,7 +304,7 @@ def job_in_queue(cfg: DictConfig) -> str | None:
     """The last job that was submitted for this folder, if it has not ended. None too if the new one
     is to wait for its end."""
     job_id = noted_job(job_directory(cfg))
-    if not job_id or job_state(job_id)["JobState"] in {*OVER, "forgotten", "unknown"}:
+    if not job_id or job_state(job_id)["JobState"] in OVER | {"unknown"}:
         return None  # where Slurm does not answer, sbatch says so
     dependency = str(cfg.env.slurm_extra.get("dependency", ""))
     kinds = re.findall(r"after(?:any|ok|notok|corr):([\d:_]+)", dependency)
@@ -339,7 +339,7 @@ def follow(note: dict) -> int:
                 print(text.decode(file.read()), end="", flush=True)
                 position = file.tell()
         state = record["JobState"]
-        if state in OVER or state == "forgotten":
+        if state in OVER:
             break
         if (now := why_waiting(record)) and now != reason:
             print(f"job {job_id} does not start: Slurm says {now}", file=sys.stderr, flush=True)

@@ -74,8 +74,12 @@ def choice(words: str, holds: Test, least: int = 1) -> Rule:
     return words, lambda v: is_list(v) and len(v) == len(set(map(str, v)))
 
 
+def either(first: Rule, second: Rule) -> Rule:
+    return f"{first[0]}, or {second[0]}", lambda v: first[1](v) or second[1](v)
+
+
 def or_null(rule: Rule) -> Rule:
-    return f"{rule[0]}, or null", lambda v: v is None or rule[1](v)
+    return either(rule, ("null", lambda v: v is None))
 
 
 def one_of(*names: str) -> Rule:
@@ -106,7 +110,7 @@ FOLDER_NAME: Rule = (
 )
 MODULE: Rule = ("a Python module with main(cfg), such as main_lmim", is_module)
 # Slurm's accounts and nodes may be plain numbers.
-LABEL: Rule = ("a text or a whole number", lambda v: is_text(v) or is_whole(v))
+LABEL: Rule = either(TEXT, ("a whole number", is_whole))
 SECTION: Rule = ("a section of keys", lambda v: isinstance(v, DictConfig))
 SETTINGS: Rule = (
     "a section of keys, each with a text, a number, True or False",
@@ -114,25 +118,20 @@ SETTINGS: Rule = (
         isinstance(v, DictConfig) and all(isinstance(x, str | int | float) for x in v.values())
     ),
 )
-TEXTS = list_of("texts, such as ['linear_probe.epochs=10']", is_text)
-SEVERAL = choice("", is_text)
-BACKBONES: Rule = ("a text or a list of texts", lambda v: is_text(v) or SEVERAL[1](v))
-FOLDERS = list_of(
-    "folders of jobs or globs of them, such as [checkpoints/demo,reference/*]", is_text
+TEXTS = list_of("texts, such as [first,'second=1,2']", is_text)
+BACKBONES = either(TEXT, choice("different texts", is_text))
+LAYERS = either(
+    matches("top:K, such as top:6", r"top:[1-9]\d*"),
+    choice("different blocks counted from 0, such as [2,5]", whole(0)[1]),
 )
-TOP = matches("top:K, such as top:6", r"top:[1-9]\d*")
-BLOCKS = choice("different blocks counted from 0, such as [2,5]", whole(0)[1])
-LAYERS: Rule = (f"{TOP[0]}, or {BLOCKS[0]}", lambda v: TOP[1](v) or BLOCKS[1](v))
 CLUSTERS = list_of("whole numbers from 2 to 12 that rise, such as [3,4,5]", whole(2, 12)[1], 1)
 RISING: Rule = (CLUSTERS[0], lambda v: CLUSTERS[1](v) and list(v) == sorted(set(v)))
-PLACE = list_of(
-    "two shares of the picture, of its width and height, such as [0.5,0.5]", number(0, 1)[1], 2, 2
-)
 SEGMENTS = list_of(
     "whole numbers of at least 1, or truth, such as [2,truth]",
-    lambda n: n == "truth" or whole(1)[1](n),
-    1,
+    either(one_of("truth"), whole(1))[1],
+    least=1,
 )
+PLACE = list_of("two shares of width and height, such as [0.5,0.5]", number(0, 1)[1], 2, 2)
 RAND_AUGMENT = matches(
     "a RandAugment of timm, such as rand-m9-mstd0.5-inc1",
     r"rand(-(m|mstd|mmax|n|p|inc|t|w)\d+(\.\d+)?)*",
@@ -150,9 +149,8 @@ KEYS_OF_RULES: list[tuple[Rule, str]] = [
     (("True, False or changed", lambda v: v == "changed" or isinstance(v, bool)), "resume"),
     (TEXT, "output_dir title command page data_path? images? cache_dir? note?"),
     (TEXT, "pretrained? pretrained_weights? dataset.options.index_folder? env.gres? env.python?"),
-    (TEXTS, "settings env.setup env.srun_args digits? textures?"),
+    (TEXTS, "jobs apart settings env.setup env.srun_args digits? textures?"),
     (several_of(*group_choices("experiment", [CONFIG_DIR])), "experiments"),
-    (FOLDERS, "jobs apart"),
     (FOLDER_NAME, "job_name encoder.name video_split"),  # the encoder's is part of job_name
     (LABEL, "env.partition? env.constraint? env.nodelist? env.exclude?"),
     (LABEL, "env.account? env.qos? env.comment?"),
@@ -325,23 +323,17 @@ def check_job(cfg: DictConfig) -> None:
 
 
 def check_writable(cfg: DictConfig, folder: Path) -> None:
-    problem = why_not_writable(folder)
-    expect(cfg, "output_dir", not problem, f"a folder that can be written to, but {problem}")
-
-
-def why_not_writable(folder: Path) -> str | None:
     """Try it, in the nearest folder that exists: permissions say nothing to root, nor about file
     systems that are read-only."""
     existing = folder.absolute()
     while not os.path.lexists(existing):
         existing = existing.parent
-    if not existing.is_dir():
-        return f"{existing} is not a folder"
+    valid = f"a folder that can be written to, but {existing}"
+    expect(cfg, "output_dir", existing.is_dir(), f"{valid} is not a folder")
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            return None
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        return f"{existing} refuses new files ({error.strerror})"
+        expect(cfg, "output_dir", False, f"{valid} refuses new files ({error.strerror})")
 
 
 def check_processes(cfg: DictConfig, gpus: int, cores: int) -> None:

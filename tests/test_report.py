@@ -349,6 +349,8 @@ def test_what_a_row_says(tmp_path):
         f"{label}: seeds that are there twice (0, 0).",
     ]
     later = small_job(tmp_path / "later", lines[1], {"step": 4, "loss": 1.0}, seed=1)
+    apart = small_job(tmp_path / "apart", {"step": 9, "loss": 1.0}, seed=2)
+    assert "these end at steps 3, 9" in next(iter(rows_of(b, apart)[0].notes()))
     first_note = next(iter(rows_of(b, later)[0].notes()))
     assert first_note.endswith("these end at steps 3, 4; the band has the steps of all.")
     assert [*rows_of(b, later)[0].notes()][1].endswith("no step that all have of lr, rankme.")
@@ -448,9 +450,8 @@ def test_bad_input_is_one_sentence(report, tmp_path):
         f"apart=[{tmp_path}/silent]": "has neither logged a step nor left results",
         f"jobs=[{tmp_path}/damaged]": "has a damaged file",
         f"jobs=[{tmp_path}/e*]": "expected folders of jobs, but it matches none",
-        f"jobs=[{tmp_path}/s?]": "s0 … s1 (2 runs): expected runs that have logged the same steps",
         "jobs=[]": "jobs=[]: expected folders of jobs",
-        "jobs=checkpoints/demo": "expected a list of folders of jobs or globs of them",
+        "jobs=checkpoints/demo": "jobs=checkpoints/demo: expected a list of texts",
     }
     for override, expected in cases.items():
         exit_code, _, errors = report(override)

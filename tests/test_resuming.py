@@ -111,11 +111,7 @@ def test_all_differences_are_one_message(tmp_path):
 def test_what_may_differ_and_is_said(tmp_path):
     half = {"made_from": FACTS | {"batch_size": 64}}
     (said,) = accept(tmp_path, made("batch_size=64", **half), configured(), FACTS)
-    assert said.startswith("batch_size 64 -> 128: the objective or mixup is per micro-batch")
-    assert accept(tmp_path, made("avg_sim_coeff=0"), configured("avg_sim_coeff=0"), FACTS) == []
-    batch = ["avg_sim_coeff=0", "negatives=batch"]
-    (said,) = accept(tmp_path, made(*batch, **half), configured(*batch), FACTS)
-    assert said.startswith("batch_size 64 -> 128: the objective or mixup is per micro-batch")
+    assert said.startswith("batch_size 64 -> 128: what is per micro-batch gives other numbers")
     (said,) = accept(tmp_path, made(), configured("epochs=5"), FACTS)
     assert said == "epochs 3 -> 5: the schedules are stretched"
 
@@ -208,8 +204,7 @@ def test_checkpoints_of_earlier_versions(tmp_path):
     assert refusal(tmp_path, before, "compile=True") == "compile False -> True"
     assert refusal(tmp_path, before, steps_per_epoch=11) == "steps_per_epoch 10 -> 11"
     before["config"]["target_mom"] = 0.996
-    message = refusal(tmp_path, before)
-    assert message.startswith("target_mom 0.996 -> 0.99. ") and "target_mom=0.996 goes" in message
+    assert refusal(tmp_path, before) == "target_mom 0.996 -> 0.99"
     assert len(accept(tmp_path, before, configured("target_mom=0.996"), FACTS)) == 1
     assert len(accept(tmp_path, before, configured("resume=changed"), FACTS)) == 2
 

@@ -17,7 +17,7 @@ import main_lmim
 from data.datasets import DATASETS
 from launch.command import run_command_line
 from launch.config import ConfigError
-from launch.validate import check_processes, why_not_writable
+from launch.validate import check_processes, check_writable
 from models.decoder import DECODERS
 from models.losses import LOSSES
 from models.target import TARGETS
@@ -128,7 +128,7 @@ def error_of(run_here):
         ("+dataset.options.eval_images=0", "a whole number from 1 to 10**9"),
         ("env.ngpu=-1", "a whole number from 0 to 1024"),
         ("env.signal_delay=259200", "fewer seconds than the env.timeout=4320 minutes have"),
-        ("env.account=[1]", "a text or a whole number, or null"),
+        ("env.account=[1]", "a text that is not empty, or a whole number, or null"),
         ("env.world_size=2", "1 without Slurm (this machine); on more nodes start torchrun"),
         pytest.param("env.ngpu=1000", f"1 to {os.cpu_count()}, the cores", marks=WITHOUT_GPU),
         pytest.param("precision=fp16", "auto, bf16 or fp32 on cpu", marks=WITHOUT_GPU),
@@ -195,10 +195,12 @@ def test_a_place_that_takes_no_files(error_of):
 
 
 def test_trying_whether_a_folder_takes_files_leaves_nothing(tmp_path):
-    assert why_not_writable(tmp_path / "a" / "b") is None
+    cfg = OmegaConf.create({"output_dir": "x"})
+    check_writable(cfg, tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
-    assert why_not_writable(tmp_path / "lost") == f"{tmp_path / 'lost'} is not a folder"
+    with pytest.raises(ConfigError, match=f"output_dir=x: .* but {tmp_path}/lost is not a folder"):
+        check_writable(cfg, tmp_path / "lost")
 
 
 def test_what_a_run_writes_is_tried_before_it_starts(error_of, tmp_path):

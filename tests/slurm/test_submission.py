@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launch.lock import JobBusy, lock, this_process, unlock
-from launch.queue import has_ended
+from launch.queue import OVER, job_state
 from tests.runs import LAUNCHER, ROOT, TINY, environment, records, run, succeed
 from tests.slurm.cluster import cancel, job_info, squeue
 from tests.slurm.jobs import HELD, LONG, ON_SLURM, error_text, ids, submit, wait_for_end
@@ -125,5 +125,5 @@ def test_each_element_of_an_array_is_asked_for_by_itself():
     array = subprocess.check_output(["sbatch", *options], text=True).strip()
     assert wait_for_end(f"{array}_0", 30) == "COMPLETED"
     assert job_info(f"{array}_1")["JobId"] == array
-    assert has_ended(job_info(f"{array}_0")["JobId"])
-    assert not has_ended(array)
+    assert job_state(job_info(f"{array}_0")["JobId"])["JobState"] in OVER
+    assert job_state(array)["JobState"] not in OVER
