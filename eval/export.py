@@ -20,9 +20,8 @@ from omegaconf import DictConfig
 from safetensors.torch import save
 from torch import Tensor
 
-from eval.backbone import Colour, OwnBackbone
+from eval.backbone import SIZES, BackboneError, Colour, OwnBackbone
 from eval.common import EvalRun, run_evaluation
-from eval.families import SIZES, BackboneError
 from launch.command import run_worker
 from models.vit import Encoder
 from util.files import write_json, write_whole

@@ -21,9 +21,8 @@ from torch import Tensor
 from data.base import ImageDataset
 from data.files import given_images
 from data.loader import EvalBatch
-from eval.backbone import Tokens
+from eval.backbone import BackboneError, Tokens
 from eval.common import EvalRun, LabelledImages, run_evaluation
-from eval.families import BackboneError
 from launch.command import run_worker
 from launch.job import describe_environment
 from launch.lock import lock

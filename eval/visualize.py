@@ -28,8 +28,8 @@ from data.files import given_images
 from data.photographs import installed
 from data.picture import Picture, crop_and_resize, size_of
 from data.transforms import EvalTransform
+from eval.backbone import BackboneError
 from eval.common import EvalRun, load_for_all
-from eval.families import BackboneError
 from eval.pictures import Panel, draw, nested_clusters, nested_colours
 from launch.command import run_worker
 from launch.config import ConfigError, compose_config, flatten, quote

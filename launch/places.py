@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.config import ConfigError
 from launch.job import list_checkpoints, refuse_folder_of_another
 
-FAMILIES = ("mae", "ijepa", "dino", "ibot", "dinov2")  # of official files: eval/families.py
+FAMILIES = ("mae", "ijepa", "dino", "ibot", "dinov2")  # of official files: eval/backbone.py
 IGNORE_DATA_PATH = ("eval.export", "eval.visualize")
 
 

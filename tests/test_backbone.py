@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from eval.backbone import TimmBackbone
+from eval.backbone import BackboneError, TimmBackbone
 from eval.common import load_for_all
-from eval.families import BackboneError
 from eval.features import pool
 from launch.config import compose_config
 from launch.job import checkpoint_name
@@ -211,13 +210,13 @@ def test_mistakes_are_one_sentence(tmp_path):
         (tmp_path / "none.pth", {}, "expected a file, but there is no"),
         (truncated, {}, "cannot be read"),
         (f"mae:{path}", {}, "digits.pth holds no weights where they are expected; it"),
-        (joint, {"which": "target"}, "holds no target encoder .target=joint.; expected encoder"),
+        (joint, {"which": "target"}, "expected a Latent MIM checkpoint with which=target"),
         (tmp_path / "short.pth", {}, r"size mismatch for norm.bias: .*\[7\]"),
         (path, {"layer": 3}, "layer=3: expected -1 .the last block. or 0 to 2"),
         (path, {"image_side": 30}, "image_side=30: expected a multiple of the patch size 4"),
         (path, {"pretrained_weights": "x"}, "pretrained_weights=x: expected with pretrained=timm"),
         ("moco:x.pth", {}, "pretrained=moco:x.pth: expected a checkpoint .*, mae:FILE, ijepa:FILE"),
-        ("timm:vit_tinny_patch16_224", {}, "timm has no such model; did you mean vit_tiny_patch16"),
+        ("timm:vit_tinny_patch16_224", {}, "expected a name of timm.list_models()"),
     ]:
         with pytest.raises((BackboneError, CheckpointError), match=expected) as caught:
             load_backbone(pretrained, **options)

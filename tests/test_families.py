@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from eval.families import FAMILIES, SIZES, BackboneError
+from eval.backbone import FAMILIES, SIZES, BackboneError
 from tests.backbones import digits_checkpoint, images, load_backbone, prefixed
 from tests.test_checkpoint import places_of_numbers
 from util.checkpoint import CheckpointError

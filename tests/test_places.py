@@ -9,8 +9,8 @@ from data.base import DataError
 from data.datasets import DATASETS, LAYOUTS, build_dataset
 from data.files import given_images
 from data.masks import read_videos
-from eval import families
-from eval.families import BackboneError
+from eval import backbone
+from eval.backbone import BackboneError
 from launch.config import ConfigError, compose_config
 from launch.places import FAMILIES, check_places
 from tests.backbones import digits_checkpoint, load_backbone
@@ -70,7 +70,7 @@ def test_a_backbone_that_is_not_there(tmp_path, pretrained):
 
 
 def test_the_families_are_those_that_can_be_read():
-    assert {*FAMILIES} == families.FAMILIES.keys()
+    assert {*FAMILIES} == backbone.FAMILIES.keys()
 
 
 @pytest.mark.parametrize("name", ["features", "visualize"])

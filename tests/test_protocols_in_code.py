@@ -13,8 +13,8 @@ from timm.layers import DropPath, Mlp
 from torch import nn, tensor
 
 from data import datasets, files, masks, transforms
-from eval import collapse, evaluate, families, finetune, linear_probe, segmentation
-from eval.backbone import OwnBackbone, Tokens
+from eval import collapse, evaluate, finetune, linear_probe, segmentation
+from eval.backbone import FAMILIES, HEADS, OwnBackbone, Tokens
 from eval.common import EvalRun, count_hits
 from eval.features import Features
 from eval.few_shot import ridge_accuracies
@@ -241,7 +241,7 @@ def test_scores():
 
 def test_other_methods():
     heads = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
-    assert (heads, 224) == (families.HEADS, families.FAMILIES["dinov2"].image_side)
+    assert (heads, 224) == (HEADS, FAMILIES["dinov2"].image_side)
     nearest = evaluate.compose(composed("evaluate"), "knn", False)
     assert (nearest.protocol, nearest.final_norm, nearest.precision) == ("knn", True, "fp32")
     probe = evaluate.compose(composed("evaluate"), "linear_probe", False)

@@ -16,7 +16,7 @@ from PIL import Image
 from data.base import DataError
 from data.picture import to_tensor
 from eval import visualize
-from eval.families import BackboneError
+from eval.backbone import BackboneError
 from eval.pictures import Panel, compose, draw, nested_clusters, nested_colours
 from eval.visualize import Method, View, average_windows, see
 from launch.config import ConfigError, compose_config, parse_command_line
@@ -315,7 +315,7 @@ BAD = {
     "stride=28": (ConfigError, "stride=28: expected .* at most 24"),
     "upsample=30": (ConfigError, "and 16384 at most"),
     "pretrained=null": (BackboneError, "pretrained=null: expected a checkpoint"),
-    f"pretrained=[timm:{SMALL[0]},timm:nope]": (BackboneError, "timm has no such model"),
+    f"pretrained=[timm:{SMALL[0]},timm:nope]": (BackboneError, "expected a name of timm"),
 }
 
 
