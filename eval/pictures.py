@@ -68,10 +68,11 @@ def nested_colours(levels: list[np.ndarray]) -> list[np.ndarray]:
                 places = labels == part
                 if level == 0:
                     hues[places] = rank % len(HUES)
-                if level == 0 or rank > 0:
-                    hue = hues[places][0]
-                    tints[places] = used[hue]
-                    used[hue] += 1
+                elif rank == 0:
+                    continue
+                hue = hues[places][0]
+                tints[places] = used[hue]
+                used[hue] += 1
         coarser = labels
         found.append(PALETTE[hues, tints])
     return found
@@ -129,10 +130,7 @@ def fill(axes, panel: Panel) -> None:
         size = np.clip(2000 / len(panel.places), 1, 30)
         axes.scatter(*panel.places.T, c=panel.content, s=size, linewidths=0)
         return
-    # Photographs have more pixels than there are dots, and would lose some of them.
-    is_fine = panel.content.shape[1] > PANEL * DOTS
-    smooth = "antialiased" if is_fine else "nearest"
-    axes.imshow(panel.content, interpolation=smooth, aspect="auto", cmap="viridis")
+    axes.imshow(panel.content, aspect="auto", cmap="viridis")
     if panel.mark is not None:
         x, y = panel.mark[0], 1 - panel.mark[1]
         for colour, thickness in (("white", 3), ("black", 1.2)):

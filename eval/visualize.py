@@ -13,6 +13,7 @@ python launcher.py --config-name=visualize pretrained=checkpoints/demo images=ph
 """
 
 import shlex
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ from launch.command import run_worker
 from launch.config import ConfigError, compose_config, flatten, quote
 from models.views import extract_patches
 from util.distributed import Ranks, join_processes, leave_processes
-from util.files import read_json, write_json
+from util.files import write_json
 
 MOST_PATCHES = 16384  # of one image: clustering keeps a distance for each pair, 1 GB
 PERPLEXITY = 30
@@ -118,23 +119,21 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     )
     lines.append(command_of(cfg))
     folder, sheet, files = run.job / "results" / "pictures", {}, []
-    report_file = run.job / "results" / "visualize.json"
-    for name, ending in product(read_json(report_file).get("pictures", []), ("png", "pdf")):
-        (folder / f"{name}.{ending}").unlink(missing_ok=True)  # of an earlier run
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
     folder.mkdir(exist_ok=True)
     for index in run.tracked(range(len(paths)), "images drawn:"):
-        path, seen = paths[index], views[index]
-        panels = [show(cfg, view, rgb[index]) for view, rgb in zip(seen, colours, strict=True)]
+        path, seen = paths[index], zip(labels, views[index], colours, strict=True)
+        rows = {label: show(cfg, view, rgb[index]) for label, view, rgb in seen}
         files.append(f"{index:03d}-{Path(path).stem}")
-        rows = dict(zip(labels, panels, strict=True))
         draw(folder / files[-1], rows, [path, *lines])
-        sheet[path] = {"input": panels[0]["input"]._replace(mark=None)}
+        sheet[path] = {"input": rows[labels[0]]["input"]._replace(mark=None)}
         for label, own in rows.items():
             for name in (f"{cfg.clusters[-1]} clusters", "PCA"):
                 sheet[path][f"{label[0]}: {name}"] = own[name]
     draw(folder / "all", sheet, lines)
-    report = {"command": lines[-1], "caption": lines, "methods": reports, "images": paths}
-    write_json(report_file, report | {"pictures": files, "left_out": run.count_left_out()})
+    report: dict = {"command": lines[-1], "caption": lines, "methods": reports, "images": paths}
+    report |= {"pictures": files, "left_out": run.count_left_out()}
+    write_json(run.job / "results" / "visualize.json", report)
     made = f"{len(files)} pictures, and all on one sheet, as PNG and PDF in {folder}/"
     run.say(f"visualize: {made}{run.left_out_in_words()}")
 
@@ -196,11 +195,10 @@ def see(method: Method, picture: Picture, path: str) -> View:
     image = prepare(method, picture)
     patch = run.backbone.patch_size
     rows, columns = image.shape[1] // patch, image.shape[2] // patch
-    least = max(3, cfg.clusters[-1])
+    least = max(3, cfg.clusters[-1])  # three components
     if not least <= rows * columns <= MOST_PATCHES:
-        valid = f"{least} or more for three colours and clusters={listed(cfg.clusters)}"
-        most = f"{MOST_PATCHES} at most (see upsample=)"
-        raise ConfigError(f"{path} makes {rows} x {columns} patches: expected {valid}, and {most}")
+        expected = f"{least} to {MOST_PATCHES} (see clusters= and upsample=)"
+        raise ConfigError(f"{path} makes {rows} x {columns} patches: expected {expected}")
     batch = image[None].to(run.ranks.device)
     if method.is_pixels:
         tokens = extract_patches(run.normalised(batch), patch)[0]
@@ -208,7 +206,7 @@ def see(method: Method, picture: Picture, path: str) -> View:
         tokens = average_windows(method, batch[0]).flatten(0, 1)
     else:
         try:
-            (tokens,), (rows, columns) = run.tokens(batch)[1:]
+            tokens = run.tokens(batch).patches[0]
         except AssertionError as error:  # how timm's models refuse a size
             raise BackboneError(f"upsample={cfg.upsample}: {method.name}: {error}") from error
     return View(image, tokens.float().cpu().numpy(), (rows, columns))
@@ -218,8 +216,8 @@ def average_windows(method: Method, image: Tensor) -> Tensor:
     """Average the tokens of each patch over all windows that it lies in. -> [rows, columns, D]"""
     run, patch, stride = method.run, method.run.backbone.patch_size, method.run.cfg.stride
     if stride % patch or stride > method.side:
-        valid = f"a multiple of the patch size {patch}, at most {method.side}"
-        raise ConfigError(f"stride={stride}: expected {valid} ({method.name})")
+        found = f"stride={stride} for {method.name}"
+        raise ConfigError(f"{found}: expected a multiple of {patch}, at most {method.side}")
     cells = method.side // patch
     rows, columns = image.shape[1] // patch, image.shape[2] // patch
     # The last window lies at the edge, whatever the step.
@@ -273,19 +271,14 @@ def similarity(view: View, point: list[float]) -> np.ndarray:
 
 def command_of(cfg: DictConfig) -> str:
     """Write the command that draws the same, with all that is not as shipped."""
-    name = "visualize"
     words = [f"dataset={cfg.dataset.name}"]
-    shipped = flatten(OmegaConf.to_container(compose_config(name, words)))
+    shipped = flatten(OmegaConf.to_container(compose_config("visualize", words)))
     for key, value in flatten(OmegaConf.to_container(cfg)).items():
         if not key.startswith("env.") and value != shipped.get(key):
-            value = "null" if value is None else value
-            words.append(f"{key}={listed(value) if isinstance(value, list) else value}")
-    return shlex.join(["python", "launcher.py", f"--config-name={name}", *words])
-
-
-def listed(values: list) -> str:
-    """Write a list as the command line has it."""
-    return f"[{','.join(quote(str(value)) for value in values)}]"
+            if isinstance(value, list):
+                value = f"[{','.join(quote(str(item)) for item in value)}]"
+            words.append(f"{key}={'null' if value is None else value}")
+    return shlex.join(["python", "launcher.py", "--config-name=visualize", *words])
 
 
 if __name__ == "__main__":
