@@ -152,7 +152,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     if loop.done == 0:
         with loop.rescue("the first evaluation"):
             loop.watch()
-            if "eval_at_start" in cfg and cfg.eval_at_start:
+            if cfg.get("eval_at_start"):
                 loop.record(task.evaluate)
     if loop.unfinished:
         loop.follow_step(has_a_line=True)
@@ -188,20 +188,16 @@ def newest_for_all(
 ) -> tuple[Path, dict] | None:
     """The newest readable checkpoint and what it holds. Rank 0 chooses it, says what accept has to
     say about it, and gives the others what it holds."""
-    contents: dict | None = None  # gigabytes, which are not for on_main to send
+    found: list = []  # also what it holds: gigabytes, which are not for on_main to send
 
     def choose() -> Path | None:
-        nonlocal contents
-        newest = checkpoint.newest_readable(folder, report)
-        if newest is None:
-            return None
-        path, contents = newest
-        for text in accept(path, contents) if accept else []:
+        found.extend(checkpoint.newest_readable(folder, report) or (None, None))
+        for text in accept(*found) if accept and found[0] else []:
             report(text)
-        return path
+        return found[0]
 
     path = on_main(choose, ranks)
-    return path and (path, broadcast_tensors(contents, ranks))
+    return path and (path, broadcast_tensors(found and found[1], ranks))
 
 
 class Loop:
@@ -224,8 +220,7 @@ class Loop:
         self.steps_per_epoch = task.loader.steps_per_epoch
         self.images_per_step = task.loader.images_per_step
         self.planned_steps = cfg.epochs * self.steps_per_epoch
-        most = cfg.max_steps if "max_steps" in cfg else None
-        self.total_steps = min(self.planned_steps, most or self.planned_steps)
+        self.total_steps = min(self.planned_steps, cfg.get("max_steps") or self.planned_steps)
         if unfinished:  # what follows a step beyond max_steps is due all the same
             self.total_steps = max(self.total_steps, first_step)
         self.nothing_is_left = first_step >= self.total_steps and not unfinished
@@ -289,9 +284,8 @@ class Loop:
         self.finish_writing()
         last = self.folder / checkpoint_name(self.done, self.whole_epoch())
         if self.ranks.is_main and not os.path.exists(last):  # or its disk does not answer
-            problem = f"its last checkpoint {last} could not be written"
-            hint = "make room, and start it again with resume=True"
-            raise TrainingStopped(f"training has ended, but {problem}: {hint}")
+            problem = f"training has ended, but its last checkpoint {last} could not be written"
+            raise TrainingStopped(f"{problem}: make room, and start it again with resume=True")
 
     # --- the log
 
@@ -340,13 +334,11 @@ class Loop:
     def check_supply(self, steps: int) -> None:
         """Warn once where loaders give less than steps take. Without the first step, in which both
         start."""
-        first, last = FIRST_STEPS[0], FIRST_STEPS[-1]
         loader = self.task.loader
-        if steps == first:
+        if steps == 1:
             self.clock_of_first_step = self.speed.clock()
-        elif steps == last and isinstance(loader, TrainLoader) and (workers := loader.workers[0]):
-            then = self.clock_of_first_step
-            speed = self.speed.since(then, last - first, self.images_per_step, 0)
+        if steps == 10 and isinstance(loader, TrainLoader) and (workers := loader.workers[0]):
+            speed = self.speed.since(self.clock_of_first_step, 9, self.images_per_step, 0)
             if warning := warn_of_supply(speed, self.ranks.world_size, workers):
                 self.log.say(warning)
 
