@@ -144,15 +144,6 @@ def measure_tokens(
         hits += (predicted == torch.arange(places, device=ranks.device)).sum()
     for values in (hits, unit_sums, inside, images):
         all_reduce(values)
-    probed = 100 * hits / (images * places - count)
-    probe = {"position_probe": probed.item(), "position_chance": 100 / places}
-    return similarities(unit_sums, inside, images) | probe
-
-
-def similarities(unit_sums: Tensor, inside: Tensor, images: Tensor) -> dict[str, float]:
-    """Average the cosines of patch tokens over pairs. unit_sums [L, D]: of the tokens of length 1
-    of all images, place by place; inside: of the averages over the pairs of an image."""
-    places = len(unit_sums)
     # All pairs, less those of one image and, of one place, those of a token with itself.
     same = unit_sums.square().sum() - images * places
     everything = unit_sums.sum(dim=0).square().sum() - places**2 * inside
@@ -161,8 +152,9 @@ def similarities(unit_sums: Tensor, inside: Tensor, images: Tensor) -> dict[str,
         "token_similarity": inside / images,
         "same_place": same / pairs,
         "other_places": (everything - same) / (pairs * max(places - 1, 1)),
+        "position_probe": 100 * hits / (images * places - count),
     }
-    return {name: value.item() for name, value in found.items()}
+    return {name: value.item() for name, value in found.items()} | {"position_chance": 100 / places}
 
 
 # --- the watch over a run that trains -------------------------------------------------------------

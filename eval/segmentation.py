@@ -247,23 +247,22 @@ def linear_head(run: EvalRun, dataset: MaskedImages) -> None:
     )
 
 
-class PatchHead(nn.Module):
+class PatchHead(nn.Linear):
     """Standardise each channel, then a linear layer that starts at zero."""
 
     def __init__(self, patches: Tensor, classes: int) -> None:
         """Take mean and deviation from patches [N, L, D]."""
-        super().__init__()
         std, mean = torch.std_mean(patches, dim=(0, 1), correction=0)
+        super().__init__(len(mean), classes)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
         self.register_buffer("mean", mean)
         # A channel that never changes says nothing: leave it at zero.
         self.register_buffer("std", torch.where(std > 1e-6, std, 1))
-        self.linear = nn.Linear(len(mean), classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """[..., D] -> logits [..., classes]"""
-        return self.linear((vectors - self.mean) / self.std)
+        return super().forward((vectors - self.mean) / self.std)
 
 
 def train_patch_head(run: EvalRun, parts: list[Batch]) -> PatchHead:

@@ -197,14 +197,11 @@ def score_object(truth: np.ndarray, predicted: np.ndarray, void: np.ndarray) -> 
 
     The caller leaves out the first frame, which is given, and the last, as the benchmark does."""
     truth, predicted = truth & ~void, predicted & ~void
-    regions = list(map(region_similarity, truth, predicted))
-    boundaries = list(map(boundary_accuracy, truth, predicted))
-    return {
-        "J": fmean(regions),
-        "J_recall": fmean([value > 0.5 for value in regions]),
-        "F": fmean(boundaries),
-        "F_recall": fmean([value > 0.5 for value in boundaries]),
-    }
+    scores = {}
+    for name, measure in (("J", region_similarity), ("F", boundary_accuracy)):
+        values = list(map(measure, truth, predicted))
+        scores |= {name: fmean(values), f"{name}_recall": fmean(value > 0.5 for value in values)}
+    return scores
 
 
 def score_sequence(truth: np.ndarray, predicted: np.ndarray, void: int) -> dict[int, dict]:
