@@ -26,11 +26,10 @@ from launch.config import TrainingStopped
 from launch.job import list_checkpoints
 from models.lmim import LatentMIM
 from models.views import Geometry, Views, sample_views
-from util.build import Training, build_model, read_geometry
+from util.build import Training, build_model, eval_loader, open_split, read_geometry, train_loader
 from util.checkpoint import first_words
 from util.distributed import Ranks, gather_objects, join_processes, leave_processes, on_main
 from util.files import read_json, write_json
-from util.loaders import eval_loader, open_split, train_loader
 from util.loop import Line, Loop, Task, job_folder, print_error, sum_over_processes, train
 from util.metrics import dense_peak, describe_nodes, memory_in_use
 from util.precision import choose_precision, tune_for_cpu

@@ -31,8 +31,8 @@ from launch.local import run_side_by_side
 from launch.results import is_finished, sha256_of
 from launch.sweep import compose_all
 from launch.validate import check_config
+from util.build import open_split
 from util.files import read_json, read_records, write_whole
-from util.loaders import open_split
 
 MOSAICS = 3  # in the pictures
 WORKERS = ("eval.nn", "eval.few_shot", "eval.segmentation", "eval.collapse", "eval.visualize")

@@ -22,15 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torchvision import transforms
 
-from bench.command import run_bench, show
-from bench.step import median_ratio
+from bench.step import median_ratio, run_bench, show
 from data.base import ImageDataset
 from data.loader import Augmentation
 from data.picture import decode
 from data.transforms import TrainTransform
-from util.build import read_geometry
+from util.build import open_split, read_geometry, train_loader
 from util.distributed import Ranks
-from util.loaders import open_split, train_loader
 
 BATCH = 16
 PHOTO_SIZES = [(500, 375), (375, 500), (500, 333)]  # the most frequent ones of ImageNet

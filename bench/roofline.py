@@ -17,9 +17,8 @@ from collections import Counter, defaultdict
 import yaml
 from omegaconf import OmegaConf
 
-from bench.command import run_bench
 from bench.fake_cuda import CUDA, Operation, Recorder, fake_cuda
-from bench.step import build_training, step_of
+from bench.step import build_training, run_bench, step_of
 from util.build import Training
 from util.distributed import Ranks
 from util.metrics import MACHINES

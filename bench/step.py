@@ -11,20 +11,23 @@ down in the plainest way, to compare with: softmax attention as matrices, the mo
 AdamW parameter by parameter, the numbers read after each step. threads: of the CPU, per process.
 """
 
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.command import run_bench, show
 from engine_pretrain import train_step
+from launch.command import run_worker
 from launch.config import ConfigError
 from main_lmim import view_source
 from models.views import Views
@@ -203,6 +206,28 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+
+
+def run_bench(main: Callable, description: str, **own: int | str) -> NoReturn:
+    """Run main(cfg, **own). own: its keys that no config has, with their defaults."""
+    for text in sys.argv[1:]:
+        name, _, value = text.partition("=")
+        if name not in own:
+            continue
+        if isinstance(own[name], int) and not value.isdecimal():
+            sys.exit(f"error: {text}: expected a whole number")
+        own[name] = type(own[name])(value)
+        sys.argv.remove(text)
+    run_worker(partial(main, **own), description)
+
+
+def show(result: dict) -> None:
+    """As JSON, numbers to four digits."""
+    rounded = {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for name, value in result.items()
+    }
+    print(json.dumps(rounded, indent=2), flush=True)
 
 
 def main(cfg: DictConfig, plain: str, rounds: int, threads: int) -> None:

@@ -35,8 +35,8 @@ from eval.features import extract
 from launch.command import run_worker
 from models.losses import average_similarity
 from models.vit import Encoder
+from util.build import eval_loader, open_split
 from util.distributed import Ranks, all_reduce, gather_objects
-from util.loaders import eval_loader, open_split
 
 ROWS = 65536  # features that are converted at a time: bounds the memory
 RIDGE = 1e-4  # of the mean variance of a channel

@@ -26,6 +26,7 @@ from launch.job import (
 )
 from launch.lock import unlock
 from launch.results import CheckpointError, other_backbone, result_path
+from util.build import eval_loader, open_split
 from util.distributed import (
     Ranks,
     all_reduce,
@@ -35,7 +36,6 @@ from util.distributed import (
     on_main,
 )
 from util.files import write_json
-from util.loaders import eval_loader, open_split
 from util.loop import Loop, Task, newest_for_all, sum_over_processes, train
 from util.metrics import readable_time
 from util.precision import choose_precision

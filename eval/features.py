@@ -26,9 +26,9 @@ from eval.common import EvalRun, LabelledImages, run_evaluation
 from launch.command import run_worker
 from launch.job import describe_environment
 from launch.lock import lock
+from util.build import open_split
 from util.distributed import Ranks, barrier, broadcast_object, on_main, sum_rows
 from util.files import read_json, remove_unfinished, write_json, write_whole
-from util.loaders import open_split
 
 Vectors = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] on the device -> [B, width]
 

@@ -19,10 +19,10 @@ from eval.common import Classification, EvalRun, run_evaluation
 from eval.features import pool, pooled_width
 from launch.command import run_worker
 from launch.config import ConfigError, TrainingStopped
+from util.build import train_loader
 from util.distributed import all_reduce, synchronised
-from util.loaders import train_loader
 from util.loop import Line
-from util.schedules import peak_learning_rate, warmup_cosine
+from util.optim import peak_learning_rate, warmup_cosine
 from util.streams import Stream, seed_of, seeded
 
 NO_DECAY = ("pos_embed", "token")

@@ -21,11 +21,10 @@ from eval.common import Classification, EvalRun, run_evaluation
 from eval.features import extract_labelled, pool, pooled_width
 from launch.command import run_worker
 from launch.config import ConfigError
+from util.build import train_loader
 from util.distributed import all_reduce
-from util.loaders import train_loader
 from util.loop import Line
-from util.optim import LARS
-from util.schedules import peak_learning_rate, warmup_cosine
+from util.optim import LARS, peak_learning_rate, warmup_cosine
 
 ATTENTIVE = "attentive"
 CHANNELS_PER_QUERY = 64

@@ -31,9 +31,9 @@ from eval.nn import QUERIES, check_bank, nearest, vote
 from launch.command import run_worker
 from launch.config import ConfigError
 from models.views import extract_patches
+from util.build import eval_loader, open_split
 from util.distributed import Ranks, all_reduce, gather_objects, on_main
-from util.loaders import eval_loader, open_split
-from util.schedules import half_cosine
+from util.optim import half_cosine
 from util.streams import Stream, generator
 
 Batch = tuple[Tokens, Tensor]  # on the device, and masks uint8 [B, H, W] on the CPU

@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from bench import command, loader
+from bench import loader, step
 from bench.step import (
     build_training,
     draw_images,
@@ -99,17 +99,17 @@ def test_photos_are_like_imagenets(tmp_path):
 
 def test_a_measurement_has_keys_of_its_own(monkeypatch):
     calls = []
-    monkeypatch.setattr(command, "run_worker", lambda main, about: main(sys.argv[1:]))
+    monkeypatch.setattr(step, "run_worker", lambda main, about: main(sys.argv[1:]))
     for own in (["rounds=3", "plain=bf16"], []):
         monkeypatch.setattr(sys, "argv", ["bench", *own, "encoder=vit_tiny"])
-        command.run_bench(lambda *cfg, **own: calls.append((cfg, own)), "", rounds=7, plain="")
+        step.run_bench(lambda *cfg, **own: calls.append((cfg, own)), "", rounds=7, plain="")
     assert calls == [
         ((["encoder=vit_tiny"],), {"rounds": 3, "plain": "bf16"}),
         ((["encoder=vit_tiny"],), {"rounds": 7, "plain": ""}),
     ]
     monkeypatch.setattr(sys, "argv", ["bench", "rounds=many"])
     with pytest.raises(SystemExit, match="error: rounds=many: expected a whole number"):
-        command.run_bench(print, "", rounds=7)
+        step.run_bench(print, "", rounds=7)
 
 
 @pytest.mark.slow

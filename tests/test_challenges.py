@@ -279,7 +279,7 @@ def test_from_runs_to_the_page(tmp_path, monkeypatch):
     overrides = ",".join(f"'{override}'" for override in small.split())
     options = [f"output_dir={runs}", f"page={page}", "experiments=[lab_lejepa]", "digits=null"]
     cfg = compose_config("challenges", [*options, f"textures=[{overrides}]"])
-    monkeypatch.setattr("util.loaders.default_workers", lambda: 0)
+    monkeypatch.setattr("util.build.default_workers", lambda: 0)
 
     def finish_here(cfg, configs, stops_at=1):
         for own in configs:

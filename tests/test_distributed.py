@@ -19,6 +19,7 @@ from data.files import list_folder
 from engine_pretrain import train_step
 from launch.config import compose_config
 from tests.test_engine import build_training, draw
+from util.build import open_split
 from util.distributed import (
     Ranks,
     all_reduce,
@@ -30,7 +31,6 @@ from util.distributed import (
     read_slurm_step,
     sum_rows,
 )
-from util.loaders import open_split
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")

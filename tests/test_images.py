@@ -16,9 +16,8 @@ from launch import local
 from launch.config import ConfigError, compose_config
 from launch.validate import check_config
 from tests.runs import LAUNCHER, finish, records, run_together, start_process
-from util.build import build_model
+from util.build import build_model, train_loader
 from util.distributed import Ranks
-from util.loaders import train_loader
 
 ORIENTATION = 0x0112  # the EXIF tag
 COUNT = 300

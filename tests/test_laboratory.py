@@ -9,8 +9,8 @@ from torch import Tensor
 
 from launch.config import ConfigError, compose_config
 from launch.validate import RULES, check_config
+from models.lmim import TARGETS
 from models.losses import SIGReg, epps_pulley, infonce_patches
-from models.target import TARGETS
 from models.views import MASKS, sample_views, take_tokens
 from tests import reference
 from tests.published import published_objective

@@ -40,8 +40,7 @@ from tests.evaluations import (
 from tests.runs import assert_same_state, final_state
 from tests.test_distributed import spawn
 from util.checkpoint import CheckpointError
-from util.optim import LARS
-from util.schedules import warmup_cosine
+from util.optim import LARS, warmup_cosine
 
 # ---- Parts. --------------------------------------------------------------------------------------
 

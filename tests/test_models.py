@@ -10,8 +10,7 @@ from torch import nn
 
 from engine_pretrain import begin_step, end_step, micro_step
 from models.decoder import visual_cue
-from models.lmim import LatentMIM, Latents
-from models.target import TARGETS
+from models.lmim import TARGETS, LatentMIM, Latents
 from models.views import Views, sample_views
 from models.vit import PositionTable, ProjectionHead
 from tests import reference

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 import main_lmim
 from launch.config import CONFIG_DIR, compose_config, flatten, read_yaml
 from launch.validate import check_config
+from models.lmim import TARGETS
 from models.losses import LOSSES
-from models.target import TARGETS
 from tests import by_hand
 from tests.runs import final_state, records
 from tests.test_distributed import spawn

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from util.schedules import Schedule, peak_learning_rate
+from util.optim import Schedule, peak_learning_rate
 
 
 def schedule(**changes) -> Schedule:

@@ -9,9 +9,8 @@ import torch
 
 from bench.fake_cuda import CUDA, fake_cuda
 from engine_pretrain import Training
-from models.lmim import Latents
+from models.lmim import Latents, average_layers
 from models.losses import SIGReg
-from models.target import average_layers
 from models.views import MASKS, sample_views
 from tests.published import published_model, published_objective
 from tests.runs import configured_here, records

@@ -19,8 +19,8 @@ from launch.command import run_command_line
 from launch.config import ConfigError
 from launch.validate import check_processes, check_writable
 from models.decoder import DECODERS
+from models.lmim import TARGETS
 from models.losses import LOSSES
-from models.target import TARGETS
 from tests.runs import ROOT, fill
 from util.files import write_json
 

@@ -25,9 +25,8 @@ from tests.runs import (
     succeed,
     succeed_together,
 )
-from util.build import build_model
+from util.build import build_model, eval_loader
 from util.distributed import Ranks
-from util.loaders import eval_loader
 from util.loop import watched_steps
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

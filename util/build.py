@@ -1,20 +1,26 @@
-"""From the config to networks, optimiser and schedules, for pre-training and its measurements.
+"""From the config to networks, optimiser and schedules, to the images of a split and to loaders.
 
 cfg: a composed config, or anything with its keys as attributes.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from data.base import DataError, ImageDataset
+from data.datasets import DECODING, build_dataset
+from data.loader import Augmentation, EvalLoader, TrainLoader
 from data.transforms import scale_and_shift
+from launch.results import training_batch_size
 from models.lmim import LatentMIM
 from models.losses import METRICS, Objective, SIGReg
 from models.views import Geometry
-from util.distributed import Ranks, all_reduce, synchronised
+from util.distributed import Ranks, all_reduce, default_workers, on_main, synchronised
 from util.metrics import DeviceMeters
-from util.optim import build_adamw
-from util.schedules import Schedule, peak_learning_rate
+from util.optim import Schedule, build_adamw, peak_learning_rate
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -121,3 +127,59 @@ class Training:
     def autocast(self) -> torch.autocast:
         dtype = AUTOCAST[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def open_split(cfg: DictConfig, split: str, ranks: Ranks | None = None) -> ImageDataset:
+    """train or eval; an empty one is an error. ranks: who open it together; files are listed by one
+    of them."""
+
+    def open_it() -> ImageDataset:
+        options = OmegaConf.to_container(cfg.dataset.options)
+        dataset = build_dataset(cfg.dataset.name, split, cfg.data_path, options)
+        if len(dataset) == 0:
+            raise DataError(f"dataset={cfg.dataset.name}: its {split} split holds no image")
+        return dataset
+
+    return on_main(open_it, ranks) if ranks and cfg.dataset.name in DECODING else open_it()
+
+
+def train_loader(
+    cfg: DictConfig, ranks: Ranks, dataset: ImageDataset, transform: Augmentation
+) -> TrainLoader:
+    return TrainLoader(
+        dataset,
+        transform,
+        batch_size=training_batch_size(cfg, len(dataset), ranks.world_size),
+        accum_iter=cfg.accum_iter,
+        seed=cfg.seed,
+        max_bad_images=cfg.max_bad_images,
+        **for_both(cfg, ranks),
+    )
+
+
+def eval_loader(
+    cfg: DictConfig,
+    ranks: Ranks,
+    dataset: ImageDataset,
+    transform: Callable[..., Tensor],
+    indices: Sequence[int] | None = None,
+    max_bad_images: float = 1,
+) -> EvalLoader:
+    return EvalLoader(
+        dataset,
+        transform,
+        batch_size=cfg.batch_size,
+        indices=indices,
+        max_bad_images=max_bad_images,
+        **for_both(cfg, ranks),
+    )
+
+
+def for_both(cfg: DictConfig, ranks: Ranks) -> dict:
+    return {
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "num_workers": default_workers() if cfg.num_workers is None else cfg.num_workers,
+        "device": ranks.device,
+        "data_timeout": cfg.data_timeout,
+    }

@@ -18,8 +18,7 @@ from models.losses import Objective
 from models.views import Views, extract_patches
 from tests.published import published_model, published_objective, published_training
 from util.build import AUTOCAST, Training
-from util.optim import decays
-from util.schedules import Schedule
+from util.optim import Schedule, decays
 
 CPU = torch.device("cpu")
 MODEL_KEYS = (

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.lmim import average_layers, make_projection
 from models.losses import (
     epps_pulley,
     gaussian_tables,
@@ -21,7 +22,6 @@ from models.losses import (
     standardise_predictions,
     without_same_targets,
 )
-from models.target import average_layers, make_projection
 from models.views import extract_patches, sample_views
 from tests.published import prediction_loss
 

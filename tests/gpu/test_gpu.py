@@ -32,9 +32,9 @@ from main_lmim import Pretraining
 from tests.golden.replay import compare, relative_error
 from tests.gpu.conftest import Bench, set_up
 from tests.runs import LAUNCHER, ROOT, final_state, finish, kill_at_step, records, start_process
+from util.build import open_split
 from util.checkpoint import CheckpointWriter
 from util.distributed import default_workers
-from util.loaders import open_split
 from util.loop import job_folder, train
 from util.metrics import dense_peak
 from util.preemption import stoppable
