@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -84,16 +84,14 @@ def build_tar(
 def evaluation_labels(folder: Path, index: TarIndex, classes: list[str]) -> np.ndarray:
     """Positions in `classes`. ImageNet's flat validation set is labelled by the development kit."""
     label_of = {name: label for label, name in enumerate(classes)}
-    labels = np.array([label_of.get(name, -1) for name in index.classes])[index.places["label"]]
-    rows = np.flatnonzero(labels < 0)
+    found = [index.classes[label] for label in index.places["label"]]
+    rows = [row for row, name in enumerate(found) if name not in label_of]
     names = [index.names[row].rpartition("/")[2] for row in rows]
     if any(name.startswith("ILSVRC2012_val_") for name in names):
-        found = files.wnids_of_flat(folder, names)
-    else:
-        found = [index.classes[label] for label in index.places["label"][rows]]
+        for row, wnid in zip(rows, files.wnids_of_flat(folder, names), strict=True):
+            found[row] = wnid
     files.require_known_classes(folder, found, classes)
-    labels[rows] = [label_of[name] for name in found]
-    return labels
+    return np.array([label_of[name] for name in found])
 
 
 # Forked workers may inherit what is open: each read says where it starts, so none moves another.
@@ -286,7 +284,8 @@ def scan(folder: Path, progress: tqdm, piece: Piece) -> tuple[list[Member], list
 
 
 def members_of(folder: Path, piece: Piece, path: str) -> Iterator[tarfile.TarInfo]:
-    """Whatever a tar contains. tarfile takes a damaged header for the end; here it is an error."""
+    """Whatever a tar contains. tarfile takes a damaged header for the end: here a block of zeros
+    must follow the last member, then nothing else."""
     outer = os.path.join(folder, piece.tar)
     try:
         with open(outer, "rb", buffering=SCAN_BUFFER) as file:
@@ -294,28 +293,18 @@ def members_of(folder: Path, piece: Piece, path: str) -> Iterator[tarfile.TarInf
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (it holds nothing of its own: `file` is closed)
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                if member.isreg() and member.offset_data + member.size > piece.end:
-                    raise tarfile.ReadError(f"it ends in the middle of {member.name}")
                 yield member
                 if tar.offset >= piece.end:
                     break
-            check_end(file, tar.offset, piece.end)
+            file.seek(tar.offset)
+            rest = file.read(max(0, min(piece.end - tar.offset, MOST_PADDING)))
+            if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+                raise tarfile.ReadError(f"no zeros from byte {tar.offset} to its end")
     except OSError as error:
         raise DataError(f"cannot read {outer}: {error.strerror}") from error
     # The last three: numbers that make no sense.
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
-        problem = f"is damaged, incomplete or compressed: {str(error) or repr(error)}"
+        problem = (
+            f"is damaged, incomplete, compressed or joined by cat: {str(error) or repr(error)}"
+        )
         raise DataError(f"{path} {problem}; expected a plain tar, copied whole") from error
-
-
-def check_end(file: BinaryIO, offset: int, end: int) -> None:
-    """Where the last member ends, a block of zeros must follow, then nothing else."""
-    file.seek(offset)
-    rest = file.read(max(0, min(end - offset, MOST_PADDING)))
-    if len(rest) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("it has no end mark")
-    if any(rest[: tarfile.BLOCKSIZE]):
-        raise tarfile.ReadError(f"no member begins at byte {offset}")
-    if rest.strip(b"\0"):
-        hint = "join by tar --concatenate, not cat"
-        raise tarfile.ReadError(f"it goes on after its end mark ({hint})")
