@@ -35,7 +35,6 @@ JPEG = b"\xff\xd8\xff"
 MAX_VALUE = "dataset.options.max_value"
 BITS, PLANES = 258, 284  # tags of TIFF
 OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
-NUMBERS = {"F": "floating-point numbers", "I": "signed or 32-bit numbers"}  # by Pillow's mode
 DARK_IS_SAID = mmap.mmap(-1, 1)  # shared with the processes of loaders, which are forked
 
 
@@ -97,19 +96,17 @@ def to_eight_bits(
     # Depending on its version, Pillow opens 16-bit PNG as I.
     has_range = not is_grey or image.mode.startswith("I;") or image.format in ("PNG", "PPM")
     if max_value is None and not has_range:
-        valid = f"the value that is white in {name}, which holds {NUMBERS[image.mode]}"
+        valid = f"the value that is white in {name}, whose numbers have no range of their own"
         raise UnusableImages(f"{MAX_VALUE}=null: expected {valid}")
-    if not is_grey and tags.get(PLANES) == 2:
-        raise UnusableImages(
-            f"{name} holds planes of 16 bits: expected the colours of a pixel together"
-        )
+    if not is_grey and tags.get(PLANES) == 2:  # Pillow would get them wrong
+        raise UnusableImages(f"{name} holds planes of 16 bits: expected whole pixels")
     image.load()
     values = np.asarray(image)
     if max_value is None:  # of colours Pillow has kept the high byte
         values = values >> (bits_of(image) - 8 if is_grey else 0)
     else:
         if not is_grey:
-            values = values * 256.0 + low_bytes(contents, name)
+            values = values * 256.0 + low_bytes(contents)
         values = np.nan_to_num(values.astype(np.float64)).clip(0, max_value)
         values = values * (255 / max_value) + 0.5
     levels = values.clip(0, 255).astype(np.uint8).tobytes()
@@ -119,19 +116,13 @@ def to_eight_bits(
     return picture
 
 
-def low_bytes(contents: bytes | bytearray, name: str) -> np.ndarray:
+def low_bytes(contents: bytes | bytearray) -> np.ndarray:
     """Of each colour of 16 bits Pillow keeps the high byte. In the other byte order, that is the
     low one."""
     with Image.open(io.BytesIO(contents)) as image:
         image.tile = [tile._replace(args=other_byte(tile.args)) for tile in image.tile]
-        try:
-            image.load()
-            return np.asarray(image)
-        except ValueError as error:
-            problem = f"{name} has 16 bits and transparency, but one colour"
-            raise UnusableImages(
-                f"{problem}: expected grey, RGB or RGBA with {MAX_VALUE}"
-            ) from error
+        image.load()
+        return np.asarray(image)
 
 
 def other_byte(how):
