@@ -7,11 +7,11 @@ accumulation steps changes the images of a step.
 
 import atexit
 import logging
+import mmap
 import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -19,18 +19,12 @@ from itertools import chain
 from types import FrameType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from data.base import (
-    UNREADABLE,
-    DataError,
-    DataTimeout,
-    ImageDataset,
-    UnusableImages,
-    first_few,
-)
+from data.base import UNREADABLE, DataError, DataTimeout, ImageDataset, UnusableImages, first_few
 from data.picture import Picture
 from util.signals import STOP_SIGNALS
 from util.streams import Stream, generator
@@ -109,138 +103,33 @@ class StepOrder:
         return (indices for _, indices in self.micro_steps(first_step, last_step))
 
 
-class TrainLoader(StepOrder):
-    """An endless shuffled stream of batches for one process."""
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        transform: Augmentation,
-        *,
-        num_workers: int,
-        device: torch.device | str,
-        max_bad_images: float = 0.001,
-        data_timeout: float = 0,
-        **order: int,
-    ) -> None:
-        """order: the other arguments of StepOrder."""
-        super().__init__(len(dataset), **order)
-        self.dataset = dataset
-        self.samples = _Samples(dataset, transform)
-        self.workers = (num_workers, torch.device(device), data_timeout)
-        self.max_bad_images = max_bad_images
-
-    def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
-        """One batch for each micro-step. The workers stay busy across epochs."""
-        steps = self.micro_steps(first_step, last_step)
-        keys = ([(index, epoch, index) for index in indices] for epoch, indices in steps)
-        for images, labels, unreadable in _load(self.samples, keys, *self.workers):
-            batch = TrainBatch(images, labels, list(chain.from_iterable(unreadable)))
-            for description in set(batch.unreadable) - self.bad_images:
-                self.bad_images.add(description)
-                logger.warning("unreadable image, replaced by its neighbour: %s", description)
-            yield batch
-
-    def check_bad_images(self) -> None:
-        """Stop the training if too many different images could not be read."""
-        check_bad_images(self.bad_images, len(self.dataset), self.max_bad_images)
-
-
-def check_bad_images(names: set[str], images: int, max_bad_images: float) -> None:
-    """Raise where more than this share of the images could not be read, or none could: names."""
-    if len(names) > max_bad_images * images or len(names) == images:
-        allowed = f"max_bad_images={max_bad_images} allows: {first_few(sorted(names), 20)}"
-        found = f"{len(names)} of {images} images could not be read"
-        raise UnusableImages(f"{found}, more than {allowed}")
-
-
-class EvalLoader:
-    """This process's part of all images, or of those with these indices, in order and each exactly
-    once, but for those that cannot be read: they are named and left out, up to max_bad_images.
-
-    It is a contiguous part, of whole batches: a batch holds the same images however many processes
-    there are, so that its arithmetic is the same to the last bit."""
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        transform: Callable[..., Tensor],  # of what the data set loads
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-        device: torch.device | str,
-        indices: Sequence[int] | None = None,
-        data_timeout: float = 0,
-        max_bad_images: float = 1,
-    ) -> None:
-        self.dataset = dataset
-        self.samples, self.batch_size = _Samples(dataset, transform), batch_size
-        self.max_bad_images = max_bad_images
-        self.bad_images: set[str] = set()  # those of this process, until others are added
-        indices = range(len(dataset)) if indices is None else indices
-        starts = range(0, len(indices), batch_size)
-        own = starts[share_of(len(starts), rank, world_size)]
-        self.batches = [indices[start : start + batch_size] for start in own]
-        self.device = torch.device(device)
-        self.workers = (num_workers, self.device, data_timeout)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[EvalBatch]:
-        keys = ([(index,) for index in own] for own in self.batches)
-        batches = _load(self.samples, keys, *self.workers)
-        for own, (images, labels, unreadable) in zip(self.batches, batches, strict=True):
-            indices = torch.tensor(list(own)).to(self.device)
-            if any(unreadable):
-                self.leave_out(names[0] for names in unreadable if names)
-                is_read = torch.tensor([not names for names in unreadable]).to(self.device)
-                images, labels, indices = images[is_read], labels[is_read], indices[is_read]
-            if len(indices):
-                yield EvalBatch(images, None if self.dataset.labels is None else labels, indices)
-
-    def leave_out(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.bad_images:
-                self.bad_images.add(name)
-                logger.warning("unreadable image, left out: %s", name)
-        self.check_bad_images()
-
-    def check_bad_images(self) -> None:
-        check_bad_images(self.bad_images, len(self.dataset), self.max_bad_images)
-
-
 class _Samples(Dataset):
     """What the workers read. A key is the index of an image, then what else the transform takes.
 
     A DataError is handed over as a value: raised here, it would reach the user wrapped in the
     worker's traceback."""
 
-    def __init__(self, dataset: ImageDataset, transform: Callable) -> None:
+    def __init__(self, dataset: ImageDataset, transform: Callable, num_workers: int) -> None:
         self.dataset, self.transform = dataset, transform
-        self.being_read: Tensor | None = None  # by each worker the index of an image, or -1
-
-    def load(self, index: int) -> Picture:
-        worker = get_worker_info()
-        place = worker.id if worker else 0
-        assert self.being_read is not None
-        self.being_read[place] = index
-        picture = self.dataset.load(index)
-        self.being_read[place] = -1
-        return picture
+        # By each worker the index of an image, or -1; workers are forked and share it.
+        self.being_read = np.frombuffer(mmap.mmap(-1, 8 * max(num_workers, 1)), dtype=np.int64)
+        self.being_read[:] = -1
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, int, list[str]] | DataError:
         """(image, label, unreadable): in place of images that cannot be read, which are named, the
         next one. It is cropped with the numbers of the image asked for: it may have its own turn in
         this epoch, with another crop."""
         index, *place = key
-        unreadable = []
+        unreadable, worker = [], getattr(get_worker_info(), "id", 0)
         for neighbour in range(index, index + MOST_NEIGHBOURS):
             position = neighbour % len(self.dataset)
             try:
-                image = self.transform(self.load(position), *place)
-                return image, self.label(position), unreadable
+                self.being_read[worker] = position
+                picture = self.dataset.load(position)
+                self.being_read[worker] = -1
+                labels = self.dataset.labels
+                label = NO_LABEL if labels is None else int(labels[position])
+                return self.transform(picture, *place), label, unreadable
             except DataError as error:
                 return error  # it says itself what is wrong
             except UNREADABLE as error:
@@ -248,9 +137,6 @@ class _Samples(Dataset):
                 reason = error
         last = f"the last one being {unreadable[-1]}: {type(reason).__name__}: {reason}"
         return DataError(f"{MOST_NEIGHBOURS} images in a row could not be read, {last}")
-
-    def label(self, index: int) -> int:
-        return NO_LABEL if self.dataset.labels is None else int(self.dataset.labels[index])
 
 
 def _collate(samples: list) -> Loaded | DataError:
@@ -279,81 +165,101 @@ def _kill_workers() -> None:
             process.kill()
 
 
-def _load(
-    samples: _Samples, batches: Iterable, num_workers: int, device: torch.device, timeout: float
-) -> Iterator[Loaded]:
-    """Decode `batches` (each a list of keys of `samples`) and bring them to the device."""
-    samples.being_read = torch.full((max(num_workers, 1),), -1)
-    if num_workers > 0:
-        samples.being_read.share_memory_()
-    loader = DataLoader(
-        samples,
-        batch_sampler=batches,
-        collate_fn=_collate,
-        num_workers=num_workers,
-        worker_init_fn=_start_worker,
-        # The launcher's processes would otherwise spawn theirs, with five seconds of imports.
-        multiprocessing_context="fork" if num_workers > 0 else None,
-        pin_memory=device.type == "cuda",
-        # torch draws a seed for each set of workers: not from the generator that others use.
-        generator=torch.Generator(),
-    )
-    has_folder = os.path.isdir(SHARED_MEMORY)  # other systems have it elsewhere
-    least = (num_workers + 1) * QUEUE_BYTES
-    if num_workers > 0 and has_folder and shutil.disk_usage(SHARED_MEMORY).free < least:
-        raise _no_shared_memory(num_workers)
-    try:
-        # Closed, it ends the workers, also while something holds the traceback of an error.
-        with closing(_in_time(loader, timeout or FOREVER, samples)) as in_time:
-            batches = map(_or_raise, in_time)
-            yield from batches if device.type == "cpu" else _one_ahead(batches, device)
-    except RuntimeError as error:
-        if num_workers > 0 and "shared memory" in str(error):  # torch's words, also of a bus error
-            raise _no_shared_memory(num_workers) from error
-        raise
+class Loader:
+    """Images of a data set, read by this process or by workers of its own, and brought to the
+    device. Those that cannot be read are named, each once."""
 
+    unreadable_are = ""
 
-def _no_shared_memory(num_workers: int) -> DataError:
-    valid = f"0, or more room in {SHARED_MEMORY}, through which loaders hand over images"
-    return DataError(f"num_workers={num_workers}: expected {valid} (docker run --shm-size=8g)")
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[..., Tensor],  # of what the data set loads
+        num_workers: int,
+        device: torch.device | str,
+        data_timeout: float = 0,
+        max_bad_images: float = 1,
+    ) -> None:
+        self.dataset, self.samples = dataset, _Samples(dataset, transform, num_workers)
+        self.num_workers, self.device = num_workers, torch.device(device)
+        self.data_timeout, self.max_bad_images = data_timeout, max_bad_images
+        self.bad_images: set[str] = set()  # those of this process, until others are added
 
+    def note_unreadable(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.bad_images:
+                self.bad_images.add(name)
+                logger.warning("unreadable image, %s: %s", self.unreadable_are, name)
 
-def _in_time(loader: DataLoader, seconds: float, samples: _Samples) -> Generator:
-    """Raises a DataTimeout where a batch takes longer, also inside a read that does not return. A
-    signal that asks a run to stop shortens the wait (util/preemption.py)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield from loader  # no signals there
-        return
+    def check_bad_images(self) -> None:
+        """Raise if too many different images could not be read, or none could be."""
+        bad, images = len(self.bad_images), len(self.dataset)
+        if bad > self.max_bad_images * images or bad == images:
+            names = first_few(sorted(self.bad_images), 20)
+            allowed = f"max_bad_images={self.max_bad_images} allows: {names}"
+            found = f"{bad} of {images} images could not be read"
+            raise UnusableImages(f"{found}, more than {allowed}")
 
-    def give_up(number: int, frame: FrameType | None) -> None:
-        indices = sorted(set(samples.being_read.tolist()) - {-1})
-        names = first_few([samples.dataset.describe(index) for index in indices], 5)
-        raise DataTimeout(f"waited in vain for {names or 'the next batch'} (data_timeout)")
-
-    batches = iter(loader)
-    # With torch's own handler a lost worker would be an error wherever the program is just then;
-    # without it is one where its batch is waited for, at most five seconds later.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    while True:
-        handler = signal.signal(signal.SIGALRM, give_up)
-        timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    def load(self, batches: Iterable) -> Iterator[Loaded]:
+        """Decode `batches` (each a list of keys of the samples) and bring them to the device."""
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=batches,
+            collate_fn=_collate,
+            num_workers=self.num_workers,
+            worker_init_fn=_start_worker,
+            # The launcher's processes would otherwise spawn theirs, with five seconds of imports.
+            multiprocessing_context="fork" if self.num_workers > 0 else None,
+            pin_memory=self.device.type == "cuda",
+            # torch draws a seed for each set of workers: not from the generator that others use.
+            generator=torch.Generator(),
+        )
+        has_folder = os.path.isdir(SHARED_MEMORY)  # other systems have it elsewhere
+        least = (self.num_workers + 1) * QUEUE_BYTES
         try:
-            batch = next(batches, None)
-        except DataTimeout:
-            _kill_workers()  # one that waits for a file does not hear that it is to end
-            raise
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, *timer)
-            signal.signal(signal.SIGALRM, handler)
-        if batch is None:
-            return
-        yield batch
+            if self.num_workers and has_folder and shutil.disk_usage(SHARED_MEMORY).free < least:
+                raise RuntimeError("too little shared memory")
+            # Closed, it ends the workers, also while something holds the traceback of an error.
+            with closing(self.in_time(loader)) as in_time:
+                is_cpu = self.device.type == "cpu"
+                yield from in_time if is_cpu else _one_ahead(in_time, self.device)
+        except RuntimeError as error:
+            if self.num_workers == 0 or "shared memory" not in str(error):
+                raise  # the words are torch's, also of a bus error
+            valid = f"0, or more room in {SHARED_MEMORY}, through which loaders hand over images"
+            problem = f"num_workers={self.num_workers}: expected {valid}"
+            raise DataError(f"{problem} (docker run --shm-size=8g)") from error
 
+    def in_time(self, loader: DataLoader) -> Generator[Loaded]:
+        """Raises a DataTimeout where a batch takes longer, also inside a read that does not return.
+        A signal that asks a run to stop shortens the wait (util/preemption.py)."""
 
-def _or_raise(batch: Loaded | DataError) -> Loaded:
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
+        def give_up(number: int, frame: FrameType | None) -> None:
+            indices = sorted(set(self.samples.being_read.tolist()) - {-1})
+            names = first_few([self.dataset.describe(index) for index in indices], 5)
+            raise DataTimeout(f"waited in vain for {names or 'the next batch'} (data_timeout)")
+
+        batches = iter(loader)
+        # With torch's own handler a lost worker would be an error wherever the program is just
+        # then; without it is one where its batch is waited for, at most five seconds later.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while True:
+            handler = signal.signal(signal.SIGALRM, give_up)
+            timer = signal.setitimer(signal.ITIMER_REAL, self.data_timeout or FOREVER)
+            try:
+                batch = next(batches, None)
+            except DataTimeout:
+                _kill_workers()  # one that waits for a file does not hear that it is to end
+                raise
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, *timer)
+                signal.signal(signal.SIGALRM, handler)
+            if batch is None:
+                return
+            if isinstance(batch, DataError):
+                del batches  # else the traceback would keep the workers
+                raise batch
+            yield batch
 
 
 def _one_ahead(batches: Iterator[Loaded], device: torch.device) -> Iterator[Loaded]:
@@ -378,3 +284,82 @@ def _copied(moved: list[Tensor], rest: tuple, there: torch.cuda.Event) -> Loaded
     for part in moved:  # the next copies must not reuse its memory before this stream is done
         part.record_stream(current)
     return moved[0], moved[1], rest
+
+
+class TrainLoader(Loader, StepOrder):
+    """An endless shuffled stream of batches for one process."""
+
+    unreadable_are = "replaced by its neighbour"
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Augmentation,
+        *,
+        seed: int,
+        batch_size: int,
+        accum_iter: int,
+        rank: int,
+        world_size: int,
+        **reading,
+    ) -> None:
+        """reading: the other arguments of Loader."""
+        StepOrder.__init__(self, len(dataset), seed, batch_size, accum_iter, rank, world_size)
+        Loader.__init__(self, dataset, transform, **reading)
+
+    def stream(self, first_step: int, last_step: int) -> Iterator[TrainBatch]:
+        """One batch for each micro-step. The workers stay busy across epochs."""
+        steps = self.micro_steps(first_step, last_step)
+        keys = ([(index, epoch, index) for index in indices] for epoch, indices in steps)
+        for images, labels, unreadable in self.load(keys):
+            batch = TrainBatch(images, labels, list(chain.from_iterable(unreadable)))
+            self.note_unreadable(batch.unreadable)
+            yield batch
+
+
+class EvalLoader(Loader):
+    """This process's part of all images, or of those with these indices, in order and each exactly
+    once, but for those that cannot be read: they are named and left out, up to max_bad_images.
+
+    It is a contiguous part, of whole batches: a batch holds the same images however many processes
+    there are, so that its arithmetic is the same to the last bit."""
+
+    unreadable_are = "left out"
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[..., Tensor],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        device: torch.device | str,
+        indices: Sequence[int] | None = None,
+        **reading: float,
+    ) -> None:
+        """reading: the other arguments of Loader."""
+        super().__init__(dataset, transform, num_workers, device, **reading)
+        self.batch_size = batch_size
+        indices = range(len(dataset)) if indices is None else indices
+        starts = range(0, len(indices), batch_size)
+        own = starts[share_of(len(starts), rank, world_size)]
+        self.batches = [indices[start : start + batch_size] for start in own]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        batches = self.load([(index,) for index in own] for own in self.batches)
+        for own, (images, labels, unreadable) in zip(self.batches, batches, strict=True):
+            indices = torch.tensor(list(own)).to(self.device)
+            if any(unreadable):
+                self.leave_out(names[0] for names in unreadable if names)
+                is_read = torch.tensor([not names for names in unreadable]).to(self.device)
+                images, labels, indices = images[is_read], labels[is_read], indices[is_read]
+            if len(indices):
+                yield EvalBatch(images, None if self.dataset.labels is None else labels, indices)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        self.note_unreadable(names)
+        self.check_bad_images()

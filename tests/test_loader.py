@@ -232,7 +232,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_reported(damaged_folder
         ]
     broken = {str(damaged_folder / name) for name in ("04.jpg", "05.jpg", "11.jpg")}
     assert loader.bad_images == broken
-    assert sorted(record.args[0] for record in caplog.records) == sorted(broken)
+    assert sorted(record.args[-1] for record in caplog.records) == sorted(broken)
 
 
 class OddOnly(Numbered):

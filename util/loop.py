@@ -337,7 +337,7 @@ class Loop:
         loader = self.task.loader
         if steps == 1:
             self.clock_of_first_step = self.speed.clock()
-        if steps == 10 and isinstance(loader, TrainLoader) and (workers := loader.workers[0]):
+        if steps == 10 and isinstance(loader, TrainLoader) and (workers := loader.num_workers):
             speed = self.speed.since(self.clock_of_first_step, 9, self.images_per_step, 0)
             if warning := warn_of_supply(speed, self.ranks.world_size, workers):
                 self.log.say(warning)
