@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data.base import DataError
 from data.loader import EvalLoader
-from eval.common import EvalRun, run_evaluation
+from eval.common import EvalRun, worker
 from eval.features import extract
 from launch.command import run_worker
 from models.losses import average_similarity
@@ -45,10 +45,6 @@ HEALTHY, PARTIAL, COLLAPSED = "healthy", "partial", "collapsed"
 TOO_EARLY = "too early to say"
 LOST = 0.25  # of the highest value so far: what is below has collapsed
 EARLY = 0.15  # of training: until then both numbers fall in runs that do well
-
-
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "collapse", evaluate)
 
 
 def evaluate(run: EvalRun) -> None:
@@ -238,6 +234,8 @@ def judge(history: dict[int, dict[str, float]], planned_steps: int) -> Judgement
         judged = Judgement(verdict, since, reason)
     return judged
 
+
+main = worker(evaluate)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="collapse")

@@ -49,8 +49,9 @@ class EvalRun:
     """What an evaluation works with, how it encodes images, and what it leaves behind: the console,
     a file in results/ and TensorBoard, to which only the first process writes."""
 
-    def __init__(self, cfg: DictConfig, ranks: Ranks, name: str, backbone: Backbone):
-        self.cfg, self.ranks, self.name, self.backbone = cfg, ranks, name, backbone
+    def __init__(self, cfg: DictConfig, ranks: Ranks, backbone: Backbone):
+        self.cfg, self.ranks, self.backbone = cfg, ranks, backbone
+        self.name = cfg.worker.rpartition(".")[2]
         self.start = self.last_progress = time.monotonic()
         self.job = job_directory(cfg)
         self.trained_in: float | None = None  # seconds of an earlier start, which trained it all
@@ -182,23 +183,23 @@ class EvalRun:
             file.add({f"{self.name}/{metric}": value for metric, value in results.items()}, 0)
 
 
-def run_evaluation(cfg: DictConfig, name: str, evaluate: Callable[[EvalRun], None]) -> None:
-    """What a worker's main(cfg) does."""
-    ranks = join_processes()
-    run_joined(cfg, ranks, name, evaluate)
-    leave_processes()
+def worker(evaluate: Callable[[EvalRun], None]) -> Callable[[DictConfig], None]:
+    """Make the main(cfg) of a worker."""
+
+    def main(cfg: DictConfig) -> None:
+        run_joined(cfg, join_processes(), evaluate)
+        leave_processes()
+
+    return main
 
 
-def run_joined(
-    cfg: DictConfig, ranks: Ranks, name: str, evaluate: Callable[[EvalRun], None]
-) -> EvalRun:
+def run_joined(cfg: DictConfig, ranks: Ranks, evaluate: Callable[[EvalRun], None]) -> EvalRun:
     """One evaluation of processes that have joined each other; several may follow."""
-    backbone = load_for_all(cfg, ranks).to(ranks.device)
-    run = EvalRun(cfg, ranks, name, backbone)
+    run = EvalRun(cfg, ranks, load_for_all(cfg, ranks).to(ranks.device))
     run.prepare()
     try:
-        facts = ", ".join(f"{key} {value}" for key, value in backbone.describe().items())
-        run.say(f"{name}: {facts}")
+        facts = ", ".join(f"{key} {value}" for key, value in run.backbone.describe().items())
+        run.say(f"{run.name}: {facts}")
         evaluate(run)
     finally:
         unlock(run.job)
@@ -209,9 +210,7 @@ def load_for_all(cfg: DictConfig, ranks: Ranks) -> Backbone:
     """All processes read the same file, also while a running job writes newer ones."""
     contents = None
     if cfg.pretrained is not None and Path(cfg.pretrained).is_dir():
-        folder = Path(cfg.pretrained)
-        inside = folder / "checkpoints"
-        newest = newest_for_all(inside if inside.is_dir() else folder, ranks, report=print)
+        newest = newest_for_all(Path(cfg.pretrained), ranks, report=print)
         if newest is not None:
             cfg.pretrained, contents = str(newest[0]), newest[1]
     return load_backbone(cfg, contents)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from eval.common import EvalRun, run_evaluation, run_joined
+from eval.common import EvalRun, run_joined, worker
 from launch.command import run_worker
 from launch.config import ConfigError, compose_config
 from launch.job import is_restart
@@ -29,13 +29,9 @@ PROTOCOLS = {
     "patches_linear": ("segmentation", ["method=linear"]),
     "clusters": ("segmentation", ["segments=[truth]"]),
 }
-# What an evaluation takes over from this config, where it has the key.
-SHARED = (
-    "pretrained pretrained_weights which layer image_side precision seed batch_size num_workers "
-    "data_timeout max_bad_images cache_dir data_path dataset env"
-).split()
-# Those that fine-tune or augment choose their own batch size and precision.
-OWN = {"linear_probe": {"batch_size", "precision"}, "finetune": {"batch_size", "precision"}}
+# All other keys that this config has in common with an evaluation's are taken over from here.
+OWN = {"worker", "final_norm"}
+OWN_OF_TRAININGS = {"batch_size", "precision"}
 
 # On ImageNet-1K; not measured here. Leave-one-out nearest neighbours have their own column: they
 # are not comparable to a k-NN with a bank of training images.
@@ -47,10 +43,6 @@ PUBLISHED = """
 | I-JEPA, 600 epochs | - | - | 72.9 | - |
 | DINO | - | 76.1 | 78.2 | 82.8 |
 | iBOT | - | 77.3 | 79.8 | 84.1 |"""
-
-
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "evaluate", evaluate)
 
 
 def evaluate(run: EvalRun) -> None:
@@ -70,9 +62,8 @@ def evaluate(run: EvalRun) -> None:
     plan = {(name, label): compose(cfg, name, variants[label]) for name, label in runs}
     found: dict[str, dict[str, dict]] = {name: {} for name in cfg.evals}
     for (name, label), own in plan.items():
-        worker = importlib.import_module(own.worker)
-        _, _, own_name = own.worker.rpartition(".")
-        found[name][label] = run_joined(own, run.ranks, own_name, worker.evaluate).report
+        module = importlib.import_module(own.worker)
+        found[name][label] = run_joined(own, run.ranks, module.evaluate).report
     if not run.ranks.is_main:
         return
     text = markdown(found) + ("\n" + PUBLISHED) * (cfg.dataset.name == "imagenet")
@@ -90,9 +81,9 @@ def compose(cfg: DictConfig, name: str, random_init: bool) -> DictConfig:
     mine = [s.partition(".")[2] for s in cfg.settings if s.startswith(f"{name}.")]
     given = compose_config(config_name, [*overrides, *mine])
     own = given.copy()
-    for key in SHARED:
-        if key in own and key not in OWN.get(name, set()):
-            own[key] = cfg[key]
+    kept = OWN | OWN_OF_TRAININGS if "epochs" in own else OWN
+    for key in (own.keys() & cfg.keys()) - kept:
+        own[key] = cfg[key]
     for setting in mine:  # also a part of a section
         key = setting.partition("=")[0].lstrip("+~")
         value = OmegaConf.select(given, key, default=ABSENT)
@@ -117,7 +108,7 @@ def markdown(found: dict[str, dict[str, dict]]) -> str:
             values = [variants[label]["results"].get(metric, float("nan")) for label in labels]
             rows.append([name, metric, *(f"{value:.4g}" for value in values)])
     protocols = [f"- {name}: {found[name][labels[0]]['protocol']}" for name in found]
-    return f"{table(rows)}\n\n" + "\n".join(protocols)
+    return "\n".join([table(rows), "", *protocols])
 
 
 def table(rows: list[list[str]]) -> str:
@@ -125,6 +116,8 @@ def table(rows: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
 
+
+main = worker(evaluate)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="evaluate")

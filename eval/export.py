@@ -16,12 +16,11 @@ from pathlib import Path
 
 import timm
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import save
 from torch import Tensor
 
 from eval.backbone import SIZES, BackboneError, Colour, OwnBackbone
-from eval.common import EvalRun, run_evaluation
+from eval.common import EvalRun, worker
 from launch.command import run_worker
 from models.vit import Encoder
 from util.files import write_json, write_whole
@@ -41,10 +40,6 @@ images = torch.zeros(1, 3, {pixels}, {pixels})  # normalised with config.json's 
 features = model.eval().forward_features(images)[:, 1:].mean(1)  # [1, {width}], mean of the patches
 ```
 """
-
-
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "export", export)
 
 
 def export(run: EvalRun) -> None:
@@ -134,6 +129,8 @@ def largest_difference(backbone: OwnBackbone, config: dict, file: Path, classes:
     theirs = model.eval().forward_features(images)
     return (torch.cat([ours.cls[:, None], ours.patches], dim=1) - theirs).abs().max().item()
 
+
+main = worker(export)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="export")

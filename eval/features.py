@@ -15,14 +15,14 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from numpy.lib.format import write_array_header_1_0
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from data.base import ImageDataset
 from data.files import given_images
 from data.loader import EvalBatch
 from eval.backbone import BackboneError, Tokens
-from eval.common import EvalRun, LabelledImages, run_evaluation
+from eval.common import EvalRun, LabelledImages, worker
 from launch.command import run_worker
 from launch.job import describe_environment
 from launch.lock import lock
@@ -149,10 +149,6 @@ def cache_path(run: EvalRun, dataset: ImageDataset, split: str, pooling: str) ->
     return Path(cfg.cache_dir) / f"features-{name}.npy"
 
 
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "features", save)
-
-
 def save(run: EvalRun) -> None:
     """meta.json comes last: where it is, the other files are whole and belong to it."""
     cfg, results, side = run.cfg, run.job / "results", run.backbone.image_side
@@ -248,6 +244,8 @@ def save_rows(
         write()
     return path, kept
 
+
+main = worker(save)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="features")

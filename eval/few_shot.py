@@ -12,19 +12,14 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor
 
 from data.base import DataError
-from eval.common import EvalRun, count_classes, labelled_images, run_evaluation
+from eval.common import EvalRun, count_classes, labelled_images, worker
 from eval.features import Features, extract_labelled
 from launch.command import run_worker
 from util.distributed import gather_objects
 from util.streams import Stream, generator
-
-
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "few_shot", evaluate)
 
 
 def evaluate(run: EvalRun) -> None:
@@ -113,6 +108,8 @@ def ridge_accuracies(
         chosen = strengths.index(RidgeCV(strengths).fit(features, targets).alpha_)
     return {"top1": percent[chosen], "chosen": regularisers[chosen], "all": percent}
 
+
+main = worker(evaluate)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="few_shot")

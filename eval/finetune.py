@@ -15,7 +15,7 @@ from data.base import count_images
 from data.loader import TrainBatch, TrainLoader
 from data.transforms import FinetuneTransform
 from eval.backbone import Backbone
-from eval.common import Classification, EvalRun, run_evaluation
+from eval.common import Classification, EvalRun, worker
 from eval.features import pool, pooled_width
 from launch.command import run_worker
 from launch.config import ConfigError, TrainingStopped
@@ -49,10 +49,6 @@ class Classifier(nn.Module):
     def group_matcher(self, coarse: bool) -> Callable[[str], int]:
         """For timm: from the name of a parameter to its layer."""
         return self.backbone.layer_of
-
-
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "finetune", evaluate)
 
 
 def evaluate(run: EvalRun) -> None:
@@ -146,8 +142,9 @@ class Finetuning(Classification):
     def log_line(self, done: int, steps: int) -> Line:
         (loss,) = self.mean_losses(steps)
         if all_reduce(self.faults):
-            found = f"the loss or gradient is not finite before step {done}"
-            raise TrainingStopped(f"{found}: a smaller blr may help")
+            raise TrainingStopped(
+                f"the loss or gradient is not finite before step {done}: a smaller blr may help"
+            )
         self.set_learning_rates((done - 1) / self.loader.steps_per_epoch)  # a resumed run had none
         # The head's learning rate, as it was in this step.
         rate = max(group["lr"] for group in self.optimizer.param_groups)
@@ -171,8 +168,7 @@ def decaying_groups(model: Classifier, weight_decay: float, layer_decay: float) 
     the rate of the one above. Vectors, positions and class and register tokens do not decay."""
     names = [name for name, _ in model.named_parameters()]
     fixed = [name for name in names if any(word in name for word in NO_DECAY)]
-    how = {"no_weight_decay_list": fixed, "layer_decay": layer_decay}
-    return param_groups_layer_decay(model, weight_decay, **how)
+    return param_groups_layer_decay(model, weight_decay, fixed, layer_decay=layer_decay)
 
 
 def build_transform(run: EvalRun) -> FinetuneTransform:
@@ -213,6 +209,8 @@ def blank_pass(network: nn.Module, model: Classifier) -> None:
     side = model.backbone.image_side
     network(torch.zeros(1, 3, side, side, device=model.head.weight.device)).sum().backward()
 
+
+main = worker(evaluate)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="finetune")

@@ -9,7 +9,6 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as summed_with_gradients
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -17,7 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from data.loader import StepOrder, share_of
 from data.transforms import TrainTransform
 from eval.backbone import Tokens
-from eval.common import Classification, EvalRun, run_evaluation
+from eval.common import Classification, EvalRun, worker
 from eval.features import extract_labelled, pool, pooled_width
 from launch.command import run_worker
 from launch.config import ConfigError
@@ -33,10 +32,6 @@ NORM_EPS, NORM_MOMENTUM = 1e-6, 0.1
 
 # On the device: features by pooling, [B, D] or [B, L, D], and labels, int64 [B].
 Batch = tuple[dict[str, Tensor], Tensor]
-
-
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "linear_probe", evaluate)
 
 
 def evaluate(run: EvalRun) -> None:
@@ -252,6 +247,8 @@ class ProbeHead(nn.Module):
         """-> logits [B, classes]"""
         return self.linear(self.norm(self.pool(features[self.pooling])))
 
+
+main = worker(evaluate)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="linear_probe")

@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor
 
 from data.loader import EvalLoader, share_of
-from eval.common import EvalRun, labelled_images, run_evaluation
+from eval.common import EvalRun, labelled_images, worker
 from eval.features import Features, encode, extract_labelled, labels_of
 from launch.command import run_worker
 from launch.config import ConfigError
@@ -36,10 +35,6 @@ class Neighbours(NamedTuple):
 
     similarities: Tensor  # float64 [Q, k]
     indices: Tensor  # int64 [Q, k]
-
-
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "nn", evaluate)
 
 
 def evaluate(run: EvalRun) -> None:
@@ -208,6 +203,8 @@ def pair_similarities(queries: Tensor, bank: Tensor, candidates: Tensor) -> Tens
     parts = [(queries[own].double() * bank[other].double()).sum(dim=1) for own, other in pairs]
     return torch.cat(parts).view(candidates.shape)
 
+
+main = worker(evaluate)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="nn")

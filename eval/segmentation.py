@@ -25,7 +25,7 @@ from data.loader import epoch_order
 from data.masks import IGNORE, MaskedImages, WithMasks
 from data.transforms import MaskTransform
 from eval.backbone import Tokens
-from eval.common import EvalRun, run_evaluation
+from eval.common import EvalRun, worker
 from eval.features import Features
 from eval.nn import QUERIES, check_bank, nearest, vote
 from launch.command import run_worker
@@ -40,10 +40,6 @@ Batch = tuple[Tokens, Tensor]  # on the device, and masks uint8 [B, H, W] on the
 Grid = tuple[int, int]  # rows, columns
 CLASSES = 256  # as many values as a mask can hold
 SEEN = {"tokens": "patch tokens", "pixels": "raw pixels of patches"}
-
-
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "segmentation", evaluate)
 
 
 def evaluate(run: EvalRun) -> None:
@@ -313,6 +309,8 @@ def gather_to_first(parts: list, ranks: Ranks) -> list:
         gathered.append(found if ranks.is_main else [])
     return [part for of_rank in zip(*gathered, strict=True) for part in of_rank if part is not None]
 
+
+main = worker(evaluate)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="segmentation")

@@ -22,16 +22,12 @@ from torch import Tensor
 
 from data.masks import IGNORE, Video, read_videos
 from data.picture import to_tensor
-from eval.common import EvalRun, run_evaluation
+from eval.common import EvalRun, worker
 from launch.command import run_worker
 from util.distributed import gather_objects
 
 Size = tuple[int, int]
 BOUNDARY_SHARE = 0.008  # boundaries match within this part of the image's diagonal
-
-
-def main(cfg: DictConfig) -> None:
-    run_evaluation(cfg, "video", evaluate)
 
 
 def evaluate(run: EvalRun) -> None:
@@ -218,6 +214,8 @@ def summarise(sequences: dict[str, dict[int, dict]]) -> dict[str, float]:
     summary = {name: fmean([scores[name] for scores in objects]) for name in objects[0]}
     return {"J&F": (summary["J"] + summary["F"]) / 2} | summary
 
+
+main = worker(evaluate)
 
 if __name__ == "__main__":
     run_worker(main, description=__doc__, config_name="video")

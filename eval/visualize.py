@@ -82,7 +82,7 @@ def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
             own.random_init = cfg.random_init or is_random
             backbone = load_for_all(own, ranks).to(ranks.device)
             weights = f"{source}, random weights" if own.random_init else source
-            run = EvalRun(own, ranks, "visualize", backbone)
+            run = EvalRun(own, ranks, backbone)
             methods.append(Method(f"{backbone.family} {backbone.name} ({weights})", run, False))
         patch = backbone.patch_size
         if "pixels" in cfg.controls and (patch, methods[-1].side) not in cut:
@@ -95,7 +95,7 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     from sklearn.decomposition import PCA
 
     first = methods[0].run
-    run = EvalRun(cfg, first.ranks, first.name, first.backbone)  # of all methods
+    run = EvalRun(cfg, first.ranks, first.backbone)  # of all methods
     run.prepare()
     paths, views = see_all(cfg, run, methods)
     labels, lines, reports, colours = [], [], [], []

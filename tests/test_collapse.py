@@ -40,7 +40,7 @@ def test_the_extremes():
 def results(tmp_path, *overrides: str) -> dict[str, float]:
     cfg = config("collapse", None, tmp_path, *overrides)
     alone = Ranks(0, 1, torch.device("cpu"))
-    return run_joined(cfg, alone, "collapse", collapse.evaluate).report["results"]
+    return run_joined(cfg, alone, collapse.evaluate).report["results"]
 
 
 def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ def test_a_run_equals_one_by_hand(tmp_path):
     choice = "pooling=cls+mean split=train probe_images=10 final_norm=True seed=5 job_name=other"
     place = [f"data_path={data}", f"cache_dir={tmp_path / 'kept'}"]
     cfg = config("collapse", path, tmp_path, *by_hand.MOVED, *choice.split(), *place)
-    run = run_joined(cfg, Ranks(0, 1, torch.device("cpu")), "collapse", collapse.evaluate)
+    run = run_joined(cfg, Ranks(0, 1, torch.device("cpu")), collapse.evaluate)
 
     files, _ = by_hand.list_images(data, "train")
     images = by_hand.normalised(files, 20, 0.8, by_hand.TRAINED)

@@ -178,7 +178,7 @@ SMALL = ["shots=[1,5]", "draws=3"]
 
 def run_main(ranks, checkpoint, folder) -> None:
     with few_digits():
-        run_joined(config("few_shot", checkpoint, folder, *SMALL), ranks, "few_shot", evaluate)
+        run_joined(config("few_shot", checkpoint, folder, *SMALL), ranks, evaluate)
 
 
 @pytest.mark.slow

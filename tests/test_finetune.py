@@ -212,7 +212,7 @@ def finetune(checkpoint, folder, *overrides: str) -> dict:
 def run_main(ranks, checkpoint, folder, overrides) -> None:
     cfg = config("finetune", checkpoint, folder, *SHORT, *overrides)
     with few_digits():
-        run_joined(cfg, ranks, "finetune", evaluate)
+        run_joined(cfg, ranks, evaluate)
 
 
 @pytest.mark.slow
@@ -305,7 +305,7 @@ def test_a_step_that_is_not_finite_is_left_out(checkpoint, tmp_path, what):
         assert not torch.equal(task.model.head.weight, weights["head.weight"])
 
     cfg = config("finetune", checkpoint, tmp_path, *SHORT)
-    run_joined(cfg, Ranks(0, 1, torch.device("cpu")), "finetune", take_steps)
+    run_joined(cfg, Ranks(0, 1, torch.device("cpu")), take_steps)
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def run_main(ranks, checkpoint, folder, runs: dict[str, list[str]]) -> None:
     with few_digits():
         for name, overrides in runs.items():
             cfg = config("linear_probe", checkpoint, folder / name, *SHORT, *overrides)
-            run_joined(cfg, ranks, "linear_probe", evaluate)
+            run_joined(cfg, ranks, evaluate)
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def backbone() -> OwnBackbone:
 
 def test_linear_probe():
     config = composed("linear_probe", "dataset=digits")
-    task = linear_probe.Probe(EvalRun(config, ALONE, "linear_probe", backbone()))
+    task = linear_probe.Probe(EvalRun(config, ALONE, backbone()))
     groups = task.optimizer.param_groups
     for epoch, share in {0: 0, 5: 0.5, 10: 1, 50: 0.5, 90: 0}.items():
         task.set_learning_rates(epoch)
@@ -166,7 +166,7 @@ def test_finetuning():
     model = finetune.Classifier(backbone(), config.pooling, 1000, 0)
     assert model.head.weight.std().item() == approx(2e-5, rel=0.02)
     assert not model.head.bias.any() and model.norm.eps == 1e-6
-    task = finetune.Finetuning(EvalRun(config, ALONE, "finetune", backbone()))
+    task = finetune.Finetuning(EvalRun(config, ALONE, backbone()))
     groups = task.optimizer.param_groups
     assert type(task.optimizer) is torch.optim.AdamW
     assert {(group["betas"], group["eps"]) for group in groups} == {((0.9, 0.999), 1e-8)}
@@ -185,7 +185,7 @@ def test_finetuning():
 def test_augmentation_of_finetuning(operations):
     config = composed("finetune", "dataset=textures").copy()
     config.auto_augment = config.auto_augment if operations else None
-    run = EvalRun(config, ALONE, "finetune", backbone())
+    run = EvalRun(config, ALONE, backbone())
     augment = finetune.build_transform(run).augment
     steps = [" ".join(repr(step).split()) for step in augment.transforms]
     if operations:

@@ -116,7 +116,7 @@ def test_whatever_features_depend_on_names_their_file_in_the_cache(tmp_path):
         own = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in changes.items()]))
         key = tuple(own[key] for key in keys)
         backbones[key] = backbones.get(key) or load_backbone(own)
-        run = EvalRun(own, Ranks(0, 1, torch.device("cpu")), "nn", backbones[key])
+        run = EvalRun(own, Ranks(0, 1, torch.device("cpu")), backbones[key])
         images = np.zeros((len(labels), 4, 4, 3), np.uint8)
         return cache_path(run, ArrayDataset("some", images, labels, []), split, pooling)
 

@@ -91,7 +91,7 @@ def evaluate(checkpoint: Path, tmp_path: Path, *overrides: str) -> dict:
     settings = [f"pretrained={checkpoint}", f"output_dir={tmp_path}", "num_workers=0"]
     cfg = compose_config("segmentation", [*settings, *overrides])
     alone = Ranks(0, 1, torch.device("cpu"))
-    return run_joined(cfg, alone, "segmentation", segmentation.evaluate).report
+    return run_joined(cfg, alone, segmentation.evaluate).report
 
 
 def test_other_numbers_of_segments_are_worse(checkpoint, tmp_path):

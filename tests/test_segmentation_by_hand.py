@@ -88,7 +88,7 @@ def run(tmp_path: Path, path: Path, *overrides: str) -> dict:
     places = [f"data_path={tmp_path / 'data'}", "job_name=hand", "dataset=masks"]
     cfg = config("segmentation", path, tmp_path, *places, *IMAGES, *PART, *overrides)
     alone = Ranks(0, 1, torch.device("cpu"))
-    return run_joined(cfg, alone, "segmentation", segmentation.evaluate).report
+    return run_joined(cfg, alone, segmentation.evaluate).report
 
 
 # ---- Clusters of each image. ---------------------------------------------------------------------

@@ -266,7 +266,7 @@ def settings_for(root: Path, output: Path, *overrides: str) -> list[str]:
 
 def evaluate_pixels(root: Path, output: Path, *overrides: str) -> dict:
     cfg = compose_config("video", settings_for(root, output, *overrides))
-    run = EvalRun(cfg, ALONE, "video", PixelBackbone(CELL))
+    run = EvalRun(cfg, ALONE, PixelBackbone(CELL))
     run.prepare()
     video.evaluate(run)
     return report_of(output / "v")
@@ -390,7 +390,7 @@ def test_a_run_equals_one_by_hand(tmp_path):
     part = "temperature=0.25 which=target layer=1 final_norm=False batch_size=3 save_masks=True"
     options = [*choice.split(), *part.split(), f"data_path={tmp_path / 'davis'}", *DATASET]
     run = run_joined(
-        config("video", path, tmp_path, "dataset=folder", *options), ALONE, "video", video.evaluate
+        config("video", path, tmp_path, "dataset=folder", *options), ALONE, video.evaluate
     )
 
     # 20 x 31.5 pixels, of which the nearest multiples of 4: 5 x 8 patches.
