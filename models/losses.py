@@ -89,7 +89,8 @@ def average_similarity(tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """The prediction loss plus the similarity constraint, and the four numbers that are logged."""
+    """The prediction loss plus the similarity constraint, and the four numbers that are logged. Its
+    fields are keys of the config."""
 
     loss: str
     tau: float

@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import shutil
+from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from launch.config import (
     yaml_names,
 )
 from launch.validate import RULES, check_config
+from models.losses import Objective
+from util.build import OF_THE_SAME_NAME
 
 ROOT = CONFIG_DIR.parent
 CONFIGS = yaml_names([CONFIG_DIR])
@@ -161,6 +164,7 @@ def test_every_key_is_read():
     reads = keys_read_by_code() | keys_read_by_configs()
     checked_only = {"env.distributed"}  # a promise of the user's: False means one process
     reads |= {"digits", "textures"}  # cfg[name] in bench/challenges.py
+    reads |= {*OF_THE_SAME_NAME.split(), *(field.name for field in fields(Objective))}
     unread = {
         key
         for key in shipped_keys()

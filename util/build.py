@@ -4,6 +4,7 @@ cfg: a composed config, or anything with its keys as attributes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ from util.distributed import Ranks, all_reduce, default_workers, on_main, synchr
 from util.metrics import DeviceMeters
 from util.optim import Schedule, build_adamw, peak_learning_rate
 
+OF_THE_SAME_NAME = (  # keys and arguments of LatentMIM
+    "grid_size patch_size patch_gap freeze_pe recompute "
+    "decoder_embed_dim decoder_depth decoder_num_heads avg_vis_mask_token "
+    "target_depth mask_target target_norm target_post_norm target_tap"
+)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
@@ -30,30 +36,16 @@ def read_geometry(cfg) -> Geometry:
 
 
 def build_model(cfg) -> LatentMIM:
-    geometry = read_geometry(cfg)
     model = LatentMIM(
-        grid_size=geometry.grid_size,
-        patch_size=geometry.patch_size,
-        patch_gap=geometry.patch_gap,
+        **{name: getattr(cfg, name) for name in OF_THE_SAME_NAME.split()},
         embed_dim=cfg.encoder.embed_dim,
         depth=cfg.encoder.depth,
         num_heads=cfg.encoder.num_heads,
-        freeze_pe=cfg.freeze_pe,
         mlp_dim=cfg.proj.mlp_dim,
         mlp_depth=cfg.proj.mlp_depth,
         decoder=cfg.decoder.name,
-        decoder_embed_dim=cfg.decoder_embed_dim,
-        decoder_depth=cfg.decoder_depth,
-        decoder_num_heads=cfg.decoder_num_heads,
-        avg_vis_mask_token=cfg.avg_vis_mask_token,
         target=cfg.target.name,
-        target_depth=cfg.target_depth,
-        mask_target=cfg.mask_target,
         target_layers=target_layers(cfg),
-        target_norm=cfg.target_norm,
-        target_post_norm=cfg.target_post_norm,
-        target_tap=cfg.target_tap,
-        recompute=cfg.recompute,
     )
     mean, std, device = cfg.dataset.mean, cfg.dataset.std, torch.get_default_device()
     colours = scale_and_shift(tuple(mean), tuple(std), device)
@@ -97,15 +89,8 @@ class Training:
         self.optimizer = build_adamw(model, cfg.weight_decay)
         is_fp16 = precision == "fp16"
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=is_fp16)
-        self.objective: Any = Objective(
-            loss=cfg.loss.name,
-            tau=cfg.tau,
-            avg_sim_coeff=cfg.avg_sim_coeff,
-            pred_unit=cfg.pred_unit,
-            negatives=cfg.negatives,
-            same_target=cfg.same_target,
-            loss_beta=cfg.loss_beta,
-        )
+        options = {field.name: getattr(cfg, field.name) for field in fields(Objective)}
+        self.objective: Any = Objective(**options | {"loss": cfg.loss.name})
         peak = peak_learning_rate(cfg.blr, batch_size, cfg.accum_iter, ranks.world_size)
         self.schedule = Schedule(cfg, peak)
         self.sigreg = build_sigreg(cfg, ranks)
