@@ -75,7 +75,7 @@ def main(cfg: DictConfig) -> None:
 
 def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
     """Load each network, followed by its controls."""
-    methods, cut = [], set()
+    methods: dict[tuple, Method] = {}  # networks may have the same patches
     for source in cfg.pretrained if isinstance(cfg.pretrained, ListConfig) else [cfg.pretrained]:
         for is_random in (False, True) if "random" in cfg.controls else (False,):
             own = OmegaConf.merge(cfg, {"pretrained": source})
@@ -83,12 +83,13 @@ def load_methods(cfg: DictConfig, ranks: Ranks) -> list[Method]:
             backbone = load_for_all(own, ranks).to(ranks.device)
             weights = f"{source}, random weights" if own.random_init else source
             run = EvalRun(own, ranks, backbone)
-            methods.append(Method(f"{backbone.family} {backbone.name} ({weights})", run, False))
-        patch = backbone.patch_size
-        if "pixels" in cfg.controls and (patch, methods[-1].side) not in cut:
-            cut.add((patch, methods[-1].side))  # other networks may have the same patches
-            methods.append(Method(f"raw pixels of {patch} x {patch} patches", run, True))
-    return methods
+            name = f"{backbone.family} {backbone.name} ({weights})"
+            methods[source, own.random_init] = Method(name, run, False)
+        if "pixels" in cfg.controls:
+            patch = backbone.patch_size
+            pixels = Method(f"raw pixels of {patch} x {patch} patches", run, True)
+            methods.setdefault((patch, pixels.side), pixels)
+    return list(methods.values())
 
 
 def visualize(cfg: DictConfig, methods: list[Method]) -> None:
@@ -100,11 +101,13 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     paths, views = see_all(cfg, run, methods)
     labels, lines, reports, colours = [], [], [], []
     for number, (method, own) in enumerate(zip(methods, zip(*views, strict=True), strict=True)):
-        tokens = [view.tokens for view in own]
         # In double precision; its signs follow from the strongest weights.
+        tokens = np.concatenate([view.tokens for view in own]).astype(np.float64)
         pca = PCA(n_components=3, svd_solver="covariance_eigh")
-        pca.fit(np.concatenate(tokens).astype(np.float64))
-        colours.append(as_rgb([pca.transform(part) for part in tokens]))
+        scores = pca.fit_transform(tokens)
+        low, high = np.percentile(scores, [1, 99], axis=0)
+        rgb = ((scores - low) / np.maximum(high - low, 1e-9)).clip(0, 1)
+        colours.append(np.split(rgb, np.cumsum([len(view.tokens) for view in own])))
         shares = [round(100 * share, 1) for share in pca.explained_variance_ratio_.tolist()]
         labels.append(f"{chr(ord('A') + number)}: {method.name}")
         explained = f"PCA explains {', '.join(map(str, shares))} %"
@@ -123,7 +126,7 @@ def visualize(cfg: DictConfig, methods: list[Method]) -> None:
     folder.mkdir(exist_ok=True)
     for index in run.tracked(range(len(paths)), "images drawn:"):
         path, seen = paths[index], zip(labels, views[index], colours, strict=True)
-        rows = {label: show(cfg, view, rgb[index]) for label, view, rgb in seen}
+        rows = {label: show(cfg, view, own[index]) for label, view, own in seen}
         files.append(f"{index:03d}-{Path(path).stem}")
         draw(folder / files[-1], rows, [path, *lines])
         sheet[path] = {"input": rows[labels[0]]["input"]._replace(mark=None)}
@@ -254,12 +257,6 @@ def show(cfg: DictConfig, view: View, rgb: np.ndarray) -> dict[str, Panel]:
         note = f"{similar.min():.2f} to {similar.max():.2f}"
         panels["similarity to +"] = Panel(similar, mark=cfg.point, note=note)
     return panels
-
-
-def as_rgb(scores: list[np.ndarray]) -> list[np.ndarray]:
-    """Stretch each component to 0..1 from its first to its 99th percentile over all images."""
-    low, high = np.percentile(np.concatenate(scores), [1, 99], axis=0)
-    return [((own - low) / np.maximum(high - low, 1e-9)).clip(0, 1) for own in scores]
 
 
 def similarity(view: View, point: list[float]) -> np.ndarray:
