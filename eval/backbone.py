@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from launch.config import ConfigError
-from launch.places import missing_backbone
+from launch.job import list_checkpoints
 from launch.results import sha256_of
 from models.vit import Encoder
 from util.checkpoint import (
@@ -201,11 +201,30 @@ class TimmBackbone(Backbone):
         return Tokens(None, features.flatten(1, 2), tuple(features.shape[1:3]))
 
 
+def refuse_missing(pretrained: str | None) -> None:
+    """As far as names of files tell."""
+    family, colon, file = (pretrained or "").partition(":")
+    if colon and family == "timm":
+        return
+    is_of_family = bool(colon) and family in FAMILIES
+    path = Path(file if is_of_family else pretrained or "")
+    if pretrained is None or (colon and not is_of_family and not path.exists()):
+        files = ", ".join(f"{family}:FILE" for family in FAMILIES)
+        raise BackboneError(
+            f"pretrained={pretrained or 'null'}: expected a checkpoint or job folder, "
+            f"timm:NAME, {files}"
+        )
+    if path.is_dir() and not is_of_family:
+        if not list_checkpoints(path):
+            raise BackboneError(f"pretrained={path}: this folder holds no checkpoint")
+    elif not path.is_file():
+        raise BackboneError(f"pretrained: expected a file, but there is no {path}")
+
+
 def load_backbone(cfg: DictConfig, contents: dict | None = None) -> Backbone:
     """By the keys of configs/backbone/. pretrained: a checkpoint of this project, the published
     one, timm:NAME, or FAMILY:FILE. contents: of this project's, where the caller has read it."""
-    if problem := missing_backbone(cfg.pretrained):
-        raise BackboneError(problem)
+    refuse_missing(cfg.pretrained)
     family, colon, rest = cfg.pretrained.partition(":")
     is_other = colon and family in ("timm", *FAMILIES)
     if family != "timm" and cfg.pretrained_weights is not None:

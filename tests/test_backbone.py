@@ -208,6 +208,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     for pretrained, options, expected in [
         (None, {}, "pretrained=null: expected a checkpoint or job folder, timm:NAME"),
         (tmp_path / "none.pth", {}, "expected a file, but there is no"),
+        ("mae:/no/file.pth", {}, "expected a file, but there is no /no/file.pth"),
         (truncated, {}, "cannot be read"),
         (f"mae:{path}", {}, "digits.pth holds no weights where they are expected; it"),
         (joint, {"which": "target"}, "expected a Latent MIM checkpoint with which=target"),
