@@ -27,13 +27,8 @@ from launch.config import ConfigError
 from launch.job import list_checkpoints
 from launch.results import sha256_of
 from models.vit import Encoder
-from util.checkpoint import (
-    CheckpointError,
-    first_words,
-    load_file,
-    load_weights,
-    without_module_prefix,
-)
+from util import checkpoint
+from util.checkpoint import CheckpointError, first_words, load_weights
 
 StateDict = dict[str, Tensor]
 Colour = tuple[float, float, float]
@@ -247,7 +242,7 @@ def load_backbone(cfg: DictConfig, contents: dict | None = None) -> Backbone:
 def load_own(cfg: DictConfig, path: Path, contents: dict) -> OwnBackbone:
     which = cfg.which
     prefix = {"encoder": "encoder.", "target": "target_encoder."}[which]
-    stored = without_module_prefix(unwrap(contents, ("state_dict",), path))
+    stored = checkpoint.without_module_prefix(unwrap(contents, ("state_dict",), path))
     weights = {
         key.removeprefix(prefix): value
         for key, value in stored.items()
@@ -316,7 +311,9 @@ def load_other(cfg: DictConfig, family: str, name: str) -> TimmBackbone:
 def read_file(path: Path) -> dict:
     """Plain types and tensors only: a file that wants more is refused by name, never run."""
     try:
-        return load_safetensors(path) if path.suffix == ".safetensors" else load_file(path)
+        return (
+            load_safetensors(path) if path.suffix == ".safetensors" else checkpoint.load_file(path)
+        )
     except (SafetensorError, OSError) as error:
         raise BackboneError(f"{path} cannot be read ({error})") from error
     except CheckpointError as error:
@@ -376,7 +373,7 @@ def build_timm(name: str, weights_file: str | None, random_init: bool) -> nn.Mod
         model = timm.create_model(name, **options)
         path = Path(weights_file)
         weights = unwrap(read_file(path), ("state_dict", "model"), path)
-        weights, own = without_module_prefix(weights), model.state_dict()
+        weights, own = checkpoint.without_module_prefix(weights), model.state_dict()
         heads = ("head.", "fc.", "classifier.", "head_dist.")  # are left out
         weights = {k: v for k, v in weights.items() if k in own or not k.startswith(heads)}
         load_weights(model, weights, weights_file)

@@ -17,13 +17,8 @@ from data.base import DataError, ImageDataset, LabelledImages, first_few
 from data.loader import EvalLoader
 from data.transforms import EvalTransform, normalise
 from eval.backbone import Backbone, Colour, Tokens, load_backbone
+from launch import job
 from launch.config import job_directory
-from launch.job import (
-    describe_environment,
-    prepare_job_directory,
-    record_start,
-    refuse_folder_of_another,
-)
 from launch.lock import unlock
 from launch.results import CheckpointError, other_backbone, result_path
 from util.build import eval_loader, open_split
@@ -62,12 +57,12 @@ class EvalRun:
     def prepare(self) -> None:
         """The folder, and what runs in it."""
         if "resume" in self.cfg:
-            on_main(lambda: prepare_job_directory(self.cfg), self.ranks)
+            on_main(lambda: job.prepare_job_directory(self.cfg), self.ranks)
             return
-        refuse_folder_of_another(self.cfg)
+        job.refuse_folder_of_another(self.cfg)
         if self.ranks.is_main:
             (self.job / "results").mkdir(parents=True, exist_ok=True)
-            record_start(self.cfg, self.job)
+            job.record_start(self.cfg, self.job)
 
     # --- images and tokens
 
@@ -155,7 +150,7 @@ class EvalRun:
         numbers = "  ".join(f"{metric} {value:.4g}" for metric, value in results.items())
         seen = f"{images} images{self.left_out_in_words()}"
         self.say(f"{self.name}: {numbers}  ({protocol}; {seen}, {seconds:.1f} s)")
-        environment = describe_environment()
+        environment = job.describe_environment()
         self.report = {
             "evaluation": self.name,
             "results": results,
@@ -241,9 +236,8 @@ class Classification(Task):
 
     names: Sequence[str]  # of what predicts in the model, each for itself
     losses: Tensor  # float64, of this process, added up since the last log line
-    top1: dict[
-        str, float
-    ] = {}  # by name, percent of the evaluation images; empty: not yet measured
+    # By name, percent of the evaluation images; empty: not yet measured.
+    top1: dict[str, float] = {}
     top5: dict[str, float]
     evaluated: int  # images that these are of
 
