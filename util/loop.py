@@ -152,7 +152,7 @@ def run_steps(task: Task, cfg: DictConfig, loop: "Loop") -> None:
     if loop.done == 0:
         with loop.rescue("the first evaluation"):
             loop.watch()
-            if cfg.get("eval_at_start"):
+            if "eval_at_start" in cfg and cfg.eval_at_start:
                 loop.record(task.evaluate)
     if loop.unfinished:
         loop.follow_step(has_a_line=True)
@@ -220,7 +220,8 @@ class Loop:
         self.steps_per_epoch = task.loader.steps_per_epoch
         self.images_per_step = task.loader.images_per_step
         self.planned_steps = cfg.epochs * self.steps_per_epoch
-        self.total_steps = min(self.planned_steps, cfg.get("max_steps") or self.planned_steps)
+        most = cfg.max_steps if "max_steps" in cfg else None
+        self.total_steps = min(self.planned_steps, most or self.planned_steps)
         if unfinished:  # what follows a step beyond max_steps is due all the same
             self.total_steps = max(self.total_steps, first_step)
         self.nothing_is_left = first_step >= self.total_steps and not unfinished
