@@ -256,8 +256,7 @@ class Pretraining(Task):
         }
         write_json(path, result)
         if before is not None and after is not None:
-            took = f"in {seconds:.0f} s (seed {self.cfg.seed})"
-            loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % {took}")
+            loop.log.say(f"\nnearest neighbour {before:.2f} % -> {after:.2f} % in {seconds:.0f} s")
         last = list_checkpoints(loop.job / "checkpoints")[0]
         rate = loop.log.last_with("images_per_second")
         speed = "unknown"
