@@ -37,30 +37,25 @@ def build_digits(split: str, data_path: str | None) -> ArrayDataset:
     return ArrayDataset(f"digits/{split}", images, labels, list("0123456789"))
 
 
-def build_cifar(name: str, split: str, data_path: str | None) -> ArrayDataset:
-    source = open_archive(name, data_path, train=split == "train")
-    return ArrayDataset(f"{name}/{split}", source.data, source.targets, source.classes)
-
-
-def build_stl10(split: str, data_path: str | None) -> ArrayDataset:
-    """train: the 5,000 labelled images, then the 100,000 without label (-1). eval: the test set."""
-    part = "train+unlabeled" if split == "train" else "test"
-    source = open_archive("stl10", data_path, split=part)
-    images = np.transpose(source.data, (0, 2, 3, 1))
-    return ArrayDataset(f"stl10/{split}", images, source.labels, source.classes)
-
-
-def open_archive(name: str, data_path: str | None, **arguments):
-    """torchvision's data set; it compares the files with their published checksums."""
+def build_archive(name: str, split: str, data_path: str | None) -> ArrayDataset:
+    """What torchvision reads; it compares the files with their published checksums. stl10, train:
+    the 5,000 labelled images, then the 100,000 without label (-1)."""
     from torchvision import datasets
 
-    folder = ARCHIVES[name][0]
+    folder, is_train = ARCHIVES[name][0], split == "train"
     root = existing_folder(name, data_path, LAYOUTS[name], folder)
     try:
-        return getattr(datasets, name.upper())(root, download=False, **arguments)
+        if name == "stl10":
+            part = "train+unlabeled" if is_train else "test"
+            source = datasets.STL10(root, split=part)
+            images, labels = source.data.transpose(0, 2, 3, 1), source.labels
+        else:
+            source = getattr(datasets, name.upper())(root, train=is_train)
+            images, labels = source.data, source.targets
     except RuntimeError as error:
         problem = "is incomplete or damaged: unpack its archive again"
         raise DataError(f"{root / folder} {problem}") from error
+    return ArrayDataset(f"{name}/{split}", images, labels, source.classes)
 
 
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
@@ -70,11 +65,9 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "tar": tar.build_tar,
     "folder": files.build_folder,
     "images": images.build_images,
-    "cifar10": partial(build_cifar, "cifar10"),
-    "cifar100": partial(build_cifar, "cifar100"),
-    "stl10": build_stl10,
     "masks": masks.build_masks,
     "voc": masks.build_voc,
+    **{name: partial(build_archive, name) for name in ARCHIVES},
     **{name: partial(files.build_imagefolder, name) for name in OF_CLASS_FOLDERS},
 }
 # What data_path has to be; the others need none.

@@ -81,14 +81,11 @@ def existing_folder(name: str, data_path: str | None, expected: str, *inside: st
     if data_path is None or str(data_path) == "":
         raise DataError(f"dataset {name} needs data_path: {expected}")
     folder = Path(data_path).expanduser()
-    missing = [own for own in inside if not (folder / own).is_dir()]
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
-    elif missing:
-        problem = f"has no {missing[0]}/"
-    else:
-        return folder
-    raise DataError(f"data_path={data_path} {problem}; dataset {name} needs {expected}")
+    for place in (folder, *map(folder.joinpath, inside)):
+        if not place.is_dir():
+            problem = f"{place} is not a folder"
+            raise DataError(f"data_path={data_path}: {problem}; dataset {name} needs {expected}")
+    return folder
 
 
 def list_folder(
@@ -202,8 +199,8 @@ def given_images(pattern: str, max_value: float | None = None) -> FileDataset:
 def build_imagefolder(name: str, split: str, data_path: str | None) -> FileDataset:
     """Label = position of the class: in sorted order, of all that are in train/; of imagenet100 in
     imagenet100.txt, from a full ImageNet or from a copy of these classes alone."""
-    root = existing_folder(name, data_path, CLASSES_LAYOUT)
     only = SUBSET_FILE.read_text().split() if name == "imagenet100" else None
+    root = existing_folder(name, data_path, CLASSES_LAYOUT, "" if only else "train")
     classes = only or class_folders(root / "train")
     folder = split_folder(root, split)
     others: list[str] = []
@@ -221,10 +218,9 @@ def build_imagefolder(name: str, split: str, data_path: str | None) -> FileDatas
 
 def class_folders(folder: Path) -> list[str]:
     """Names of the class folders in train/ or val/; there must be some."""
-    subfolders = list_folder(folder)[0] if folder.is_dir() else []
+    subfolders, _ = list_folder(folder)
     if not subfolders:
-        problem = "contains no class folders" if folder.is_dir() else "does not exist"
-        raise DataError(f"{folder} {problem}; expected {folder}/CLASS/*.jpg")
+        raise DataError(f"{folder} contains no class folders; expected {folder}/CLASS/*.jpg")
     return subfolders
 
 

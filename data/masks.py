@@ -92,8 +92,7 @@ def read_names(path: Path) -> list[str]:
     """One name per line; there must be some."""
     names = path.read_text().split() if path.is_file() else []
     if not names:
-        problem = "is empty" if path.is_file() else "does not exist"
-        raise DataError(f"{path} {problem}: it names what belongs to the split, one per line")
+        raise DataError(f"{path}: expected the names of what belongs to the split, one per line")
     return names
 
 
@@ -166,8 +165,6 @@ def read_videos(data_path: str | None, split: str) -> list[Video]:
 
 def read_video(root: Path, name: str) -> Video:
     folder, annotated = (root / part / "480p" / name for part in ("JPEGImages", "Annotations"))
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; data_path needs {DAVIS_LAYOUT}")
     frames = [folder / image for image in list_folder(folder)[1]]
     if len(frames) < FEWEST_FRAMES:
         raise DataError(f"{folder} holds {len(frames)} frames: expected {FEWEST_FRAMES} or more")

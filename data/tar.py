@@ -72,7 +72,7 @@ def build_tar(
     split: str, data_path: str | None, *, index_folder: str | None = None
 ) -> "TarDataset":
     """train/*.tar and val/*.tar; the classes are those of train/."""
-    root = files.existing_folder("tar", data_path, EXPECTED)
+    root = files.existing_folder("tar", data_path, EXPECTED, "train")
     index = train = index_of(root / "train", index_folder)
     folder, labels = files.split_folder(root, split), train.places["label"]
     if split == "eval":
@@ -191,8 +191,6 @@ def write_index(index: TarIndex, path: Path) -> None:
 
 def list_tars(folder: Path, only: str) -> list[TarFile]:
     """Sorted by name; there must be some, and none that is compressed."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; expected {folder}/*.tar")
     tars = []
     try:
         for path in [folder / only] if only else sorted(folder.iterdir()):

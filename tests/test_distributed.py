@@ -142,7 +142,7 @@ def test_one_process_lists_the_files_for_all(tmp_path, name):
     write_photos(tmp_path / "photos", 3)
     spawn(open_both, 2, tmp_path, tmp_path, name)
     first, second = (torch.load(tmp_path / f"found{rank}") for rank in range(2))
-    assert first == second and len(first) == 5 and "nowhere does not exist" in first[-1]
+    assert first == second and len(first) == 5 and "nowhere is not a folder" in first[-1]
     listed = {path.name for path in tmp_path.glob("listed*")}
     assert "listed by 0: class2" in listed and all("by 0:" in name for name in listed)
 

@@ -108,12 +108,12 @@ def test_a_smaller_mask_holds_classes_of_the_larger_one(width, height, crop_rati
 
 def test_bad_voc_folders_are_named(tmp_path):
     write_voc(tmp_path)
-    with pytest.raises(DataError, match="Segmentation/train.txt does not exist"):
+    with pytest.raises(DataError, match="Segmentation/train.txt: expected the names of"):
         build_dataset("voc", "train", tmp_path)
     names = tmp_path / "ImageSets" / "Segmentation" / "val.txt"
     names.write_text("2007_1\n2007_2\n")
     with pytest.raises(DataError, match="these images are missing: .*2007_2.jpg"):
         build_dataset("voc", "eval", tmp_path)
     names.write_text("\n")
-    with pytest.raises(DataError, match="val.txt is empty"):
+    with pytest.raises(DataError, match="val.txt: expected the names of"):
         build_dataset("voc", "eval", tmp_path)

@@ -47,6 +47,6 @@ def test_the_launcher_says_so_without_torch():
     command = [sys.executable, "-X", "importtime", *LAUNCHER[1:], *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     error = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and error.startswith("error: data_path=/not/there does not exist")
+    assert result.returncode == 2 and error.startswith("error: data_path=/not/there: ")
     loaded = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
     assert "data.datasets" in loaded and not {"torch", "torchvision", "timm"} & loaded

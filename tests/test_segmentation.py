@@ -183,7 +183,7 @@ DAMAGES = {
     colour_mask: "the mask .*0.png is stored as RGB: expected palette or 8-bit grey",
     truncated_mask: "cannot read .*masks/val/0.png",
     no_mask: "these masks are missing: .*masks/val/0.png$",
-    no_masks_folder: "has no masks/; dataset masks needs a folder with images/ and masks/",
+    no_masks_folder: "/masks is not a folder; dataset masks needs a folder with images/ and masks/",
     empty_split: "images/val contains no images",
     other_split: "evaluation images in .*/images: val or validation or test$",
     white_objects: "none of the 5 masks holds two classes",

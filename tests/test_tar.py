@@ -251,10 +251,10 @@ def test_a_tar_that_became_shorter_is_named(root):
 def test_what_is_missing_is_named(tmp_path, root):
     with pytest.raises(DataError, match=r"needs data_path: a folder with train/\*.tar and val/"):
         build_dataset("tar", "train", None)
-    with pytest.raises(DataError, match=r"nowhere does not exist; dataset tar needs a folder wit"):
+    with pytest.raises(DataError, match=r"nowhere is not a folder; dataset tar needs a folder wit"):
         build(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty/train does not exist; expected .*/train/\*.tar$"):
+    with pytest.raises(DataError, match=r"empty/train is not a folder; dataset tar needs"):
         build(tmp_path / "empty")
     write(tmp_path / "empty" / "train" / "a.jpg", b"")
     with pytest.raises(DataError, match=r"train contains no tar files; expected .*/train/\*.tar$"):

@@ -270,11 +270,15 @@ def test_data_that_is_not_there(error_of, tmp_path):
     message = error_of("dataset=imagefolder")
     assert message.startswith("dataset imagefolder needs data_path: a folder with train/CLASS/")
     message = error_of("dataset=folder", f"data_path={tmp_path}/nope")
-    assert message.startswith(f"data_path={tmp_path}/nope does not exist; dataset folder needs")
+    assert message.startswith(
+        f"data_path={tmp_path}/nope: {tmp_path}/nope is not a folder; dataset folder"
+    )
     assert error_of("dataset=folder", "data_path=").startswith("data_path=: expected a text that")
     (tmp_path / "file").write_text("")
     message = error_of("dataset=folder", f"data_path={tmp_path}/file")
-    assert message.startswith(f"data_path={tmp_path}/file is not a folder; dataset folder needs")
+    assert message.startswith(
+        f"data_path={tmp_path}/file: {tmp_path}/file is not a folder; dataset folder"
+    )
 
 
 def test_data_without_images(error_of, tmp_path):
@@ -286,7 +290,9 @@ def test_data_without_images(error_of, tmp_path):
     (data / "notes.txt").write_text("nothing to see")
     assert "contains no images" in error_of("dataset=folder", f"data_path={data}")
     message = error_of("dataset=imagefolder", f"data_path={data}")
-    assert message.startswith(f"{data}/train does not exist; expected {data}/train/CLASS/*.jpg")
+    assert message.startswith(
+        f"data_path={data}: {data}/train is not a folder; dataset imagefolder needs"
+    )
 
 
 def test_a_dataset_smaller_than_one_step(error_of, tmp_path):

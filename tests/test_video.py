@@ -457,9 +457,9 @@ DAMAGES = {
     remove_later_annotation: "these annotations are missing: .*slow/00003.png$",
     shrink_annotation: "the mask of .*slow/00002.jpg has 47 x 32 pixels: expected 48 x 32, as the",
     empty_annotation: "slow/00000.png marks no object",
-    empty_split: "2017/val.txt is empty",
-    no_split: "2017/val.txt does not exist",
-    unknown_sequence: "JPEGImages/480p/nowhere does not exist; data_path needs a folder with JPEG",
+    empty_split: "2017/val.txt: expected the names of what belongs",
+    no_split: "2017/val.txt: expected the names of what belongs",
+    unknown_sequence: "cannot list the folder .*JPEGImages/480p/nowhere: No such file",
     too_short: "slow holds 2 frames: expected 3 or more",
     damaged_frame: "cannot read .*slow/00001.jpg",
 }
