@@ -32,7 +32,7 @@ from launch.config import ConfigError
 from main_lmim import view_source
 from models.views import Views
 from util.build import AUTOCAST, Training, build_model, read_geometry
-from util.distributed import Ranks, all_reduce, barrier, join_processes, leave_processes
+from util.distributed import Ranks, barrier, gather_objects, join_processes, leave_processes
 from util.metrics import memory_in_use
 from util.optim import parameter_groups
 from util.precision import choose_precision, tune_for_cpu, write_out_attention
@@ -152,8 +152,7 @@ def measure_in_turns(
     for _ in range(rounds):
         for name, action in actions.items():
             barrier()
-            mine = torch.tensor(seconds_of(action, ranks.device), device=ranks.device)
-            seconds[name].append(float(all_reduce(mine, "max")))
+            seconds[name].append(max(gather_objects(seconds_of(action, ranks.device), ranks)))
     return seconds
 
 

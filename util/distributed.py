@@ -139,10 +139,10 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce(values: torch.Tensor, operation: str = "sum") -> torch.Tensor:
-    """In place: sum, or max, over all processes."""
+def all_reduce(values: torch.Tensor) -> torch.Tensor:
+    """In place: the sum over all processes."""
     if dist.is_initialized():
-        dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
+        dist.all_reduce(values)
     return values
 
 
