@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 IGNORE = 255
 MASKS_LAYOUT = "a folder with images/ and masks/, each with train/ and val/ or without either"
-SPLIT_FILES = {"train": "train", "eval": "val"}  # of VOC
 VOC_LAYOUT = "a folder with JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/"
 DAVIS_LAYOUT = "a folder with JPEGImages/480p/, Annotations/480p/ and ImageSets/2017/"
 FEWEST_FRAMES = 3  # the first is given, and the last is not scored
@@ -81,7 +80,8 @@ def build_masks(split: str, data_path: str | None) -> MaskedFiles:
 def build_voc(split: str, data_path: str | None) -> MaskedFiles:
     """The images that ImageSets/Segmentation/train.txt or val.txt names."""
     root = existing_folder("voc", data_path, VOC_LAYOUT)
-    names = read_names(root / "ImageSets" / "Segmentation" / f"{SPLIT_FILES[split]}.txt")
+    list_file = "train.txt" if split == "train" else "val.txt"
+    names = read_names(root / "ImageSets" / "Segmentation" / list_file)
     images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
     require_files("images", images)
     masks = [root / "SegmentationClass" / f"{name}.png" for name in names]
@@ -142,10 +142,8 @@ class Video:
             annotations.append(read_mask(path))
             with opened(frame) as image:
                 require_same_size(frame, image, Image.fromarray(annotations[-1]))
-        sizes = {annotation.shape[::-1] for annotation in annotations}
-        if len(sizes) > 1:
-            shown = " and ".join(f"{width} x {height}" for width, height in sorted(sizes))
-            raise DataError(f"video {self.name} has frames of {shown} pixels: expected one size")
+        if len({annotation.shape for annotation in annotations}) > 1:
+            raise DataError(f"video {self.name} has frames of several sizes: expected one")
         if not set(np.unique(annotations[0]).tolist()) - {0, IGNORE}:
             raise DataError(f"{self.annotations[0]} marks no object: there is nothing to follow")
         return np.stack(annotations)
