@@ -156,6 +156,7 @@ def epps_pulley(
     return processes * samples.shape[-2] * distance @ weights
 
 
+@dataclass
 class SIGReg:
     """Keeps the visible latents normally distributed, along random directions that are new in each
     step and the same in all processes (LeJEPA). Added to any objective: loss + weight * statistic.
@@ -163,23 +164,19 @@ class SIGReg:
 
     LAST_KNOT, KNOTS = 3.0, 17
 
-    def __init__(
-        self,
-        *,
-        weight: float,
-        slices: int,
-        on: str,
-        dim: int,
-        seed: int,
-        processes: int,
-        all_reduce: Callable[[Tensor], Tensor],
-        device: torch.device,
-    ):
-        self.weight, self.on, self.seed = weight, on, seed
-        self.processes, self.all_reduce = processes, all_reduce
-        self.generator = torch.Generator(device)
-        self.directions = torch.zeros(dim, slices, device=device)
-        self.knots = torch.linspace(0, self.LAST_KNOT, self.KNOTS, device=device)
+    weight: float
+    slices: int
+    on: str
+    dim: int
+    seed: int
+    processes: int
+    all_reduce: Callable[[Tensor], Tensor]
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.device)
+        self.directions = torch.zeros(self.dim, self.slices, device=self.device)
+        self.knots = torch.linspace(0, self.LAST_KNOT, self.KNOTS, device=self.device)
 
     def draw(self, step: int) -> None:
         self.generator.manual_seed(seed_of(Stream.DIRECTIONS, self.seed, step))
