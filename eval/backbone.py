@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from launch.config import ConfigError
-from launch.job import list_checkpoints
 from launch.results import sha256_of
 from models.vit import Encoder
 from util import checkpoint
@@ -196,32 +195,18 @@ class TimmBackbone(Backbone):
         return Tokens(None, features.flatten(1, 2), tuple(features.shape[1:3]))
 
 
-def refuse_missing(pretrained: str | None) -> None:
-    """As far as names of files tell."""
-    family, colon, file = (pretrained or "").partition(":")
-    if colon and family == "timm":
-        return
-    is_of_family = bool(colon) and family in FAMILIES
-    path = Path(file if is_of_family else pretrained or "")
-    if pretrained is None or (colon and not is_of_family and not path.exists()):
-        files = ", ".join(f"{family}:FILE" for family in FAMILIES)
-        raise BackboneError(
-            f"pretrained={pretrained or 'null'}: expected a checkpoint or job folder, "
-            f"timm:NAME, {files}"
-        )
-    if path.is_dir() and not is_of_family:
-        if not list_checkpoints(path):
-            raise BackboneError(f"pretrained={path}: this folder holds no checkpoint")
-    elif not path.is_file():
-        raise BackboneError(f"pretrained: expected a file, but there is no {path}")
-
-
 def load_backbone(cfg: DictConfig, contents: dict | None = None) -> Backbone:
     """By the keys of configs/backbone/. pretrained: a checkpoint of this project, the published
     one, timm:NAME, or FAMILY:FILE. contents: of this project's, where the caller has read it."""
-    refuse_missing(cfg.pretrained)
-    family, colon, rest = cfg.pretrained.partition(":")
+    family, colon, rest = (cfg.pretrained or "").partition(":")
     is_other = colon and family in ("timm", *FAMILIES)
+    path = Path(rest if is_other else cfg.pretrained or "")
+    if not path.is_file() and not (is_other and family == "timm"):
+        files = ", ".join(f"{name}:FILE" for name in FAMILIES)
+        raise BackboneError(
+            f"pretrained={'null' if cfg.pretrained is None else cfg.pretrained}: expected a file "
+            f"or folder with a checkpoint, timm:NAME, {files}"
+        )
     if family != "timm" and cfg.pretrained_weights is not None:
         weights = f"pretrained_weights={cfg.pretrained_weights}"
         raise BackboneError(f"{weights}: expected with pretrained=timm:NAME only")
@@ -231,10 +216,9 @@ def load_backbone(cfg: DictConfig, contents: dict | None = None) -> Backbone:
         if is_other:
             backbone = load_other(cfg, family, rest)
         else:
-            path = Path(cfg.pretrained)
             backbone = load_own(cfg, path, contents or read_file(path))
             backbone.resize(cfg.image_side)
-    file = cfg.pretrained_weights if family == "timm" else rest if is_other else cfg.pretrained
+    file = cfg.pretrained_weights if family == "timm" else path
     backbone.fingerprint = fingerprint(backbone, None if cfg.random_init else file)
     return backbone.eval()
 
@@ -311,9 +295,9 @@ def load_other(cfg: DictConfig, family: str, name: str) -> TimmBackbone:
 def read_file(path: Path) -> dict:
     """Plain types and tensors only: a file that wants more is refused by name, never run."""
     try:
-        return (
-            load_safetensors(path) if path.suffix == ".safetensors" else checkpoint.load_file(path)
-        )
+        if path.suffix == ".safetensors":
+            return load_safetensors(path)
+        return checkpoint.load_file(path)
     except (SafetensorError, OSError) as error:
         raise BackboneError(f"{path} cannot be read ({error})") from error
     except CheckpointError as error:
@@ -348,7 +332,7 @@ def require_keys(weights: StateDict, needed: tuple[str, ...], path: Path) -> Non
         raise BackboneError(f"{path} holds another architecture: {', '.join(missing)} is missing")
 
 
-def fingerprint(model: nn.Module, file: str | None) -> str:
+def fingerprint(model: nn.Module, file: Path | str | None) -> str:
     """Of the file that the weights come from or, where they come from none, of the weights."""
     if file is not None:
         return sha256_of(Path(file))

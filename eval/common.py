@@ -68,9 +68,9 @@ class EvalRun:
 
     def loader(self, dataset: ImageDataset, indices: Sequence[int] | None = None) -> EvalLoader:
         """This process's part of all images, or of those with these indices."""
-        transform = EvalTransform(self.backbone.image_side, self.cfg.dataset.crop_ratio)
-        most = self.cfg.max_bad_images
-        loader = eval_loader(self.cfg, self.ranks, dataset, transform, indices, most)
+        cfg = self.cfg
+        transform = EvalTransform(self.backbone.image_side, cfg.dataset.crop_ratio)
+        loader = eval_loader(cfg, self.ranks, dataset, transform, indices, cfg.max_bad_images)
         loader.bad_images = self.bad_images[dataset]  # each is named once
         return loader
 

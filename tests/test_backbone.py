@@ -206,9 +206,9 @@ def test_mistakes_are_one_sentence(tmp_path):
     joint = digits_checkpoint(tmp_path / "..", "target=joint")
     published(tmp_path / "short.pth", **{"module.encoder.norm.bias": torch.zeros(7)})
     for pretrained, options, expected in [
-        (None, {}, "pretrained=null: expected a checkpoint or job folder, timm:NAME"),
-        (tmp_path / "none.pth", {}, "expected a file, but there is no"),
-        ("mae:/no/file.pth", {}, "expected a file, but there is no /no/file.pth"),
+        (None, {}, "pretrained=null: expected a file or folder with a checkpoint, timm:NAME"),
+        (tmp_path / "none.pth", {}, "none.pth: expected a file or folder with a checkpoint"),
+        ("mae:/no/file.pth", {}, "pretrained=mae:/no/file.pth: expected a file or folder"),
         (truncated, {}, "cannot be read"),
         (f"mae:{path}", {}, "digits.pth holds no weights where they are expected; it"),
         (joint, {"which": "target"}, "expected a Latent MIM checkpoint with which=target"),
@@ -216,7 +216,7 @@ def test_mistakes_are_one_sentence(tmp_path):
         (path, {"layer": 3}, "layer=3: expected -1 .the last block. or 0 to 2"),
         (path, {"image_side": 30}, "image_side=30: expected a multiple of the patch size 4"),
         (path, {"pretrained_weights": "x"}, "pretrained_weights=x: expected with pretrained=timm"),
-        ("moco:x.pth", {}, "pretrained=moco:x.pth: expected a checkpoint .*, mae:FILE, ijepa:FILE"),
+        ("moco:x.pth", {}, "pretrained=moco:x.pth: expected a file .*, mae:FILE, ijepa:FILE"),
         ("timm:vit_tinny_patch16_224", {}, "expected a name of timm.list_models()"),
     ]:
         with pytest.raises((BackboneError, CheckpointError), match=expected) as caught:
@@ -226,5 +226,7 @@ def test_mistakes_are_one_sentence(tmp_path):
 
 def test_a_folder_without_checkpoints_is_named(tmp_path):
     cfg = compose_config("nn", [f"pretrained={tmp_path}"])
-    with pytest.raises(BackboneError, match=f"pretrained={tmp_path}: this folder holds no check"):
+    with pytest.raises(
+        BackboneError, match=f"pretrained={tmp_path}: expected a file or"
+    ):
         load_for_all(cfg, Ranks(0, 1, torch.device("cpu")))

@@ -313,7 +313,7 @@ BAD = {
     "stride=6": (ConfigError, "stride=6 .*: expected a multiple of 4, at most 24"),
     "stride=28": (ConfigError, "stride=28 .*: expected .* at most 24"),
     "upsample=30": (ConfigError, "to 16384"),
-    "pretrained=null": (BackboneError, "pretrained=null: expected a checkpoint"),
+    "pretrained=null": (BackboneError, "pretrained=null: expected a file or folder"),
     f"pretrained=[timm:{SMALL[0]},timm:nope]": (BackboneError, "expected a name of timm"),
 }
 
