@@ -226,7 +226,5 @@ def test_mistakes_are_one_sentence(tmp_path):
 
 def test_a_folder_without_checkpoints_is_named(tmp_path):
     cfg = compose_config("nn", [f"pretrained={tmp_path}"])
-    with pytest.raises(
-        BackboneError, match=f"pretrained={tmp_path}: expected a file or"
-    ):
+    with pytest.raises(BackboneError, match=f"pretrained={tmp_path}: expected a file or"):
         load_for_all(cfg, Ranks(0, 1, torch.device("cpu")))
