@@ -6,6 +6,14 @@ python launcher.py -m seed=1,2,3 ...    (a sweep: one run per value)
 """
 
 import os
+import signal
+import sys
+
+if (
+    __name__ in ("__main__", "__mp_main__")  # the second in the processes that it starts
+    and signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # what a script starts with & ignores it
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +39,8 @@ def launch(configs: list[DictConfig]) -> int:
         configs = [cfg for cfg in configs if not is_finished(cfg)]
     if not configs:
         return 0
+    if sys.stderr.isatty():  # torch takes seconds
+        print(f"{cfg.get('job_name', cfg.worker)}: loading {cfg.worker} ...", file=sys.stderr)
     from launch.local import run_here, run_side_by_side
 
     if cfg.env.parallel > 1 and len(configs) > 1:

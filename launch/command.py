@@ -43,6 +43,8 @@ def run_command_line(
 ) -> int:
     """Compose and check the configs that the command line asks for, and run them. -> exit code"""
     open_streams()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # by the launcher, until now
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command = parse_command_line(sys.argv[1:], description, config_name)
         configs = compose_all(command)

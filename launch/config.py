@@ -27,7 +27,11 @@ SWEEP = "sweep"  # in an experiment: what -m runs (launch/sweep.py)
 USER_GROUPS = ("local", EXPERIMENT)  # the user's own settings, not shipped
 # The only sections where a key may be added: what they hold is passed through.
 OPEN_SECTIONS = ("dataset.options", "env.slurm_extra", "env.nccl")
-NOT_HYDRA = "expected a key of the config, because Hydra composes it and does nothing else"
+NOT_HYDRA = (
+    "expected a key of the config or a flag of --help, because Hydra composes the config only: "
+    "output_dir and job_name say where a run lives, env.* how it runs, -m starts a sweep, "
+    "and there is no tab completion"
+)
 PATHS = ("output_dir", "data_path", "pretrained", "pretrained_weights", "cache_dir")
 
 

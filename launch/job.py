@@ -88,7 +88,11 @@ def prepare_job_directory(cfg: DictConfig) -> Path:
         refuse_to_start_over(cfg)
         for folder in (job, job / "logs", job / "results", job / "checkpoints"):
             remove_unfinished(folder)
-        for path in [] if cfg.resume else list_checkpoints(job):  # overwrite=True
+        replaced = [] if cfg.resume else list_checkpoints(job / "checkpoints")  # overwrite=True
+        if replaced:
+            newest = f"the newest is {replaced[0].name}"
+            print(f"replacing {len(replaced)} checkpoints of {job.name}, {newest}", flush=True)
+        for path in replaced:
             path.unlink()
     except BaseException:
         unlock(job)

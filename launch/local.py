@@ -26,6 +26,7 @@ from launch.config import ConfigError, job_directory, processes_per_node
 from launch.validate import check_processes
 from util.signals import Signals
 
+SAY_SECONDS = 10
 # After one process has failed the others may be stuck waiting for it, and not answer a signal.
 END_SECONDS = 30
 
@@ -158,6 +159,7 @@ class Processes(Signals):
 
     def wait_for_all(self) -> int:
         """Until all have ended, or one has failed. -> exit code"""
+        said = 0
         while running := [process for process in self.started if process.is_alive()]:
             wait([process.sentinel for process in running], timeout=0.5)
             saved = {128 + number for number in self.received}
@@ -165,6 +167,12 @@ class Processes(Signals):
             if failed := {rank: code for rank, code in codes if code and code not in saved}:
                 end(running)
                 return exit_code_of(failed, self.received)
+            waited = int(time.monotonic() - self.received_at)
+            if self.received and waited // SAY_SECONDS > said:
+                said = waited // SAY_SECONDS
+                what = f"waiting for {len(running)} processes to save, for {waited} s now"
+                ways = "Ctrl-C again leaves at once, without saving"
+                print(f"{what}; {ways}", file=sys.stderr, flush=True)
         return max(process.exitcode or 0 for process in self.started)
 
 

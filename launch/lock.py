@@ -80,9 +80,11 @@ def lock(job: Path) -> None:
     number = "".join(filter(str.isdecimal, me.namespace))
     file = job / "logs" / f"running-{me.host}-{me.pid}-{number}.json"
     for _ in range(ATTEMPTS):
-        if (reason := why_busy(job, me)) is None:
+        reason = why_busy(job, me)
+        if reason is None:
             write_json(file, asdict(me))
-            if (reason := why_busy(job, me)) is None:
+            reason = why_busy(job, me)
+            if reason is None:
                 HELD[job] = file
                 return
             file.unlink()  # another started at the same moment: give way and try again

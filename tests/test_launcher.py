@@ -156,6 +156,23 @@ def test_unknown_flags_are_refused(monkeypatch, capsys, flag):
     assert "usage: launcher.py" in capsys.readouterr().err
 
 
+def test_an_interrupt_while_modules_load():
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "launcher.py", "--cfg=job"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests themselves are started with &, it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert any("omegaconf.base" in line for line in process.stderr)  # Hydra comes next
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == -signal.SIGINT  # 130 in a shell
+    assert output == "" and "Traceback" not in errors and "launch.command" not in errors
+
+
 # ---- A console that nobody reads. ----------------------------------------------------------------
 
 NOBODY = {"closed": "<&- >&- 2>&-", "gone": "2>&1 | true; exit ${PIPESTATUS[0]}"}
@@ -297,12 +314,14 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 
 def test_processes_that_save_are_waited_for(slow):
-    """However long it takes; those of a run where one has failed are not."""
-    process = slow(1.3, "env.ngpu=2", END_SECONDS=0.1)
+    """However long it takes, which is said; those of a run where one has failed are not."""
+    process = slow(1.3, "env.ngpu=2", SAY_SECONDS=0.4, END_SECONDS=0.1)
     process.send_signal(signal.SIGTERM)
-    code, output, _ = process.finish()
+    code, output, errors = process.finish()
     assert code == 128 + signal.SIGTERM
     assert output == "ready\n" * 2 + "saved\n" * 2
+    said = re.findall(r"waiting for 2 processes to save, for \d+ s now; Ctrl-C again", errors)
+    assert 1 <= len(said) <= 3
 
 
 def test_runs_side_by_side_that_save_are_told_once(launch, tmp_path):
