@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from launch.config import ConfigError
+from launch.places import missing_backbone
 from launch.results import sha256_of
 from models.vit import Encoder
 from util import checkpoint
@@ -198,15 +199,11 @@ class TimmBackbone(Backbone):
 def load_backbone(cfg: DictConfig, contents: dict | None = None) -> Backbone:
     """By the keys of configs/backbone/. pretrained: a checkpoint of this project, the published
     one, timm:NAME, or FAMILY:FILE. contents: of this project's, where the caller has read it."""
-    family, colon, rest = (cfg.pretrained or "").partition(":")
+    if problem := missing_backbone(cfg.pretrained):
+        raise BackboneError(problem)
+    family, colon, rest = cfg.pretrained.partition(":")
     is_other = colon and family in ("timm", *FAMILIES)
-    path = Path(rest if is_other else cfg.pretrained or "")
-    if not path.is_file() and not (is_other and family == "timm"):
-        files = ", ".join(f"{name}:FILE" for name in FAMILIES)
-        raise BackboneError(
-            f"pretrained={'null' if cfg.pretrained is None else cfg.pretrained}: expected a file "
-            f"or folder with a checkpoint, timm:NAME, {files}"
-        )
+    path = Path(rest if is_other else cfg.pretrained)
     if family != "timm" and cfg.pretrained_weights is not None:
         weights = f"pretrained_weights={cfg.pretrained_weights}"
         raise BackboneError(f"{weights}: expected with pretrained=timm:NAME only")

@@ -17,7 +17,7 @@ from typing import NoReturn, TypeGuard
 from omegaconf import DictConfig, OmegaConf
 
 from launch.config import ConfigError, UserError, job_directory, parse_command_line
-from launch.job import refuse_folder_of_another
+from launch.places import check_places
 from launch.sweep import compose_all
 from launch.validate import MODULE, check_config
 
@@ -62,20 +62,6 @@ def run_command_line(
         return error.exit_code
     except KeyboardInterrupt:  # before there was anything to save
         return 130
-
-
-def check_places(cfg: DictConfig) -> None:
-    """Before torch is imported, which takes long. On Slurm the images may be on the nodes alone."""
-    if "job_name" in cfg:
-        refuse_folder_of_another(cfg)
-    if cfg.worker == "main_lmim" and not cfg.env.slurm:
-        from data.base import DataError
-        from data.datasets import check_data_path
-
-        try:
-            check_data_path(cfg.dataset.name, cfg.data_path)
-        except DataError as error:
-            raise ConfigError(str(error)) from error
 
 
 def run_configured_worker(config: dict) -> int:

@@ -328,7 +328,7 @@ def follow(note: dict) -> int:
     job_id, log, position = note["job_id"], Path(note["log"]), 0
     ended = log.with_name(f"{job_id}.ended")  # by the batch script: the answer is near
     text = codecs.getincrementaldecoder("utf-8")("replace")
-    record, asked_at = {"JobState": "unknown"}, -float(ASK_SECONDS)
+    record, reason, asked_at = {"JobState": "unknown"}, None, -float(ASK_SECONDS)
     while True:
         # The state is read before the log, so that the log's last lines are not missed.
         if ended.exists() or time.monotonic() - asked_at >= ASK_SECONDS:
@@ -341,6 +341,9 @@ def follow(note: dict) -> int:
         state = record["JobState"]
         if state in OVER:
             break
+        if (now := why_waiting(record)) and now != reason:
+            print(f"job {job_id} does not start: Slurm says {now}", file=sys.stderr, flush=True)
+        reason = now
         time.sleep(1)
     if state == "COMPLETED":
         return 0

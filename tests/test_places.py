@@ -7,8 +7,14 @@ import pytest
 
 from data.base import DataError
 from data.datasets import DATASETS, LAYOUTS, build_dataset
-from launch.command import check_places
+from data.files import given_images
+from data.masks import read_videos
+from eval import backbone
+from eval.backbone import BackboneError
 from launch.config import ConfigError, compose_config
+from launch.places import FAMILIES, check_places
+from tests.backbones import digits_checkpoint, load_backbone
+from tests.evaluations import config
 from tests.runs import LAUNCHER, ROOT
 
 
@@ -18,15 +24,18 @@ def refusal(cfg) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", sorted(LAYOUTS.keys() - {"DAVIS-2017"}))
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
 @pytest.mark.parametrize("data_path", ["null", "/not/there", "FILE"])
 def test_a_data_set_that_is_not_there(tmp_path, name, data_path):
     (tmp_path / "file").write_text("")
     path = {"null": None, "FILE": str(tmp_path / "file")}.get(data_path, data_path)
     with pytest.raises(DataError) as said:
-        build_dataset(name, "train", path)
+        read_videos(path, "val") if name == "DAVIS-2017" else build_dataset(name, "train", path)
     given = [f"data_path={path or 'null'}", f"output_dir={tmp_path}"]
-    cfg = compose_config("lmim", [f"dataset={name}", *given, "env=local"])
+    if name == "DAVIS-2017":
+        cfg = config("video", digits_checkpoint(tmp_path), tmp_path, *given)
+    else:
+        cfg = compose_config("lmim", [f"dataset={name}", *given, "env=local"])
     if name == "images" and data_path == "FILE":
         check_places(cfg)  # it may be a .tar
     else:
@@ -36,9 +45,46 @@ def test_a_data_set_that_is_not_there(tmp_path, name, data_path):
 
 
 @pytest.mark.parametrize("name", sorted(DATASETS.keys() - LAYOUTS.keys()))
-def test_a_data_set_that_needs_no_folder(name):
-    check_places(compose_config("lmim", [f"dataset={name}", "data_path=/not/there", "env=local"]))
+def test_a_data_set_that_needs_no_folder(tmp_path, name):
+    checkpoint = digits_checkpoint(tmp_path)
+    check_places(config("nn", checkpoint, tmp_path, f"dataset={name}", "data_path=/not/there"))
     assert len(build_dataset(name, "train", "/not/there"))
+
+
+@pytest.mark.parametrize(
+    "pretrained", ["null", "/no/file.pth", "moco:x.pth", "mae:/no/file.pth", "FOLDER"]
+)
+def test_a_backbone_that_is_not_there(tmp_path, pretrained):
+    path = {"null": None, "FOLDER": str(tmp_path)}.get(pretrained, pretrained)
+    said = refusal(config("nn", path, tmp_path))
+    with pytest.raises(BackboneError) as caught:
+        load_backbone(path)
+    assert said == str(caught.value)
+    compared = [digits_checkpoint(tmp_path), path or "''"]
+    own = [f"pretrained=[{','.join(map(str, compared))}]", "controls=[pixels]"]
+    if path is not None:
+        assert refusal(config("visualize", compared[0], tmp_path, *own)) == said
+
+
+def test_the_families_are_those_that_can_be_read():
+    assert {*FAMILIES} == backbone.FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", ["features", "visualize"])
+def test_images_that_are_not_there(tmp_path, name):
+    checkpoint = digits_checkpoint(tmp_path)
+    with pytest.raises(DataError) as said:
+        given_images(f"{tmp_path}/*.jpg")
+    given = [f"images={tmp_path}/*.jpg", "dataset=imagenet"]  # whose data_path is not asked for
+    assert refusal(config(name, checkpoint, tmp_path, *given)) == str(said.value)
+
+
+def test_what_does_not_read_data_path_does_not_ask_for_it(tmp_path):
+    checkpoint, own = digits_checkpoint(tmp_path), ["dataset=imagenet", "data_path=/not/there"]
+    for name in ("export", "visualize"):
+        check_places(config(name, checkpoint, tmp_path, *own))
+    with pytest.raises(ConfigError, match="/not/there is not a folder"):
+        check_places(config("features", checkpoint, tmp_path, *own))
 
 
 def test_the_launcher_says_so_without_torch():
