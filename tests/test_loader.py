@@ -321,6 +321,13 @@ def test_a_folder_without_any_readable_image_is_one_clear_error(tmp_path):
         list(loader.stream(0, 1))
 
 
+def test_an_evaluation_of_no_image_at_all_is_an_error(tmp_path):
+    """Also where max_bad_images allows each of them."""
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    with pytest.raises(UnusableImages, match=r"^1 of 1 images could not be read"):
+        list(eval_loader(build_dataset("folder", "eval", tmp_path)))
+
+
 def test_an_error_in_a_worker_does_not_keep_the_workers(tmp_path):
     """Nor does what holds the traceback of that error, as pytest.raises does."""
     (tmp_path / "empty.jpg").write_bytes(b"")
