@@ -62,7 +62,8 @@ def test_out_of_memory_names_the_ways_out(tmp_path, capfd):
     assert train_here(tmp_path, *shared(1), fail="0 9 memory") == 3
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)")
-    assert "a smaller batch_size" in error and "recompute=True" in error
+    assert "batch_size below 32, with accum_iter above 2" in error
+    assert "recompute=True" in error and "vit_nano" in error
     assert_continues(tmp_path / "demo", 1, 9)
 
 
@@ -127,7 +128,7 @@ def test_what_fails_in_one_of_two_processes_is_done_again(tmp_path, monkeypatch,
     settings = [*TINY, *shared(2), "eval_freq=1", f"output_dir={tmp_path}"]
     failing = start_together(2, *settings, "worker=tests.failing")
     code, output = [finish(process) for process in failing][rank]
-    assert code == 3 and "error: out of memory (planted): expected a smaller batch_size" in output
+    assert code == 3 and "error: out of memory (planted): expected batch_size below 16" in output
     assert newest_step(tmp_path / "demo") == step
     assert f"from step {step}\n" in succeed_together(2, *settings)
     assert_same_state(final_state(tmp_path / "demo"), undisturbed(2))

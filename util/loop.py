@@ -406,9 +406,10 @@ class Loop:
             # On a CPU torch has no type of its own for it.
             kinds = (torch.OutOfMemoryError, MemoryError)
             if isinstance(error, kinds) or "not enough memory" in str(error):
-                less = (
-                    "a smaller batch_size (and larger accum_iter), recompute=True, a smaller model"
-                )
+                batch_size, accum_iter = self.task.loader.batch_size, self.cfg.accum_iter
+                less = f"batch_size below {batch_size}, with accum_iter above {accum_iter}"
+                if "recompute" in self.cfg:
+                    less += f", recompute=True, or an encoder below {self.cfg.encoder.name}"
                 reason = f"out of memory ({first_words(error)}): expected {less}"
                 raise TrainingStopped(reason) from error
             raise
